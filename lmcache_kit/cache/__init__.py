@@ -1,0 +1,1 @@
+"""The cache engine: what lies where, for how long, and what leaves first. No sockets here."""

@@ -1,0 +1,74 @@
+"""Records that pass between the engine and those who read and write its memory."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+from lmcache_kit.keys import ChunkKey
+
+
+class Extent(NamedTuple):
+    """Where one rank's payload of a chunk lies, and the xxh3-64 of its bytes."""
+
+    offset: int
+    nbytes: int
+    checksum: int
+
+
+class Located(NamedTuple):
+    """A stored chunk that a lookup found; leased until released.
+
+    ``start``: position in the sequence. ``usable``: how many of its ``tokens`` match, from its
+    first one on. ``extents``: one per rank.
+    """
+
+    key: ChunkKey
+    start: int
+    usable: int
+    tokens: int
+    extents: tuple[Extent, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.usable
+
+
+class Match(NamedTuple):
+    """What a lookup found and leased; ``lease`` is 0 when it found nothing."""
+
+    lease: int
+    chunks: tuple[Located, ...]
+
+
+class StoreItem(NamedTuple):
+    """A chunk to store: its parent's key, its packed tokens and its rank's payload size."""
+
+    parent: ChunkKey
+    tokens: bytes
+    nbytes: int
+
+
+class Grant(NamedTuple):
+    """Answer to one :class:`StoreItem`. ``ticket`` and ``offset`` mean something if granted."""
+
+    status: Literal["granted", "present", "refused"]
+    ticket: int = 0
+    offset: int = 0
+
+
+class StoredChunk(NamedTuple):
+    """A chunk that all ranks have stored, as the control plane learns of it."""
+
+    key: ChunkKey
+    parent: ChunkKey
+    tokens: int
+    partial: bool
+
+
+class ChangeListener(Protocol):
+    """Hears of every chunk that becomes complete or goes; called under the engine's lock, so it
+    only takes a note."""
+
+    def added(self, chunk: StoredChunk) -> None: ...
+
+    def removed(self, key: ChunkKey) -> None: ...

@@ -1,0 +1,192 @@
+"""The wire between a cache process (DEALER) and the controller (ROUTER).
+
+One outbound connection per cache process carries everything: registration, events and
+heartbeats one way, commands with correlation ids the other way. A message is one msgpack frame,
+``[version, message]``. A frame that does not decode is counted and dropped.
+
+Index events are numbered per location from 1; a :class:`Batch` names only keys whose state
+changed, as one blob of 16-byte keys. A gap is healed by replay or by a snapshot.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+
+from lmcache_kit.errors import ProtocolError
+from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
+
+VERSION = 1
+MAX_FRAME_BYTES = 8 * 1024 * 1024
+MAX_KEYS_PER_MESSAGE = 65_536
+
+
+class Tail(NamedTuple):
+    """A partial chunk: enough to find it for a longer prompt that starts with it."""
+
+    key: ChunkKey
+    parent: ChunkKey
+    tokens: int
+
+
+class Position(NamedTuple):
+    """Where a location's event stream stands, and what the whole of it sums up to.
+
+    ``xor`` is the XOR of the first 8 bytes of all keys, read as little-endian integers.
+    """
+
+    location: str
+    seq: int
+    keys: int
+    xor: int
+
+
+class WorkerPort(NamedTuple):
+    """One rank, and the port configured for it (0: none)."""
+
+    rank: int
+    port: int
+
+
+# Cache process to controller.
+
+
+class Register(msgspec.Struct, frozen=True, tag="register"):
+    """First message of a connection, and again whenever something in it changes.
+
+    ``incarnation``: 16 bytes that name this life. ``started``: seconds since the epoch; of two
+    that claim the same instance the later one wins.
+    """
+
+    instance_id: str
+    incarnation: bytes
+    started: float
+    host: str
+    heartbeat_s: float
+    locations: tuple[str, ...]
+    workers: tuple[WorkerPort, ...]
+    namespaces: tuple[Namespace, ...]
+    peer_url: str | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, tag="batch"):
+    """Keys that came to and went from a location since ``seq - 1``; no key stands in both."""
+
+    location: str
+    seq: int
+    added: bytes
+    removed: bytes
+    tails: tuple[Tail, ...] = ()
+
+
+class SnapshotPart(msgspec.Struct, frozen=True, tag="snapshot"):
+    """Part ``part`` (from 0) of everything at a location as of ``seq``; built aside until
+    ``last``."""
+
+    location: str
+    seq: int
+    part: int
+    last: bool
+    keys: bytes
+    tails: tuple[Tail, ...] = ()
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Alive, and where each location stands."""
+
+    positions: tuple[Position, ...]
+
+
+class Result(msgspec.Struct, frozen=True, tag="result"):
+    """Answer to a :class:`Command`; ``error`` is empty when it went well."""
+
+    correlation: int
+    error: str = ""
+    values: dict[str, int | float | str] = {}
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
+    """This cache process ends on purpose."""
+
+
+# Controller to cache process.
+
+
+class Registered(msgspec.Struct, frozen=True, tag="registered"):
+    """``resume``: for each location the last ``seq`` that the index holds (0: nothing)."""
+
+    resume: tuple[tuple[str, int], ...]
+
+
+class WhoAreYou(msgspec.Struct, frozen=True, tag="who_are_you"):
+    """Something came from a connection that has not registered here: register."""
+
+
+class Resync(msgspec.Struct, frozen=True, tag="resync"):
+    """Send what came after ``after_seq`` again, or a snapshot; ``snapshot`` insists on one."""
+
+    location: str
+    after_seq: int
+    snapshot: bool = False
+
+
+class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
+    """A later incarnation holds this instance id; it runs at ``by_host``."""
+
+    by_host: str
+
+
+class Command(msgspec.Struct, frozen=True, tag="command"):
+    """Do something and answer with the same ``correlation`` within ``deadline_s`` seconds."""
+
+    correlation: int
+    name: str
+    deadline_s: float
+    values: dict[str, int | float | str] = {}
+
+
+FromAgent: TypeAlias = Register | Batch | SnapshotPart | Heartbeat | Result | Goodbye
+FromController: TypeAlias = Registered | WhoAreYou | Resync | Fenced | Command
+
+_M = TypeVar("_M")
+
+_encoder = msgspec.msgpack.Encoder()
+_from_agent = msgspec.msgpack.Decoder(tuple[int, FromAgent])
+_from_controller = msgspec.msgpack.Decoder(tuple[int, FromController])
+
+
+def encode(message: FromAgent | FromController) -> bytes:
+    """One frame."""
+    return _encoder.encode((VERSION, message))
+
+
+def decode_from_agent(frame: bytes | memoryview) -> FromAgent:
+    """Raises ProtocolError for anything that is not a message of this version."""
+    return _decode(_from_agent, frame)
+
+
+def decode_from_controller(frame: bytes | memoryview) -> FromController:
+    """Raises ProtocolError for anything that is not a message of this version."""
+    return _decode(_from_controller, frame)
+
+
+def split_keys(blob: bytes) -> list[ChunkKey]:
+    """Keys of a blob. Raises ProtocolError when it is no whole number of keys, or too many."""
+    count, rest = divmod(len(blob), KEY_BYTES)
+    if rest or count > MAX_KEYS_PER_MESSAGE:
+        raise ProtocolError(f"a blob of {len(blob)} bytes is no list of up to "
+                            f"{MAX_KEYS_PER_MESSAGE} keys")
+    return [blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES)]
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _M]], frame: bytes | memoryview) -> _M:
+    if len(frame) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a frame of {len(frame)} bytes is over the {MAX_FRAME_BYTES} allowed")
+    try:
+        version, message = decoder.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a message: {error}") from error
+    if version != VERSION:
+        raise ProtocolError(f"wire version {version}; this side speaks {VERSION}")
+    return message

@@ -1,0 +1,93 @@
+"""Every error that the kit raises, the tree first.
+
+``KitError``
+ +-- ``ConfigError``            (ValueError)    the configuration cannot be used
+ +-- ``PluginError``            (RuntimeError)  a plugin cannot be used
+ |    +-- ``PluginNotFound``    (LookupError)   nothing installed provides what was named
+ |    +-- ``DuplicateName``                     two distributions provide the same name
+ |    +-- ``PluginBroken``                      it is installed and fails to load
+ +-- ``CacheUnavailable``       (ConnectionError)  no cache process answers
+ |    +-- ``CacheTimeout``      (TimeoutError)     it did not answer in time
+ +-- ``ProtocolError``          (ValueError)    bytes from a peer do not mean anything
+ +-- ``UnsupportedModel``       (ValueError)    this model's KV cannot be cached
+ +-- ``ControlError``           (RuntimeError)  a control operation cannot be done
+      +-- ``UnknownName``       (LookupError)   no such instance, location, event ...
+      +-- ``NoWorker``          (ConnectionError)  the instance is known and nobody answers for it
+      +-- ``DeadlineExceeded``  (TimeoutError)
+
+A message names the thing, the value and the known set, and says what to do next. ``hint`` holds
+that last part, so that frontends can show it apart.
+"""
+
+from __future__ import annotations
+
+
+class KitError(Exception):
+    """Base of all errors of the kit. ``hint`` says what to do next; it may be empty."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class ConfigError(KitError, ValueError):
+    """The configuration cannot be used; the message names the key and its source."""
+
+
+class PluginError(KitError, RuntimeError):
+    """A plugin cannot be used; the message names plugin and distribution."""
+
+
+class PluginNotFound(PluginError, LookupError):
+    """Nothing that is installed provides the name; the hint has the pip command if one is known."""
+
+
+class DuplicateName(PluginError):
+    """Two distributions provide the same name."""
+
+
+class PluginBroken(PluginError):
+    """The plugin is installed and fails to load, or fails its own probe."""
+
+
+class CacheUnavailable(KitError, ConnectionError):
+    """No cache process answers: never started, gone, or not reachable."""
+
+
+class CacheTimeout(CacheUnavailable, TimeoutError):
+    """The cache process did not answer within the deadline."""
+
+
+class ProtocolError(KitError, ValueError):
+    """Bytes from a peer are not a valid message, or are larger than allowed."""
+
+
+class UnsupportedModel(KitError, ValueError):
+    """This model's KV layout cannot be cached by this version."""
+
+
+class ControlError(KitError, RuntimeError):
+    """A control-plane operation cannot be done."""
+
+
+class UnknownName(ControlError, LookupError):
+    """No such instance, location, method or event. ``known`` lists those that exist."""
+
+    def __init__(self, kind: str, name: str, known: list[str]) -> None:
+        listed = ", ".join(known) if known else "none"
+        super().__init__(f"unknown {kind} {name!r}", hint=f"Known: {listed}")
+        self.kind = kind
+        self.name = name
+        self.known = known
+
+
+class NoWorker(ControlError, ConnectionError):
+    """The instance is known and none of its cache processes is alive."""
+
+
+class DeadlineExceeded(ControlError, TimeoutError):
+    """The operation did not finish by its deadline."""

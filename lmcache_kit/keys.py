@@ -1,0 +1,134 @@
+"""Names of KV: the namespace that makes it compatible, and the chain of chunk keys.
+
+``namespace = BLAKE3(canonical encoding of the descriptor)``, 32 bytes.
+``key_i = BLAKE3(namespace || key_{i-1} || tokens_i as little-endian u32)``, the first 16 bytes.
+The parent of a first chunk is ``namespace[:16]``, its *root*.
+
+Keys depend on nothing else: not on PYTHONHASHSEED, the Python version, the machine or on which
+packages are installed. The golden vectors in the tests hold them in place.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+from blake3 import blake3
+
+from lmcache_kit.layout import KVLayout
+
+ChunkKey: TypeAlias = bytes
+"""16 bytes."""
+
+KEY_BYTES = 16
+TOKEN_BYTES = 4
+_DOMAIN = b"lmcache-kit/namespace/1"
+
+
+class Namespace(msgspec.Struct, frozen=True):
+    """What makes KV compatible: two caches with equal namespaces may exchange chunks.
+
+    ``layout`` is that of the whole model, over all ranks. ``lora``, ``cache_salt`` and ``tags``
+    are empty in the *base* namespace that an instance registers, and set by :meth:`variant` for
+    the requests that carry them.
+    """
+
+    model: str
+    layout: KVLayout
+    chunk_size: int
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    lora: str = ""
+    cache_salt: str = ""
+    tags: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for this namespace on every wire."""
+        return _digest(self)
+
+    @property
+    def root(self) -> ChunkKey:
+        """The parent of every first chunk."""
+        return _digest(self)[:KEY_BYTES]
+
+    def variant(
+        self, *, lora: str = "", cache_salt: str = "", tags: tuple[tuple[str, str], ...] = ()
+    ) -> Namespace:
+        """The namespace of requests with this LoRA, salt and tags; itself when all are empty."""
+        if not (lora or cache_salt or tags):
+            return self
+        return msgspec.structs.replace(
+            self, lora=lora, cache_salt=cache_salt, tags=tuple(sorted(tags))
+        )
+
+
+class Chunk(NamedTuple):
+    """A slice ``[start, end)`` of a token sequence, with its key and its parent's."""
+
+    start: int
+    end: int
+    key: ChunkKey
+    parent: ChunkKey
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Tokens as little-endian u32, 4 bytes each.
+
+    Raises OverflowError for a token outside ``[0, 2**32)`` and TypeError for one that is no int.
+    """
+    packed = array("I", tokens)
+    if packed.itemsize != TOKEN_BYTES or sys.byteorder != "little":
+        return struct.pack(f"<{len(tokens)}I", *tokens)
+    return packed.tobytes()
+
+
+def chunk_key(namespace: bytes, parent: ChunkKey, tokens: bytes) -> ChunkKey:
+    """Key of one chunk; ``namespace`` is a digest, ``tokens`` are packed."""
+    return blake3(namespace + parent + tokens).digest(KEY_BYTES)
+
+
+def chain(
+    namespace: bytes, tokens: bytes, chunk_size: int, *, start: int = 0, parent: ChunkKey = b""
+) -> Iterator[Chunk]:
+    """Keys of all chunks of packed ``tokens``, in order; the last one may be partial.
+
+    ``start`` (a multiple of ``chunk_size``) and ``parent`` continue a chain that was cut short.
+    """
+    parent = parent or namespace[:KEY_BYTES]
+    total = len(tokens) // TOKEN_BYTES
+    for begin in range(start, total, chunk_size):
+        end = min(begin + chunk_size, total)
+        key = chunk_key(namespace, parent, tokens[begin * TOKEN_BYTES : end * TOKEN_BYTES])
+        yield Chunk(begin, end, key, parent)
+        parent = key
+
+
+@lru_cache(maxsize=4096)
+def _digest(namespace: Namespace) -> bytes:
+    layout = namespace.layout
+    fields: list[str | int] = [
+        namespace.model,
+        layout.dtype,
+        layout.kind,
+        layout.layers,
+        layout.kv_heads,
+        layout.head_dim,
+        namespace.tensor_parallel,
+        namespace.pipeline_parallel,
+        namespace.chunk_size,
+        namespace.lora,
+        namespace.cache_salt,
+    ]
+    for name, value in namespace.tags:
+        fields += [name, value]
+    encoded = [_DOMAIN]
+    for field in fields:
+        raw = field.encode() if isinstance(field, str) else struct.pack("<Q", field)
+        encoded += [struct.pack("<I", len(raw)), raw]
+    return blake3(b"".join(encoded)).digest()
