@@ -1,0 +1,239 @@
+"""One real ``vllm serve`` with the walk-through's flags, its controller, and what kills them.
+
+The tests build on each other: starting vLLM takes most of a minute on a small machine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache_kit.config import load_config
+from lmcache_kit.errors import CacheUnavailable
+from lmcache_kit.process.life import open_client
+from tools import stack
+
+pytestmark = pytest.mark.vllm
+
+PROMPT = "Explain the significance of KV cache in language models."
+INSTANCE = "lmcache_default_instance"
+HEARTBEAT_S = 0.5
+LINGER_S = 60
+
+
+class Site:
+    """The walk-through's programs on free ports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.vllm_port, self.port, self.monitor_port = free_ports(3)
+        self.config = folder / "example.yaml"
+        text = (stack.ROOT / "examples" / "lookup" / "example.yaml").read_text()
+        text = text.replace("localhost:9001", f"localhost:{self.monitor_port}")
+        self.config.write_text(text.replace("max_local_cpu_size: 5", "max_local_cpu_size: 1"))
+        self.settings = {
+            "LMCACHE_CACHE_SOCKET": str(folder / "cache.sock"),
+            "LMCACHE_CACHE_LINGER_S": str(LINGER_S),
+            "LMCACHE_LMCACHE_WORKER_HEARTBEAT_TIME": str(HEARTBEAT_S),
+        }
+        self.folder = folder
+        self.vllm = self.new_vllm()
+        self.controller = self.new_controller()
+
+    @property
+    def vllm_url(self) -> str:
+        return f"http://localhost:{self.vllm_port}"
+
+    def new_vllm(self) -> stack.Program:
+        more = ("--no-enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager")
+        log = self.folder / "vllm.log"
+        return stack.vllm_server(
+            log, port=self.vllm_port, config_file=self.config, more=more,
+            **self.settings, OMP_NUM_THREADS="1",
+        )  # fmt: skip
+
+    def new_controller(self) -> stack.Program:
+        log = self.folder / "controller.log"
+        return stack.controller(log, port=self.port, monitor_port=self.monitor_port)
+
+    def start_vllm(self) -> None:
+        self.vllm.start()
+        self.vllm.wait_until(lambda: stack.answers(f"{self.vllm_url}/health"), timeout_s=300)
+
+    def start_controller(self) -> None:
+        self.controller.start()
+        url = f"http://localhost:{self.port}/healthz"
+        self.controller.wait_until(lambda: stack.answers(url), timeout_s=60)
+
+    def complete(self, prompt: str) -> stack.Completion:
+        return stack.stream_completion(self.vllm_url, prompt)
+
+    def tokens(self, prompt: str) -> list[int]:
+        body: dict[str, object] = {"model": stack.SERVED_NAME, "prompt": prompt}
+        tokens = stack.post(f"{self.vllm_url}/tokenize", body)["tokens"]
+        assert isinstance(tokens, list)
+        return tokens
+
+    def lookup(self, tokens: list[int]) -> dict[str, object]:
+        return stack.post(f"http://localhost:{self.port}/lookup", {"tokens": tokens})
+
+    def cache_pid(self) -> int:
+        """Process id of the cache process, asked of itself."""
+        environ = {**self.settings, "LMCACHE_CACHE_PROCESS": "attach"}
+        client = open_client(load_config(file=self.config, environ=environ).config, role="tool")
+        try:
+            assert client.wait_ready(10)
+            return client.stats().pid
+        finally:
+            client.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("serve"))
+    try:
+        yield site
+    finally:
+        cache_pid = None
+        try:
+            cache_pid = site.cache_pid()
+        except (CacheUnavailable, AssertionError):
+            pass
+        site.vllm.stop()
+        site.controller.stop()
+        if cache_pid is not None:
+            os.kill(cache_pid, signal.SIGTERM)
+
+
+def test_vllm_serves_and_caches_before_there_is_a_controller(site: Site) -> None:
+    site.start_vllm()
+    cold = site.complete(PROMPT)
+    warm = site.complete(PROMPT)
+    assert cold.cached_tokens == 0
+    assert warm.cached_tokens == cold.prompt_tokens - 1
+
+
+def test_a_controller_that_comes_later_finds_the_prompt_by_itself(site: Site) -> None:
+    site.start_controller()
+    tokens = site.tokens(PROMPT)
+    expected = ["LocalCPUBackend", len(tokens)]
+    eventually(lambda: INSTANCE in site.lookup(tokens))
+    answer = site.lookup(tokens)
+    assert set(answer) == {"event_id", INSTANCE, "layout_info"}
+    assert answer[INSTANCE] == expected
+    assert answer["layout_info"] == {INSTANCE: expected}
+
+
+def test_vllm_takes_from_the_cache_what_the_lookup_promised_less_the_last_token(
+    site: Site,
+) -> None:
+    prompt = long_prompt("promise", words=700)
+    site.complete(prompt)
+    tokens = site.tokens(prompt)
+    eventually(lambda: site.lookup(tokens).get(INSTANCE) == ["LocalCPUBackend", len(tokens)])
+    assert site.complete(prompt).cached_tokens == len(tokens) - 1
+
+
+def test_a_killed_controller_stops_nobody_and_comes_back_knowing_all(site: Site) -> None:
+    site.controller.kill()
+    assert site.complete(long_prompt("alone", words=50)).text
+    assert site.complete(PROMPT).cached_tokens > 0
+    site.controller = site.new_controller()
+    site.start_controller()
+    tokens = site.tokens(long_prompt("alone", words=50))
+    eventually(lambda: site.lookup(tokens).get(INSTANCE) == ["LocalCPUBackend", len(tokens)])
+
+
+def test_a_killed_cache_process_costs_its_content_and_nothing_else(site: Site) -> None:
+    tokens = site.tokens(PROMPT)
+    before = site.cache_pid()
+    os.kill(before, signal.SIGKILL)
+    assert site.complete(PROMPT).text
+    eventually(lambda: site.lookup(tokens).get(INSTANCE) is None or site.cache_pid() != before)
+    eventually(lambda: site.complete(PROMPT).cached_tokens == len(tokens) - 1)
+    assert site.cache_pid() != before
+    eventually(lambda: site.lookup(tokens).get(INSTANCE) == ["LocalCPUBackend", len(tokens)])
+
+
+def test_a_stopped_cache_process_is_hidden_after_three_heartbeats_and_serving_goes_on(
+    site: Site,
+) -> None:
+    tokens = site.tokens(PROMPT)
+    pid = site.cache_pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert site.complete(PROMPT).text
+        eventually(lambda: INSTANCE not in site.lookup(tokens))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    eventually(lambda: INSTANCE in site.lookup(tokens))
+    eventually(lambda: site.complete(PROMPT).cached_tokens == len(tokens) - 1)
+
+
+def test_a_killed_vllm_finds_its_cache_warm_when_it_is_back_within_the_linger(site: Site) -> None:
+    text = site.complete(PROMPT).text
+    pid = site.cache_pid()
+    site.vllm.kill()
+    site.vllm = site.new_vllm()
+    site.start_vllm()
+    assert site.cache_pid() == pid
+    first = site.complete(PROMPT)
+    assert first.cached_tokens == first.prompt_tokens - 1
+    assert first.text == text
+
+
+def test_a_killed_worker_leaves_no_orphan_behind(site: Site) -> None:
+    pid = site.cache_pid()
+    children = descendants(site.vllm.pid)
+    os.kill(children[-1], signal.SIGKILL)
+    eventually(lambda: not site.vllm.running, timeout_s=60)
+    site.vllm.kill()
+    eventually(lambda: not any(alive(child) for child in children))
+    assert alive(pid), "the cache process lives on for its linger time"
+    os.kill(pid, signal.SIGTERM)
+    eventually(lambda: not alive(pid))
+    assert not (site.folder / "cache.sock").exists()
+
+
+def long_prompt(subject: str, *, words: int) -> str:
+    return " ".join(f"{subject} {number}" for number in range(words // 2))
+
+
+def eventually(check: Callable[[], bool], *, timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, "not within the deadline"
+        time.sleep(0.1)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all children, parents before their children."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
