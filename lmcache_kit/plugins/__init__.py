@@ -1,0 +1,9 @@
+"""Find plugins, load each on its own, and look up by name what they offer.
+
+The only package that touches pluggy and entry points, beside the hook specs themselves.
+"""
+
+from lmcache_kit.plugins.facade import BUILTIN_POLICIES, FIRST_PARTY, Plugins
+from lmcache_kit.plugins.records import Failure, Offer, PluginInfo
+
+__all__ = ["BUILTIN_POLICIES", "FIRST_PARTY", "Failure", "Offer", "PluginInfo", "Plugins"]

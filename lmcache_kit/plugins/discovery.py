@@ -1,0 +1,164 @@
+"""Scan distributions for plugins and load each in a try of its own.
+
+pluggy's own loading stops at the first broken plugin and names nobody; it drops the second of two
+equal entry-point names, and does not see a misspelt hook. Hence this.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import importlib_metadata
+import pluggy
+
+from lmcache_kit import hookspecs
+from lmcache_kit.plugins.records import Failure, PluginInfo, Raised, attempt
+
+SELECTION_VARIABLE = "LMCACHE_KIT_PLUGINS"
+
+_GROUP = re.compile(rf"{hookspecs.PROJECT}\.v(\d+)")
+
+
+class Candidate(NamedTuple):
+    """A plugin that is installed, before anything of it is imported."""
+
+    info: PluginInfo
+    entry_point: importlib_metadata.EntryPoint
+
+
+@dataclass
+class Discovery:
+    """What a scan found. ``manager`` holds the plugins of ``loaded``, and no others."""
+
+    manager: pluggy.PluginManager
+    loaded: list[PluginInfo] = field(default_factory=list)
+    blocked: list[PluginInfo] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+def discover(environ: Mapping[str, str]) -> Discovery:
+    """Load every plugin that is installed and selected; a failure is a record, never raised."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    found = Discovery(manager)
+    candidates = sorted(
+        _scan(found.failures), key=lambda each: (each.info.name, each.info.distribution)
+    )
+    for candidate in _selected(_unambiguous(candidates, found), environ, found):
+        _load(candidate, found)
+    return found
+
+
+def _scan(failures: list[Failure]) -> Iterator[Candidate]:
+    """Entry points of our groups; of a distribution that lies on the path twice, the first."""
+    seen = set()
+    for distribution in importlib_metadata.distributions():
+        groups = attempt(partial(_by_group, distribution))
+        if isinstance(groups, Raised):
+            failures.append(Failure("?", str(distribution), "metadata", str(groups)))
+            continue
+        if not groups or distribution.name in seen:
+            continue
+        name = distribution.name
+        seen.add(name)
+        own = groups.pop(hookspecs.ENTRY_POINT_GROUP, [])
+        for entry_point in own:
+            yield Candidate(PluginInfo(entry_point.name, name, distribution.version), entry_point)
+        if not own:
+            failures += _other_versions(name, groups)
+
+
+def _by_group(distribution: Any) -> dict[str, list[importlib_metadata.EntryPoint]]:
+    groups: dict[str, list[importlib_metadata.EntryPoint]] = defaultdict(list)
+    for entry_point in distribution.entry_points:
+        if _GROUP.fullmatch(entry_point.group):
+            groups[entry_point.group].append(entry_point)
+    return groups
+
+
+def _other_versions(
+    distribution: str, groups: Mapping[str, list[importlib_metadata.EntryPoint]]
+) -> Iterator[Failure]:
+    for group, entry_points in groups.items():
+        theirs = int(group.rpartition("v")[2])
+        other = "lmcache-kit" if theirs > hookspecs.API_VERSION else distribution
+        for entry_point in entry_points:
+            error = (
+                f"it is for plugin API {theirs} and this lmcache-kit speaks "
+                f"{hookspecs.API_VERSION}; upgrade {other}"
+            )
+            yield Failure(entry_point.name, distribution, "api version", error)
+
+
+def _unambiguous(candidates: list[Candidate], found: Discovery) -> list[Candidate]:
+    """Those whose name nobody else has; of the others none is taken, and each names the rest."""
+    by_name: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        by_name[candidate.info.name].append(candidate)
+    for name, group in by_name.items():
+        owners = [candidate.info.distribution for candidate in group]
+        for owner in owners if len(group) > 1 else []:
+            others = ", ".join(each for each in owners if each != owner) or owner
+            error = f"{others} has a plugin of this name too; uninstall one of them"
+            found.failures.append(Failure(name, owner, "name", error))
+    return [group[0] for group in by_name.values() if len(group) == 1]
+
+
+def _selected(
+    candidates: list[Candidate], environ: Mapping[str, str], found: Discovery
+) -> Iterator[Candidate]:
+    """Those that ``LMCACHE_KIT_PLUGINS`` lets in: ``a,b`` allows only these, ``-a`` blocks one."""
+    words = [word.strip() for word in environ.get(SELECTION_VARIABLE, "").split(",")]
+    allowed = {_plain(word) for word in words if word and not word.startswith("-")}
+    denied = {_plain(word[1:]) for word in words if word.startswith("-")}
+    for candidate in candidates:
+        name = _plain(candidate.info.name)
+        if name in denied or (allowed and name not in allowed):
+            found.blocked.append(candidate.info)
+        else:
+            yield candidate
+    installed = {_plain(candidate.info.name): candidate.info.name for candidate in candidates}
+    for name in sorted(allowed - installed.keys()):
+        listed = ", ".join(sorted(installed.values())) or "none"
+        error = f"{SELECTION_VARIABLE} allows it and it is not installed; installed: {listed}"
+        found.failures.append(Failure(name, "no distribution", "selection", error))
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def _load(candidate: Candidate, found: Discovery) -> None:
+    info, manager = candidate.info, found.manager
+    plugin = attempt(candidate.entry_point.load)
+    if isinstance(plugin, Raised):
+        found.failures.append(Failure(info.name, info.distribution, "import", str(plugin)))
+        return
+    registered = attempt(partial(_register, manager, plugin, info.name))
+    if isinstance(registered, Raised):
+        # pluggy 1.6 leaves a plugin registered by half when one of its hooks is wrong.
+        if manager.has_plugin(info.name):
+            manager.unregister(name=info.name)
+        found.failures.append(Failure(info.name, info.distribution, "hooks", str(registered)))
+        return
+    module = sys.modules.get(candidate.entry_point.module)
+    found.loaded.append(replace(info, path=getattr(module, "__file__", None) or ""))
+
+
+def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
+    """Raises for a hook that does not exist, and for wrappers: hooks are collected one by one."""
+    if twin := manager.get_name(plugin):
+        raise ValueError(f"it names the same object as plugin {twin!r}")
+    manager.register(plugin, name=name)
+    manager.check_pending()
+    for caller in manager.get_hookcallers(plugin) or []:
+        for implementation in caller.get_hookimpls():
+            wraps = implementation.wrapper or implementation.hookwrapper
+            if wraps and implementation.plugin is plugin:
+                raise ValueError(f"{caller.name} is a wrapper; wrappers are not supported")
