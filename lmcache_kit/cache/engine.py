@@ -1,0 +1,247 @@
+"""The cache engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from lmcache_kit.cache import checks
+from lmcache_kit.cache.entries import Entry, Space
+from lmcache_kit.cache.leases import Leases
+from lmcache_kit.cache.records import ChangeListener, Grant, Match, StoredChunk, StoreItem
+from lmcache_kit.cache.shelf import Shelf
+from lmcache_kit.cache.stores import Stores
+from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
+
+if TYPE_CHECKING:
+    from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend
+
+_COUNTERS = (
+    "abandoned_total",
+    "cleared_chunks_total",
+    "corrupt_total",
+    "evicted_bytes_total",
+    "evicted_chunks_total",
+    "evicted_for_space_total",
+    "expired_leases_total",
+    "expired_pending_total",
+    "hit_tokens_total",
+    "lookup_tokens_total",
+    "lookups_total",
+    "refused_full_total",
+    "refused_too_large_total",
+    "stored_bytes_total",
+    "stored_chunks_total",
+)
+
+
+class CacheEngine:
+    """What is stored where, who reads or writes it, and what leaves when room is needed.
+
+    A library without sockets: whoever serves it names the *owner* of each lookup and store, and
+    says when an owner has died. Thread-safe; listeners are called under the lock. It takes the
+    backend over, and closes it.
+
+    A chunk has one payload per rank and is found once all ranks have committed theirs. Memory for
+    all ranks is set aside with the first one, so that a chunk that one rank stores fits for all.
+
+    >>> from lmcache_kit.cache.engine import CacheEngine
+    >>> from lmcache_kit.cache.eviction import LRU
+    >>> from lmcache_kit.cache.records import StoreItem
+    >>> from lmcache_kit.keys import pack_tokens
+    >>> from lmcache_kit_cpu_backend.backend import LocalCPUBackend
+    >>> engine = CacheEngine(LocalCPUBackend(1 << 20), LRU(), location="LocalCPUBackend")
+    >>> space, tokens = bytes(32), pack_tokens([5, 6, 7])
+    >>> [grant] = engine.allocate(space, 0, 1, 256, [StoreItem(space[:16], tokens, 300)], "me")
+    >>> engine.commit([(grant.ticket, 0)], "me")
+    1
+    >>> match = engine.lookup(space, pack_tokens([5, 6, 8]), 256, 1, "me")
+    >>> match.chunks[0].usable
+    2
+    >>> engine.release(match.lease, rank=0)
+    True
+    >>> engine.close()
+    """
+
+    def __init__(
+        self,
+        backend: MemoryBackend,
+        policy: EvictionPolicy,
+        *,
+        location: str,
+        lease_ttl_s: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.location = location
+        self._lock = threading.RLock()
+        self._clock = clock
+        self._ttl_s = lease_ttl_s
+        self._shelf = Shelf(backend, policy)
+        self._leases = Leases(lease_ttl_s, clock)
+        self._counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
+        self._stores = Stores(self._shelf, self._counters, clock)
+        self._closed = False
+
+    # What the control plane follows.
+
+    def subscribe(self, listener: ChangeListener) -> list[StoredChunk]:
+        """All complete chunks; ``listener`` hears of every change after that."""
+        with self._lock:
+            self._shelf.listeners.append(listener)
+            return self._shelf.records()
+
+    def unsubscribe(self, listener: ChangeListener) -> None:
+        with self._lock:
+            self._shelf.listeners.remove(listener)
+
+    def snapshot(self, receive: Callable[[list[StoredChunk]], None]) -> None:
+        """Call ``receive`` with all complete chunks while nothing can change."""
+        with self._lock:
+            receive(self._shelf.records())
+
+    # Reading.
+
+    def lookup(
+        self, namespace: bytes, tokens: bytes, chunk_size: int, world_size: int, owner: Hashable
+    ) -> Match:
+        """Find and lease the longest stored prefix of packed ``tokens``.
+
+        Of the last chunk found only the first ``usable`` tokens need match. The lease ends when
+        each rank has released it, or all at once, when its owner dies, or after its time.
+        """
+        checks.check_shape(namespace, chunk_size, world_size)
+        checks.check_lookup(tokens)
+        with self._lock:
+            self._counters["lookups_total"] += 1
+            self._counters["lookup_tokens_total"] += len(tokens) // TOKEN_BYTES
+            space = self._shelf.space(namespace, chunk_size, world_size)
+            found = self._shelf.walk(space, tokens) if space else []
+            if not found:
+                return Match(0, ())
+            self._counters["hit_tokens_total"] += found[-1][0].end
+            for located, _ in reversed(found):
+                self._shelf.policy.touched(located.key)
+            lease = self._leases.grant([entry for _, entry in found], world_size, owner)
+            return Match(lease, tuple([located for located, _ in found]))
+
+    def release(self, lease: int, rank: int | None) -> bool:
+        """One rank is done with a lease, or all are (None). False when it did not hold it."""
+        with self._lock:
+            entries = self._leases.release(lease, rank)
+            self._settle(entries or ())
+            return entries is not None
+
+    def drop_corrupt(self, key: ChunkKey) -> bool:
+        """Forget a chunk whose bytes are not what was stored. False when it is not here."""
+        with self._lock:
+            entry = self._shelf.entries.get(key)
+            if entry is None or not entry.complete:
+                return False
+            self._counters["corrupt_total"] += 1
+            self._shelf.unlink(entry)
+            return True
+
+    # Writing.
+
+    def allocate(  # noqa: PLR0917 - what is stored, by whom: one fact each
+        self,
+        namespace: bytes,
+        rank: int,
+        world_size: int,
+        chunk_size: int,
+        items: Sequence[StoreItem],
+        owner: Hashable,
+    ) -> list[Grant]:
+        """Memory for one rank's payloads of some chunks; one grant per item, in order.
+
+        ``present``: it is stored, or this rank's part of it is being stored. ``refused``: it is
+        larger than the whole memory, or too much of that is in use; so is all that follows it
+        in this batch.
+        """
+        checks.check_shape(namespace, chunk_size, world_size)
+        checks.check_store(items, rank, world_size, chunk_size)
+        with self._lock:
+            self._expire_leases()
+            space = self._shelf.space(namespace, chunk_size, world_size)
+            space = space or Space(namespace, chunk_size, world_size)
+            return self._stores.allocate(space, rank, items, owner)
+
+    def commit(self, written: Sequence[tuple[int, int]], owner: Hashable) -> int:
+        """The payloads of these ``(ticket, checksum)`` are written. Returns how many counted."""
+        checks.check_written(written)
+        with self._lock:
+            return sum([self._stores.commit(*pair, owner) for pair in written])
+
+    def abandon(self, tickets: Sequence[int], owner: Hashable) -> int:
+        """These will not be written, so what other ranks wrote of these chunks goes too."""
+        with self._lock:
+            return sum([self._stores.abandon(ticket, owner) for ticket in tickets])
+
+    # The end of things.
+
+    def drop_owner(self, owner: Hashable) -> None:
+        """An owner has died: its leases end, and what it was storing goes."""
+        with self._lock:
+            self._settle(self._leases.release_owner(owner))
+            self._stores.abandon_owner(owner)
+
+    def expire(self) -> int:
+        """End leases that have outlived their time; returns how many.
+
+        Chunks that some rank stored and another never began to, for as long, go too.
+        """
+        with self._lock:
+            ended = self._expire_leases()
+            self._stores.expire(self._clock() - self._ttl_s)
+            return ended
+
+    def clear(self) -> int:
+        """Forget every chunk; returns how many. Memory in use is freed when it is released."""
+        with self._lock:
+            complete = sum(1 for entry in self._shelf.entries.values() if entry.complete)
+            for entry in list(self._shelf.entries.values()):
+                self._shelf.unlink(entry)
+            self._counters["cleared_chunks_total"] += complete
+            return complete
+
+    def stats(self) -> dict[str, float]:
+        """Counters, whose names end in ``_total``, and gauges."""
+        with self._lock:
+            usage = self._shelf.memory.usage()
+            pending = len(self._shelf.pending)
+            return {
+                **self._counters,
+                "chunks": len(self._shelf.entries) - pending,
+                "pending": pending,
+                "leases": len(self._leases),
+                "writers": len(self._stores),
+                "namespaces": len(self._shelf.spaces),
+                "capacity_bytes": usage.capacity_bytes,
+                "requested_bytes": usage.requested_bytes,
+                "allocated_bytes": usage.allocated_bytes,
+                "largest_free_bytes": usage.largest_free_bytes,
+                "external_fragmentation": usage.external_fragmentation,
+            }
+
+    def close(self) -> None:
+        """Forget everything and close the backend. Safe to call twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._shelf.listeners.clear()
+                for entry in list(self._shelf.entries.values()):
+                    self._shelf.unlink(entry)
+                self._shelf.memory.close()
+
+    def _expire_leases(self) -> int:
+        ended, entries = self._leases.release_expired()
+        self._counters["expired_leases_total"] += ended
+        self._settle(entries)
+        return ended
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._shelf.settle(entry)

@@ -1,0 +1,138 @@
+"""Making room: which chunks leave so that others can come."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.entries import Entry
+    from lmcache_kit.cache.shelf import Shelf
+    from lmcache_kit.interfaces import Region
+    from lmcache_kit.keys import ChunkKey
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was evicted; ``for_space``: out of the policy's order, because of where it lay."""
+
+    chunks: int = 0
+    nbytes: int = 0
+    for_space: int = 0
+
+
+class Room:
+    """Takes memory for one batch, and evicts for it what must go.
+
+    A chunk leaves only after all that follow it have left, because they could not be found
+    without it; among those that may leave the policy's order holds. Nothing in use, pending or in
+    ``keep`` leaves, and nothing at all for a request that cannot be granted. ``wanted_bytes`` is
+    what the whole batch may need: victims are looked for once.
+    """
+
+    def __init__(self, shelf: Shelf, keep: Set[ChunkKey], wanted_bytes: int) -> None:
+        self._shelf = shelf
+        self._keep = keep
+        self._wanted_bytes = wanted_bytes
+        self._victims: deque[Entry] = deque()
+        self._hopeless_bytes = shelf.capacity_bytes + 1
+        self.evicted = Tally()
+
+    def take(self, nbytes: int) -> Region | None:
+        """``nbytes`` of memory, or None when nothing that may leave would make room for it."""
+        if nbytes >= self._hopeless_bytes:
+            return None
+        memory = self._shelf.memory
+        region = memory.allocate(nbytes)
+        if region is None and self._can_win(nbytes):
+            region = self._evict_by_policy(nbytes) or self._clear(nbytes)
+        if region is None:
+            self._hopeless_bytes = nbytes
+        return region
+
+    def _can_win(self, nbytes: int) -> bool:
+        # A victim that is large enough by itself settles it without a walk over the memory.
+        freed = 0
+        for victim in self._upcoming(nbytes):
+            if any(region.nbytes >= nbytes for region in victim.regions):
+                return True
+            freed += victim.nbytes
+            if freed >= nbytes:
+                break
+        return self._shelf.memory.clearance(nbytes, self._movable) is not None
+
+    def _evict_by_policy(self, nbytes: int) -> Region | None:
+        """Evict in order until there is a hole, or as many bytes are free as are needed."""
+        freed = 0
+        while freed < nbytes and self._victims:
+            victim = self._victims.popleft()
+            if not victim.linked:
+                continue
+            freed += victim.nbytes
+            self._evict(victim)
+            region = self._shelf.memory.allocate(nbytes)
+            if region is not None:
+                return region
+        return None
+
+    def _clear(self, nbytes: int) -> Region | None:
+        """Evict the cheapest neighbours, whatever the policy thinks of them."""
+        for region in self._shelf.memory.clearance(nbytes, self._movable) or ():
+            entry = self._shelf.owner_of(region)
+            if entry is not None and entry.linked:
+                self._evict(entry)
+                self.evicted.for_space += 1
+        return self._shelf.memory.allocate(nbytes)
+
+    def _evict(self, entry: Entry) -> None:
+        self.evicted.chunks += 1
+        self.evicted.nbytes += entry.nbytes
+        self._shelf.unlink(entry)
+
+    def _may_leave(self, entry: Entry) -> bool:
+        return entry.linked and entry.complete and not entry.in_use and entry.key not in self._keep
+
+    def _movable(self, region: Region) -> bool:
+        entry = self._shelf.owner_of(region)
+        return entry is not None and self._may_leave(entry)
+
+    def _upcoming(self, nbytes: int) -> Iterator[Entry]:
+        """The next victims; looked for again when those found earlier do not weigh enough."""
+        while self._victims and not self._victims[0].linked:
+            self._victims.popleft()
+        if sum(victim.nbytes for victim in self._victims if victim.linked) < nbytes:
+            self._victims.clear()
+            weight = 0
+            for victim in self._leaving():
+                self._victims.append(victim)
+                weight += victim.nbytes
+                if weight >= max(self._wanted_bytes, nbytes):
+                    break
+        return (victim for victim in self._victims if victim.linked)
+
+    def _leaving(self) -> Iterator[Entry]:
+        """Chunks in the order in which they may leave: always the first one, as the policy has
+        it, of those that nothing stays behind."""
+        entries = self._shelf.entries
+        passed: set[ChunkKey] = set()
+        gone_children: dict[ChunkKey, int] = {}
+
+        def is_last(key: ChunkKey) -> bool:
+            return self._shelf.followers(key) == gone_children.get(key, 0)
+
+        for key in self._shelf.policy.victims():
+            entry = entries[key]
+            if not self._may_leave(entry):
+                continue
+            if not is_last(key):
+                passed.add(key)
+                continue
+            while True:
+                yield entry
+                gone_children[entry.parent] = gone_children.get(entry.parent, 0) + 1
+                # A parent that was passed over comes before all that has not been seen yet.
+                if entry.parent not in passed or not is_last(entry.parent):
+                    break
+                entry = entries[entry.parent]

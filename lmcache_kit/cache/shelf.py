@@ -1,0 +1,146 @@
+"""The shelf: which chunks there are in one memory, where they lie, and who follows whom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmcache_kit.cache.entries import Children, Entry, Space, big_endian
+from lmcache_kit.cache.records import Located
+from lmcache_kit.keys import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.records import ChangeListener, StoredChunk
+    from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region
+    from lmcache_kit.keys import ChunkKey
+
+
+class Shelf:
+    """Keeps entries, their memory, the policy and the listeners in step with each other.
+
+    An entry is *linked* from :meth:`put` to :meth:`unlink`; listeners and policy know it from
+    :meth:`complete` on.
+    """
+
+    def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
+        self.memory = memory
+        self.policy = policy
+        self.capacity_bytes = memory.usage().capacity_bytes
+        self.entries: dict[ChunkKey, Entry] = {}
+        self.pending: dict[ChunkKey, Entry] = {}
+        self.children: dict[ChunkKey, Children] = {}
+        self.spaces: dict[bytes, Space] = {}
+        self.listeners: list[ChangeListener] = []
+        self._pending_children: dict[ChunkKey, int] = {}
+        self._at: dict[int, Entry] = {}
+
+    def space(self, digest: bytes, chunk_size: int, world_size: int) -> Space | None:
+        """The namespace, if it has chunks here. Raises ValueError when the shape differs."""
+        space = self.spaces.get(digest)
+        if space and (space.chunk_size, space.world_size) != (chunk_size, world_size):
+            raise ValueError(
+                f"namespace {digest.hex()[:16]} has chunk_size {space.chunk_size} and world_size "
+                f"{space.world_size} here; this request says {chunk_size} and {world_size}"
+            )
+        return space
+
+    def records(self) -> list[StoredChunk]:
+        """All complete chunks."""
+        return [entry.record for entry in self.entries.values() if entry.complete]
+
+    def walk(self, space: Space, tokens: bytes) -> list[tuple[Located, Entry]]:
+        """The longest stored prefix of packed ``tokens``, chunk by chunk from the first.
+
+        Compares tokens, not keys, so the chunk after the last full match counts for as many of
+        its first tokens as agree.
+        """
+        order = big_endian(tokens)
+        step = space.chunk_size * TOKEN_BYTES
+        parent = space.root
+        found: list[tuple[Located, Entry]] = []
+        for at in range(0, len(order), step):
+            children = self.children.get(parent)
+            if children is None:
+                break
+            entry, usable = children.longest(order[at : at + step])
+            if not usable or entry.space is not space:
+                break
+            located = Located(entry.key, at // TOKEN_BYTES, usable, entry.tokens, entry.extents)
+            found.append((located, entry))
+            if usable < space.chunk_size:
+                break
+            parent = entry.key
+        return found
+
+    def put(self, entry: Entry) -> None:
+        """A chunk begins to be stored."""
+        self.entries[entry.key] = entry
+        self.pending[entry.key] = entry
+        self._pending_children[entry.parent] = self._pending_children.get(entry.parent, 0) + 1
+        self.spaces.setdefault(entry.space.digest, entry.space).entries += 1
+        for region in entry.regions:
+            self._at[region.offset] = entry
+
+    def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
+        """A rank needs another size than was set aside for it."""
+        self.free(entry.regions[rank])
+        entry.regions[rank] = region
+        self._at[region.offset] = entry
+
+    def complete(self, entry: Entry) -> None:
+        """Every rank has committed: the chunk can be found."""
+        entry.seal()
+        self._no_longer_pending(entry)
+        self.children.setdefault(entry.parent, Children()).add(entry)
+        self.policy.added(entry.key)
+        for listener in self.listeners:
+            listener.added(entry.record)
+
+    def unlink(self, entry: Entry) -> None:
+        """Nobody finds it from now on; its memory is freed when nobody uses it."""
+        if not entry.linked:
+            return
+        entry.linked = False
+        del self.entries[entry.key]
+        entry.space.entries -= 1
+        if not entry.space.entries:
+            del self.spaces[entry.space.digest]
+        if entry.complete:
+            siblings = self.children[entry.parent]
+            siblings.remove(entry)
+            if not len(siblings):
+                del self.children[entry.parent]
+            self.policy.removed(entry.key)
+            for listener in self.listeners:
+                listener.removed(entry.key)
+        else:
+            self._no_longer_pending(entry)
+        self.settle(entry)
+
+    def settle(self, entry: Entry) -> None:
+        """Free the memory of an entry that is neither linked nor in use."""
+        if not entry.linked and not entry.in_use:
+            for region in entry.regions:
+                self.free(region)
+            entry.regions = []
+
+    def free(self, region: Region) -> None:
+        self._at.pop(region.offset, None)
+        self.memory.free(region)
+
+    def owner_of(self, region: Region) -> Entry | None:
+        """The entry whose memory this is; None for memory that is just being handed out."""
+        return self._at.get(region.offset)
+
+    def followers(self, key: ChunkKey) -> int:
+        """How many chunks, pending ones too, have this one as their parent."""
+        children = self.children.get(key)
+        stored = len(children) if children else 0
+        return stored + self._pending_children.get(key, 0)
+
+    def _no_longer_pending(self, entry: Entry) -> None:
+        del self.pending[entry.key]
+        left = self._pending_children[entry.parent] - 1
+        if left:
+            self._pending_children[entry.parent] = left
+        else:
+            del self._pending_children[entry.parent]

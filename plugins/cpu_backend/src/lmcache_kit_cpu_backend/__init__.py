@@ -1,0 +1,1 @@
+"""The storage backend ``LocalCPUBackend``: KV cache in shared host memory."""

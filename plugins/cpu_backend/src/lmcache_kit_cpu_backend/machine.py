@@ -1,0 +1,83 @@
+"""What this machine can hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Available(NamedTuple):
+    """Memory that can still be used, and who says so."""
+
+    nbytes: int
+    source: str
+
+
+def why_not() -> str:
+    """Why the backend cannot work here; empty when it can."""
+    if not hasattr(os, "memfd_create"):
+        return "it needs memfd_create(2), which only Linux has"
+    return ""
+
+
+def available_memory(root: Path = Path("/")) -> Available | None:
+    """The tightest of what the machine and each enclosing cgroup leave; None if nobody says."""
+    limits = [*_machine(root), *_cgroups(root)]
+    return min(limits, key=lambda limit: limit.nbytes, default=None)
+
+
+def _machine(root: Path) -> Iterator[Available]:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            yield Available(int(line.split()[1]) * 1024, "MemAvailable of /proc/meminfo")
+
+
+def _cgroups(root: Path) -> Iterator[Available]:
+    """Limits of both versions of cgroups, from this process's group up to the root."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            base, limit, current = "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit, current = (
+                "sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for part in (group, *group.parents):
+            folder = root / base / part
+            most, used = _number(folder / limit), _number(folder / current)
+            if most is not None and used is not None:
+                left = max(0, most - used + _reclaimable(folder / "memory.stat"))
+                yield Available(left, f"the limit in {folder / limit}")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max": no limit
+
+
+def _reclaimable(stat: Path) -> int:
+    """File pages that the system would drop to make room; they count as used in a cgroup."""
+    try:
+        fields = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    value = fields.get("total_inactive_file", fields.get("inactive_file", "0"))
+    return int(value) if value.isdigit() else 0
