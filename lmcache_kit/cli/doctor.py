@@ -1,0 +1,59 @@
+"""``lmcache-kit doctor``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from lmcache_kit.cli import checks
+from lmcache_kit.cli.output import print_json, print_table, quiet_plugins
+from lmcache_kit.config import KitConfig, load_config
+from lmcache_kit.errors import ConfigError
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def doctor(as_json: bool) -> None:
+    """Say what works on this machine, what does not, and what to do about it.
+
+    Looks at the configuration that LMCACHE_CONFIG_FILE and LMCACHE_* give. The exit code is 1 if
+    something that is needed fails; a warning is about what vLLM does without.
+
+    \b
+    Examples:
+      lmcache-kit doctor
+      LMCACHE_CONFIG_FILE=examples/lookup/example.yaml lmcache-kit doctor --json
+    """
+    results = _all_checks()
+    if as_json:
+        print_json([asdict(result) for result in results])
+    else:
+        rows = [(each.state, each.name, each.detail, each.remedy) for each in results]
+        print_table(("state", "what", "found", "what to do"), rows)
+    if any(result.state == "fail" for result in results):
+        raise SystemExit(1)
+
+
+def _all_checks() -> list[checks.Check]:
+    try:
+        loaded = load_config()
+    except ConfigError as error:
+        config = KitConfig()
+        configured = [checks.Check.failed("configuration", error)]
+    else:
+        config = loaded.config
+        configured = list(checks.configuration(loaded))
+    plugins = quiet_plugins()
+    return [
+        *checks.kit(),
+        *configured,
+        *checks.plugins(plugins, config),
+        *checks.shared_memory(),
+        *checks.memory(config),
+        *checks.runtime_directory(config),
+        *checks.vllm(),
+        *checks.connectors(),
+        *checks.gpu(),
+        *checks.controller(config),
+    ]

@@ -1,0 +1,34 @@
+"""``lmcache-kit validate``."""
+
+from __future__ import annotations
+
+import click
+
+from lmcache_kit.cli.output import quiet_plugins
+from lmcache_kit.config import KitConfig, load_config
+from lmcache_kit.plugins import Plugins
+
+
+@click.command()
+@click.argument("config", type=click.Path())
+def validate(config: str) -> None:
+    """Check the configuration file CONFIG by itself, without the environment.
+
+    Every key and value is checked, and that plugins provide what it names. The exit code is 0 if
+    a cache would start with it.
+
+    \b
+    Example:
+      lmcache-kit validate examples/lookup/example.yaml
+    """
+    loaded = load_config(file=config, environ={})
+    for warning in loaded.warnings:
+        click.secho(f"Warning: {warning}", fg="yellow", err=True)
+    check_names(loaded.config, quiet_plugins())
+    click.echo(f"{config} is valid.")
+
+
+def check_names(config: KitConfig, plugins: Plugins) -> None:
+    """Raises as :class:`Plugins` does for a name that no usable plugin provides."""
+    plugins.resolve("backend", config.location)
+    plugins.eviction_policy(config.cache_policy)
