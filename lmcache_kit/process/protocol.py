@@ -11,7 +11,7 @@ Nothing of KV travels here: workers read and write the shared memory at the offs
 from __future__ import annotations
 
 import struct
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -28,15 +28,20 @@ HEADER = struct.Struct("<I")
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Who is there. A worker says its rank and the base namespace that it stores under."""
+    """Who is there. A worker says its rank and the base namespace that it stores under.
+
+    ``settings``: digest of the settings that the client would start a cache process with; empty
+    when it takes any. A spawned process that nobody else uses ends when they are not its own.
+    """
 
     version: int
     role: Literal["scheduler", "worker", "tool"]
     instance_id: str
     pid: int
-    rank: int = 0
-    world_size: int = 1
+    rank: Annotated[int, msgspec.Meta(ge=0)] = 0
+    world_size: Annotated[int, msgspec.Meta(ge=1)] = 1
     namespace: Namespace | None = None
+    settings: str = ""
 
 
 class Lookup(msgspec.Struct, frozen=True, tag="lookup"):

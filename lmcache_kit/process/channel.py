@@ -1,0 +1,264 @@
+"""One connection to a cache process, as its client sees it: calls with deadlines.
+
+One thread runs :meth:`Channel.run` and reads; any thread calls. Nothing blocks on a process that
+does not answer: frames that the socket does not take are kept and sent later, in order, so that
+the stream stays in step. While an answer is overdue, calls fail at once (the server answers in
+order, so a new call could not be served before that answer); when it comes late, what it granted
+is given back and calls go through again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+from typing import TypeAlias
+
+from lmcache_kit.errors import CacheTimeout, CacheUnavailable, ProtocolError
+from lmcache_kit.process import paths, protocol
+from lmcache_kit.process.protocol import HEADER, Answer, Failed, Hello, Request, Welcome
+
+GIVE_UP_S = 30.0
+"""An answer this late will not come: the connection is closed and made anew."""
+MAX_OUTBOX_BYTES = 64 * 1024 * 1024
+_RECEIVE_BYTES = 256 * 1024
+
+_Slot: TypeAlias = "queue.SimpleQueue[Answer | None]"
+
+
+class Wake:
+    """An event that a selector can wait for too."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def set(self) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def greet(connection: socket.socket, hello: Hello, timeout_s: float) -> tuple[Welcome, int]:
+    """Say Hello; return the answer and the memory's file descriptor, which the caller owns.
+
+    Raises CacheUnavailable (CacheTimeout when nothing came in time) and ProtocolError.
+    """
+    if (uid := paths.peer_uid(connection)) != os.getuid():
+        raise CacheUnavailable(f"the cache process there belongs to user {uid}")
+    connection.settimeout(timeout_s)
+    received, fds = b"", list[int]()
+    try:
+        connection.sendall(protocol.encode(0, hello))
+        while len(received) < HEADER.size or len(received) < HEADER.size + protocol.body_length(
+            received[: HEADER.size]
+        ):
+            data, new_fds, _, _ = socket.recv_fds(
+                connection, _RECEIVE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
+            fds += new_fds
+            if not data:
+                raise CacheUnavailable("the cache process closed the connection at once")
+            received += data
+        _, answer = protocol.decode_answer(received[HEADER.size :])
+        if isinstance(answer, Failed):
+            raise CacheUnavailable(answer.message)
+        if not isinstance(answer, Welcome) or len(fds) != 1:
+            raise ProtocolError(f"{type(answer).__name__} with {len(fds)} fds answers no Hello")
+        return answer, fds.pop()
+    except TimeoutError as error:
+        raise CacheTimeout(f"the cache process did not greet within {timeout_s:g} s") from error
+    except OSError as error:
+        if isinstance(error, CacheUnavailable):
+            raise
+        raise CacheUnavailable(f"the cache process is gone: {error}") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+class Channel:
+    """A greeted connection. It owns ``connection``; ``stop`` ends :meth:`run`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._socket.setblocking(False)
+        self._lock = threading.Lock()
+        self._wake = Wake()
+        self._last_id = 0
+        self._outbox = bytearray()
+        self._waiting: dict[int, _Slot] = {}
+        self._overdue: dict[int, float] = {}
+        self._closed = False
+
+    @property
+    def open(self) -> bool:
+        return not self._closed
+
+    def call(self, request: Request, timeout_s: float) -> Answer:
+        """Send and wait for the answer. Raises CacheUnavailable, CacheTimeout."""
+        deadline = time.monotonic() + timeout_s
+        slot: _Slot = queue.SimpleQueue()
+        with self._lock:
+            self._refuse_while_overdue()
+            request_id = self._send(request)
+            self._waiting[request_id] = slot
+        try:
+            answer = slot.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            answer = self._give_up(request_id, slot, timeout_s)
+        except BaseException:  # KeyboardInterrupt: nobody will read the slot
+            with contextlib.suppress(CacheTimeout):
+                self._give_back(self._give_up(request_id, slot, timeout_s))
+            raise
+        if answer is None:
+            raise CacheUnavailable("the cache process has gone")
+        return answer
+
+    def post(self, request: Request) -> None:
+        """Send without an answer. Raises CacheUnavailable."""
+        with self._lock:
+            self._send(request)
+
+    def run(self) -> None:
+        """Read answers until either side closes; closes the socket. Never raises for a peer's
+        doing: a peer that breaks the protocol is one that has gone."""
+        try:
+            with contextlib.suppress(OSError, ProtocolError):
+                self._read_until_closed()
+        finally:
+            with self._lock:
+                self._closed = True
+                waiting, self._waiting = self._waiting, {}
+                for slot in waiting.values():
+                    slot.put(None)
+                self._socket.close()
+                self._wake.close()
+
+    def close(self) -> None:
+        """Make :meth:`run` return, soon."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._wake.set()
+
+    def _refuse_while_overdue(self) -> None:
+        if self._overdue:
+            since = time.monotonic() - min(self._overdue.values())
+            raise CacheTimeout(f"the cache process has not answered for {since:.1f} s")
+
+    def _send(self, request: Request) -> int:
+        """Under the lock: send what the socket takes, keep the rest for the reader's thread."""
+        if self._closed:
+            raise CacheUnavailable("the cache process has gone")
+        request_id = self._last_id + 1
+        frame: bytes | memoryview = protocol.encode(request_id, request)
+        self._last_id = request_id
+        if not self._outbox:
+            try:
+                sent = self._socket.send(frame)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:  # the reader's thread sees the end of file by itself
+                raise CacheUnavailable(f"the cache process has gone: {error}") from error
+            frame = memoryview(frame)[sent:]
+        if frame:
+            if len(self._outbox) + len(frame) > MAX_OUTBOX_BYTES:
+                raise CacheTimeout("the cache process does not read")
+            self._outbox += frame
+            self._wake.set()
+        return request_id
+
+    def _give_up(self, request_id: int, slot: _Slot, timeout_s: float) -> Answer | None:
+        with self._lock:
+            if self._waiting.pop(request_id, None) is None:
+                return slot.get_nowait()  # it came just now
+            self._overdue[request_id] = time.monotonic() - timeout_s
+            if not self._closed:
+                self._wake.set()  # the reader's thread now has something to be impatient about
+        raise CacheTimeout(f"the cache process did not answer within {timeout_s:g} s")
+
+    def _read_until_closed(self) -> None:
+        received = bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ)
+            interest = selectors.EVENT_READ
+            selector.register(self._socket, interest)
+            while True:
+                for key, events in selector.select(self._patience_s()):
+                    if key.fileobj is self._wake:
+                        self._wake.clear()
+                    elif events & selectors.EVENT_READ and not self._receive(received):
+                        return
+                with self._lock:
+                    if self._closed or self._gave_up():
+                        return
+                    wanted = selectors.EVENT_READ | self._flush()
+                if wanted != interest:
+                    interest = wanted
+                    selector.modify(self._socket, interest)
+
+    def _receive(self, received: bytearray) -> bool:
+        """Take what has come; False at the end of file."""
+        try:
+            data = self._socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return True
+        received += data
+        self._dispatch(received)
+        return bool(data)
+
+    def _flush(self) -> int:
+        """Under the lock: send what was kept; what to wait for when some is left."""
+        if self._outbox:
+            with contextlib.suppress(BlockingIOError):
+                del self._outbox[: self._socket.send(self._outbox)]
+        return selectors.EVENT_WRITE if self._outbox else 0
+
+    def _patience_s(self) -> float | None:
+        with self._lock:
+            if not self._overdue:
+                return None
+            return max(0.0, min(self._overdue.values()) + GIVE_UP_S - time.monotonic())
+
+    def _gave_up(self) -> bool:
+        return bool(self._overdue) and (time.monotonic() - min(self._overdue.values()) >= GIVE_UP_S)
+
+    def _dispatch(self, received: bytearray) -> None:
+        while len(received) >= HEADER.size:
+            end = HEADER.size + protocol.body_length(bytes(received[: HEADER.size]))
+            if len(received) < end:
+                return
+            answer_id, answer = protocol.decode_answer(bytes(received[HEADER.size : end]))
+            del received[:end]
+            with self._lock:
+                self._overdue.pop(answer_id, None)
+                slot = self._waiting.pop(answer_id, None)
+                if slot is not None:
+                    slot.put(answer)
+            if slot is None:
+                self._give_back(answer)
+
+    def _give_back(self, answer: Answer | None) -> None:
+        """What came too late for its caller is not kept from others."""
+        with contextlib.suppress(CacheUnavailable):
+            match answer:
+                case protocol.Found(lease=lease) if lease:
+                    self.post(protocol.Release(lease))
+                case protocol.Allocated(grants=grants):
+                    tickets = tuple(g.ticket for g in grants if g.status == "granted")
+                    if tickets:
+                        self.post(protocol.Abandon(tickets))
+                case _:
+                    pass

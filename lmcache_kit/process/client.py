@@ -1,0 +1,320 @@
+"""The client of a cache process: what connectors and tools hold.
+
+A background thread connects, reads, and connects again when the process has gone. Calls never
+wait for it: without a connection they raise CacheUnavailable at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import mmap
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from lmcache_kit.cache.records import Grant, StoreItem
+from lmcache_kit.errors import CacheUnavailable, ConfigError, KitError, PluginError, ProtocolError
+from lmcache_kit.keys import ChunkKey
+from lmcache_kit.process import protocol
+from lmcache_kit.process.channel import Channel, greet
+from lmcache_kit.process.protocol import Answer, Failed, Found, Hello, Request, Stats, Welcome
+
+logger = logging.getLogger(__name__)
+
+_A = TypeVar("_A", bound=Answer)
+
+
+class Reconnect(msgspec.Struct, frozen=True):
+    """How to come back. Waits double from ``first_s`` to ``most_s``, and begin anew after a
+    connection that held for ``steady_s``. A process that cannot be composed is not tried again
+    before ``broken_s``. Memory of a lost process stays mapped for ``keep_memory_s``, or until the
+    next one's is."""
+
+    first_s: float = 0.2
+    most_s: float = 5.0
+    steady_s: float = 5.0
+    broken_s: float = 60.0
+    keep_memory_s: float = 10.0
+
+
+class Grants(tuple[Grant, ...]):
+    """Grants of one allocation; they mean offsets in the memory of ``incarnation``."""
+
+    incarnation: str
+
+    def __new__(cls, grants: Sequence[Grant], incarnation: str) -> Grants:
+        self = super().__new__(cls, grants)
+        self.incarnation = incarnation
+        return self
+
+
+class _Link:
+    """A live connection, and the memory that came with it."""
+
+    def __init__(self, connection: socket.socket, hello: Hello, timeout_s: float) -> None:
+        self.welcome, fd = greet(connection, hello, timeout_s)
+        try:
+            self.memory = _map(fd, self.welcome)
+        finally:
+            os.close(fd)
+        self.channel = Channel(connection)
+
+
+class CacheClient:
+    """Calls to a cache process; safe to use from any thread.
+
+    ``dial`` returns a connected socket, or raises CacheUnavailable, or ConfigError or PluginError
+    when the process cannot be composed; it is called on the background thread, with an event that
+    is set when it should give up. ``timeout_s`` is the deadline of every call.
+
+    Every call but :meth:`release` raises CacheUnavailable at once when there is no connection, and
+    CacheTimeout, which is one, when the answer did not come in time.
+    """
+
+    def __init__(
+        self,
+        dial: Callable[[threading.Event], socket.socket],
+        hello: Hello,
+        *,
+        timeout_s: float,
+        greet_timeout_s: float = 5.0,
+        reconnect: Reconnect | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self._dial = dial
+        self._hello = hello
+        self._timeout_s = timeout_s
+        self._greet_timeout_s = greet_timeout_s
+        self._reconnect = reconnect or Reconnect()
+        self._on_close = on_close
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._link: _Link | None = None
+        self._greeting: socket.socket | None = None
+        self._memory: mmap.mmap | None = None
+        self._memory_until = 0.0
+        self._mapped: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
+        self._incarnation: str | None = None
+        self._problem: KitError | None = None
+        self._thread = threading.Thread(
+            target=self._stay_connected, name="lmcache-kit-client", daemon=True
+        )
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait for a connection; False when there is none in time.
+
+        Raises ConfigError or PluginError as soon as it is known that no cache process can be
+        composed from this configuration.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.connected or self._broken or self._closing.is_set(), timeout_s
+            )
+            if not self.connected and self._broken and self._problem:
+                raise self._problem
+            return self.connected
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self._link is not None
+
+    @property
+    def incarnation(self) -> str | None:
+        """The life of the cache process connected to, or of the last one; None before the first."""
+        return self._incarnation
+
+    def lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> Found:
+        """Find and lease the longest stored prefix of packed ``tokens``; ``namespace`` is a
+        digest."""
+        request = protocol.Lookup(namespace, chunk_size, tokens, self._hello.world_size)
+        return self._call(request, Found)[0]
+
+    def allocate(self, namespace: bytes, chunk_size: int, items: Sequence[StoreItem]) -> Grants:
+        """Ask for memory for this rank's payloads; one grant per item, in order."""
+        rank, world_size = self._hello.rank, self._hello.world_size
+        request = protocol.Allocate(namespace, rank, world_size, chunk_size, tuple(items))
+        answer, link = self._call(request, protocol.Allocated)
+        return Grants(answer.grants, link.welcome.incarnation)
+
+    def commit(self, written: Sequence[tuple[int, int]]) -> int:
+        """These ``(ticket, xxh3-64)`` are written; how many of them counted."""
+        return self._call(protocol.Commit(tuple(written)), protocol.Done)[0].count
+
+    def abandon(self, tickets: Sequence[int]) -> None:
+        """These tickets will not be written."""
+        self._call(protocol.Abandon(tuple(tickets)), protocol.Done)
+
+    def release(self, lease: int, *, everyone: bool = False) -> None:
+        """This rank, or ``everyone``, is done with a lease. Does not wait and never raises: a lease
+        that cannot be released ends with the connection or its time to live."""
+        if lease and (link := self._link):
+            rank = None if everyone else self._hello.rank
+            with contextlib.suppress(CacheUnavailable):
+                link.channel.post(protocol.Release(lease, rank))
+
+    def report_corrupt(self, key: ChunkKey) -> None:
+        """A chunk's bytes do not match its checksum."""
+        self._call(protocol.ReportCorrupt(key), protocol.Done)
+
+    def stats(self) -> Stats:
+        """The cache process's numbers."""
+        return self._call(protocol.GetStats(), Stats)[0]
+
+    def memory(self, incarnation: str) -> memoryview | None:
+        """The mapped memory of this incarnation, writable; None when it is not mapped (any more).
+
+        It stays readable for as long as the view is held, also after :meth:`close`.
+        """
+        mapped = self._mapped.get(incarnation)
+        return None if mapped is None else memoryview(mapped)
+
+    def close(self) -> None:
+        """End the connection and its thread. Safe to call twice."""
+        with self._changed:
+            self._closing.set()
+            if self._link:
+                self._link.channel.close()
+            if self._greeting:
+                self._greeting.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self._memory = None
+        on_close, self._on_close = self._on_close, None
+        if on_close:
+            on_close()
+
+    def __enter__(self) -> CacheClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _broken(self) -> bool:
+        """Nothing that could be waited for. What worked once is not broken: its successor may only
+        want the memory that the dead process's clients still map."""
+        return self._incarnation is None and isinstance(self._problem, ConfigError | PluginError)
+
+    def _call(self, request: Request, expected: type[_A]) -> tuple[_A, _Link]:
+        link = self._link
+        if link is None:
+            raise CacheUnavailable("no cache process is connected", hint=self._why())
+        answer = link.channel.call(request, self._timeout_s)
+        if isinstance(answer, Failed):
+            raise CacheUnavailable(f"the cache process could not serve a call: {answer.message}")
+        if not isinstance(answer, expected):
+            link.channel.close()
+            raise CacheUnavailable(f"the cache process answered with {type(answer).__name__}")
+        return answer, link
+
+    def _why(self) -> str:
+        if self._closing.is_set():
+            return "This client is closed"
+        return str(self._problem) if self._problem else "It may be starting"
+
+    def _stay_connected(self) -> None:
+        policy = self._reconnect
+        waits = _waits(policy)
+        while not self._closing.is_set():
+            link = self._connect()
+            pause = policy.broken_s if self._broken else next(waits)
+            if link:
+                began = time.monotonic()
+                self._attached(link)
+                link.channel.run()
+                self._detached()
+                if time.monotonic() - began >= policy.steady_s:
+                    waits = _waits(policy)
+                    pause = next(waits)
+            del link  # it holds the memory
+            self._pause(pause)
+
+    def _connect(self) -> _Link | None:
+        try:
+            connection = self._dial(self._closing)
+            with self._changed:
+                self._greeting = connection
+            try:
+                return _Link(connection, self._hello, self._greet_timeout_s)
+            except BaseException:
+                with self._changed:
+                    self._greeting = None
+                connection.close()
+                raise
+            finally:
+                with self._changed:
+                    self._greeting = None
+        except (KitError, OSError) as error:
+            self._failed(error if isinstance(error, KitError) else CacheUnavailable(str(error)))
+            return None
+
+    def _failed(self, problem: KitError) -> None:
+        with self._changed:
+            if str(problem) != str(self._problem) and not self._closing.is_set():
+                logger.warning("no cache process, serving goes on without: %s", problem)
+            self._problem = problem
+            self._changed.notify_all()
+
+    def _attached(self, link: _Link) -> None:
+        with self._changed:
+            self._memory = link.memory
+            self._mapped[link.welcome.incarnation] = link.memory
+            self._incarnation = link.welcome.incarnation
+            self._problem = None
+            self._link = link
+            if self._closing.is_set():
+                link.channel.close()
+            self._changed.notify_all()
+        logger.info(
+            "connected to cache process %d (incarnation %s)",
+            link.welcome.pid,
+            link.welcome.incarnation,
+        )
+
+    def _detached(self) -> None:
+        with self._changed:
+            self._link = None
+            self._memory_until = time.monotonic() + self._reconnect.keep_memory_s
+            if not self._closing.is_set():
+                self._problem = CacheUnavailable("the cache process has gone")
+                logger.warning("the cache process has gone; serving goes on without")
+            self._changed.notify_all()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait between attempts; in time, let go of a dead process's memory."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if self._memory is not None:
+                left = min(left, max(0.0, self._memory_until - time.monotonic()))
+            if self._closing.wait(left):
+                return
+            if time.monotonic() >= self._memory_until:
+                self._memory = None
+
+
+def _waits(policy: Reconnect) -> itertools.chain[float]:
+    """Seconds to wait before each attempt, without an end."""
+    rising, wait = list[float](), policy.first_s
+    while wait < policy.most_s:
+        rising.append(wait)
+        wait *= 2
+    return itertools.chain(rising, itertools.repeat(policy.most_s))
+
+
+def _map(fd: int, welcome: Welcome) -> mmap.mmap:
+    """Map the memory. Raises ProtocolError when it is not as large as announced: reads past the
+    end of a file kill a process."""
+    if welcome.memory_bytes < 1 or os.fstat(fd).st_size < welcome.memory_bytes:
+        raise ProtocolError(f"the cache process's memory is less than {welcome.memory_bytes} bytes")
+    return mmap.mmap(fd, welcome.memory_bytes)

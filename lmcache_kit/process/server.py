@@ -1,0 +1,334 @@
+"""The server: answers :mod:`~lmcache_kit.process.protocol` on a Unix socket, from one engine.
+
+An owner of leases and unfinished stores is a connection: when it ends, however it ends, they go.
+Whatever a connection sends, the worst that it brings about is its own end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lmcache_kit.errors import KitError, ProtocolError
+from lmcache_kit.process import paths, protocol
+from lmcache_kit.process.protocol import HEADER, Failed, Hello, Stats, Welcome
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.engine import CacheEngine
+    from lmcache_kit.interfaces import MemoryBackend
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+MAX_HELLO_BYTES = 64 * 1024
+MAX_CONNECTIONS = 1024
+EXPIRE_EVERY_S = 1.0
+FIRST_CLIENT_S = 5.0
+"""A spawned process waits at least this long for the client that it was started for."""
+
+
+class CacheServer:
+    """Serves one engine to the clients of a listening socket.
+
+    ``linger_s``: how long to go on without a client, None for ever. ``settings``: what it was
+    started with (see :class:`~lmcache_kit.process.protocol.Hello`). ``on_hello`` hears of each
+    client, on the server's thread.
+    """
+
+    def __init__(
+        self,
+        engine: CacheEngine,
+        memory: MemoryBackend,
+        *,
+        instance_id: str,
+        incarnation: str,
+        linger_s: float | None = None,
+        settings: str = "",
+        on_hello: Callable[[Hello], None] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.memory = memory
+        self.instance_id = instance_id
+        self.incarnation = incarnation
+        self.linger_s = linger_s
+        self.settings = settings
+        self.on_hello = on_hello or (lambda _: None)
+        self.counters: dict[str, int] = dict.fromkeys(
+            ("connections_total", "protocol_errors_total", "internal_errors_total"), 0
+        )
+        self.why_ended = ""
+        self._connections: set[_Connection] = set()
+        self._clients: set[_Connection] = set()
+        self._linger: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Event
+
+    @property
+    def clients(self) -> int:
+        """Connections that have said Hello."""
+        return len(self._clients)
+
+    async def serve(
+        self, listener: socket.socket, on_ready: Callable[[], None] | None = None
+    ) -> None:
+        """Serve until :meth:`stop`, or until nobody has come for the time to linger.
+
+        Owns ``listener`` from here on; it is closed, and its path gone, before clients are.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        path = listener.getsockname()
+        server = await self._loop.create_unix_server(lambda: _Connection(self), sock=listener)
+        expiry = asyncio.create_task(self._expire_for_ever())
+        try:
+            if self.linger_s is not None:
+                self._wait_for_client(max(self.linger_s, FIRST_CLIENT_S))
+            if on_ready:
+                on_ready()
+            await self._ended.wait()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            server.close()
+            expiry.cancel()
+            for connection in tuple(self._connections):
+                connection.close()
+            # One turn of the loop for connection_lost of each, which gives back what it held.
+            await asyncio.sleep(0)
+
+    def stop(self, why: str = "stopped") -> None:
+        """End :meth:`serve`; to be called on its thread."""
+        if not self._ended.is_set():
+            self.why_ended = why
+            self._ended.set()
+
+    def stop_from_thread(self) -> None:
+        """End :meth:`serve`; from any thread, at any time."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: it ended by itself
+                self._loop.call_soon_threadsafe(self.stop)
+
+    def welcome(self, connection: _Connection, hello: Hello) -> Welcome | Failed:
+        """Answer to a Hello."""
+        if hello.version != protocol.VERSION:
+            return Failed(
+                f"this cache process speaks protocol version {protocol.VERSION}, the client "
+                f"{hello.version}: both must run the same lmcache-kit"
+            )
+        if hello.instance_id != self.instance_id:
+            return Failed(
+                f"this cache process serves instance {self.instance_id!r}, "
+                f"not {hello.instance_id!r}"
+            )
+        if hello.settings and self.settings and hello.settings != self.settings:
+            if self.linger_s is not None and not self._clients:
+                self.stop("a client came with other settings")
+                return Failed("this cache process ran with other settings and makes room")
+            logger.warning(
+                "%s %d joins with other settings than this cache process runs with; "
+                "these stay as long as it has clients",
+                hello.role,
+                hello.pid,
+            )
+        if self._linger:
+            self._linger.cancel()
+            self._linger = None
+        self._clients.add(connection)
+        self.on_hello(hello)
+        return Welcome(
+            incarnation=self.incarnation,
+            location=self.engine.location,
+            memory_bytes=self.memory.usage().capacity_bytes,
+            pid=os.getpid(),
+        )
+
+    def stats(self) -> Stats:
+        """The engine's numbers and the server's own."""
+        return Stats(
+            instance_id=self.instance_id,
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+            location=self.engine.location,
+            values={**self.engine.stats(), **self.counters, "clients": len(self._clients)},
+        )
+
+    def opened(self, connection: _Connection) -> bool:
+        """Take note of a connection; False when there are too many."""
+        self.counters["connections_total"] += 1
+        self._connections.add(connection)
+        return len(self._connections) <= MAX_CONNECTIONS
+
+    def lost(self, connection: _Connection) -> None:
+        """A connection is gone."""
+        self._connections.discard(connection)
+        if connection not in self._clients:
+            return
+        self._clients.remove(connection)
+        self.engine.drop_owner(connection)
+        if not self._clients and self.linger_s is not None:
+            self._wait_for_client(self.linger_s)
+
+    def _wait_for_client(self, seconds: float) -> None:
+        assert self._loop is not None
+        why = f"no client for {seconds:g} s"
+        self._linger = self._loop.call_later(seconds, self.stop, why)
+
+    async def _expire_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            if expired := self.engine.expire():
+                logger.warning("%d leases reached their time to live", expired)
+
+
+class _Connection(asyncio.Protocol):
+    """One client, and the owner of what it holds."""
+
+    _ids = itertools.count(1)
+
+    def __init__(self, server: CacheServer) -> None:
+        self._server = server
+        self._name = f"connection {next(self._ids)}"
+        self._hello: Hello | None = None
+        self._received = bytearray()
+        self._transport: asyncio.Transport
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        uid = paths.peer_uid(transport.get_extra_info("socket"))
+        if not self._server.opened(self):
+            self._refuse(f"more than {MAX_CONNECTIONS} connections")
+        elif uid != os.getuid():
+            self._refuse(f"it belongs to user {uid}")
+        else:
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.call_later(
+                HELLO_TIMEOUT_S, self._refuse, f"no Hello within {HELLO_TIMEOUT_S:g} s"
+            )
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        try:
+            while not self._transport.is_closing() and (body := self._next_body()) is not None:
+                self._answer(*protocol.decode_request(body))
+        except ProtocolError as error:
+            self._refuse(str(error))
+
+    def eof_received(self) -> bool:
+        if self._received and not self._transport.is_closing():
+            self._refuse("it ended inside a frame")
+        return False
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+        self._server.lost(self)
+        if self._hello:
+            logger.debug("%s has gone", self._name)
+
+    def pause_writing(self) -> None:
+        # A client that does not read its answers gets no further ones.
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._transport.resume_reading()
+
+    def close(self) -> None:
+        """Send what is left and close."""
+        self._transport.close()
+
+    def _next_body(self) -> bytes | None:
+        if len(self._received) < HEADER.size:
+            return None
+        length = protocol.body_length(bytes(self._received[: HEADER.size]))
+        if self._hello is None and length > MAX_HELLO_BYTES:
+            raise ProtocolError(f"a first frame of {length} bytes")
+        end = HEADER.size + length
+        if len(self._received) < end:
+            return None
+        body = bytes(self._received[HEADER.size : end])
+        del self._received[:end]
+        return body
+
+    def _answer(self, request_id: int, request: protocol.Request) -> None:
+        if self._hello is None:
+            if not isinstance(request, Hello):
+                raise ProtocolError(f"{type(request).__name__} came before Hello")
+            self._greet(request_id, request)
+            return
+        try:
+            answer = self._serve(request, self._hello)
+        except (KitError, ValueError) as error:
+            answer = Failed(str(error))
+        except Exception as error:  # a request must not end the process that serves all others
+            self._server.counters["internal_errors_total"] += 1
+            logger.exception("%s: %s failed", self._name, type(request).__name__)
+            answer = Failed(f"internal error: {type(error).__name__}")
+        self._transport.write(protocol.encode(request_id, answer))
+
+    def _greet(self, request_id: int, hello: Hello) -> None:
+        answer = self._server.welcome(self, hello)
+        frame = protocol.encode(request_id, answer)
+        if isinstance(answer, Failed):
+            logger.warning("%s refused: %s", self._name, answer.message)
+            self._transport.write(frame)
+            self._transport.close()
+            return
+        if self._deadline:
+            self._deadline.cancel()
+        self._hello = hello
+        self._name = f"{hello.role} {hello.pid} (rank {hello.rank})"
+        # Nothing was written before, so a frame this small goes out at once, with the descriptor.
+        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as raw:
+            socket.send_fds(raw, [frame], [self._server.memory.fd])
+        logger.debug("%s has come", self._name)
+
+    def _serve(self, request: protocol.Request, hello: Hello) -> protocol.Answer:
+        engine = self._server.engine
+        answer: protocol.Answer
+        match request:
+            case protocol.Lookup():
+                found = engine.lookup(
+                    request.namespace,
+                    request.tokens,
+                    request.chunk_size,
+                    request.world_size,
+                    self,
+                )
+                answer = protocol.Found(found.lease, self._server.incarnation, found.chunks)
+            case protocol.Allocate():
+                grants = engine.allocate(
+                    request.namespace,
+                    request.rank,
+                    request.world_size,
+                    request.chunk_size,
+                    request.items,
+                    self,
+                )
+                answer = protocol.Allocated(tuple(grants))
+            case protocol.Commit():
+                answer = protocol.Done(engine.commit(request.written, self))
+            case protocol.Abandon():
+                answer = protocol.Done(engine.abandon(request.tickets, self))
+            case protocol.Release():
+                answer = protocol.Done(int(engine.release(request.lease, request.rank)))
+            case protocol.ReportCorrupt():
+                logger.warning("%s found a corrupt chunk %s", self._name, request.key.hex())
+                answer = protocol.Done(int(engine.drop_corrupt(request.key)))
+            case protocol.GetStats():
+                answer = self._server.stats()
+            case Hello():
+                raise ProtocolError(f"{hello.role} {hello.pid} said Hello twice")
+        return answer
+
+    def _refuse(self, why: str) -> None:
+        self._server.counters["protocol_errors_total"] += 1
+        logger.warning("%s closed: %s", self._name, why)
+        self._transport.abort()
