@@ -95,6 +95,11 @@ class Frontend(ABC):
     """A way into the controller. Built with the controller and its own options; started and
     stopped on the controller's event loop."""
 
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Where it listens, for the line that says so; empty until it has started."""
+        return ()
+
     @abstractmethod
     async def start(self) -> None:
         """Begin to serve. Raises OSError when an address is taken."""

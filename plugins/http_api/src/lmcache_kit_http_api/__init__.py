@@ -1,0 +1,1 @@
+"""The REST frontend of the lmcache-kit controller. :mod:`.plugin` says what it offers."""

@@ -1,0 +1,217 @@
+"""Requests and replies. The OpenAPI document is generated from these."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    model_serializer,
+)
+from pydantic_core import PydanticCustomError
+
+from lmcache_kit.interfaces.frontend import InstanceMatch, LookupAnswer
+
+MAX_TOKEN = 2**32 - 1
+MAX_WORKER = 2**31 - 1
+
+RESERVED_KEYS = frozenset({"event_id", "layout_info", "detail", "error"})
+"""Keys of a lookup reply that no instance id may take; such an instance is in layout_info only."""
+
+
+def _no_more_than_allowed(tokens: list[int], info: ValidationInfo) -> list[int]:
+    limit = (info.context or {}).get("max_tokens")
+    if limit is not None and len(tokens) > limit:
+        raise PydanticCustomError(
+            "too_many_tokens",
+            "{count} tokens are more than the {limit} allowed",
+            {"count": len(tokens), "limit": limit},
+        )
+    return tokens
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
+Tokens = Annotated[list[Token], FailFast(), AfterValidator(_no_more_than_allowed)]
+WorkerIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_WORKER)]], Field(max_length=4096)]
+Match = tuple[str, int]
+
+
+class Request(BaseModel):
+    """Types are strict: ``true`` and ``1.0`` are no numbers. Unknown fields are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Reply(BaseModel):
+    """Base of all replies."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class ErrorBody(Reply):
+    """What went wrong."""
+
+    code: str = Field(description="Stable, for programs.")
+    message: str = Field(description="Names the thing and the value.")
+    hint: str = Field(description="What to do next; may be empty.")
+
+
+class ErrorReply(Reply):
+    """The one shape of everything that is not the answer asked for."""
+
+    error: ErrorBody
+
+
+class LookupRequest(Request):
+    """Who holds the KV of these tokens?"""
+
+    tokens: Tokens = Field(
+        description="Token ids of the prompt, from its first token.",
+        examples=[[128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]],
+    )
+    model: Name | None = Field(None, description="Only KV of this model (its served name).")
+    cache_salt: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
+        None, description="The cache_salt that the prompt was sent with."
+    )
+    instance_id: Name | None = Field(None, description="Only this instance.")
+    detail: bool = Field(False, description="Add every location and why its match stopped.")
+
+
+class LocationDetail(Reply):
+    """How much lies at one location, counted from the first token without a gap."""
+
+    location: str
+    tokens: int
+    stopped: str = Field(
+        description="end: everything matched; missing: nobody holds what follows; "
+        "elsewhere: another holder does."
+    )
+
+    @classmethod
+    def all_of(cls, match: InstanceMatch) -> list[LocationDetail]:
+        """Every location of one instance, longest match first."""
+        return [
+            cls(location=at.location, tokens=at.tokens, stopped=at.stopped)
+            for at in match.locations
+        ]
+
+
+class LookupReply(Reply):
+    """Per instance, the location of the longest match and its length in tokens.
+
+    Every instance stands in ``layout_info``, and beside it as a key of its own unless its id is
+    one of ``event_id``, ``layout_info``, ``detail`` and ``error``.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "event_id": "6f1c",
+                    "lmcache_default_instance": ["LocalCPUBackend", 12],
+                    "layout_info": {"lmcache_default_instance": ["LocalCPUBackend", 12]},
+                }
+            ]
+        },
+    )
+    __pydantic_extra__: dict[str, Match] = Field(init=False)
+
+    event_id: str
+    layout_info: dict[str, Match]
+    detail: dict[str, list[LocationDetail]] | None = Field(None, description="If asked for.")
+
+    @classmethod
+    def of(cls, answer: LookupAnswer, *, detail: bool) -> LookupReply:
+        """The reply that shows an answer of the controller."""
+        return cls(
+            event_id=answer.event_id,
+            layout_info={
+                match.instance_id: (match.best.location, match.best.tokens)
+                for match in answer.instances
+            },
+            detail={match.instance_id: LocationDetail.all_of(match) for match in answer.instances}
+            if detail
+            else None,
+        )
+
+    @model_serializer(mode="plain")
+    def _flat(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"event_id": self.event_id}
+        for instance_id, match in self.layout_info.items():
+            if instance_id not in RESERVED_KEYS:
+                shown[instance_id] = match
+        shown["layout_info"] = self.layout_info
+        if self.detail is not None:
+            shown["detail"] = self.detail
+        return shown
+
+
+class HealthRequest(Request):
+    """Are the workers of this instance well?"""
+
+    instance_id: Name
+
+
+class HealthReply(Reply):
+    """Each worker was asked; 0 means well."""
+
+    event_id: str
+    error_codes: dict[int, int] = Field(description="Worker id to error code.")
+
+
+class QueryWorkerInfoRequest(Request):
+    """Which workers does this instance have?"""
+
+    instance_id: Name = Field(description='An instance, or "all".')
+    worker_ids: WorkerIds | None = Field(None, description="Only these.")
+
+
+class Worker(Reply):
+    """One rank of an instance. Times are seconds since the epoch."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    instance_id: str
+    worker_id: int
+    ip: str
+    port: int
+    peer_init_url: str | None
+    registration_time: float
+    last_heartbeat_time: float
+    alive: bool
+
+
+class QueryWorkerInfoReply(Reply):
+    """Registered workers, those included that have stopped to send heartbeats."""
+
+    event_id: str
+    worker_infos: list[Worker]
+
+
+class QueryInstanceRequest(Request):
+    """Which instance registered from this address?"""
+
+    event_id: Name | None = Field(None, description="Sent back; made up when absent.")
+    ip: Name
+
+
+class QueryInstanceReply(Reply):
+    """``res`` is null when no instance registered from there."""
+
+    event_id: str
+    res: str | None
+
+
+class HealthzReply(Reply):
+    """The controller serves."""
+
+    status: str

@@ -1,0 +1,120 @@
+"""Everything that can be wrong with a request, in one shape.
+
+``{"error": {"code", "message", "hint"}}``: the code is for programs, the message names what is
+wrong, the hint says what to do next.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from lmcache_kit.errors import ControlError, DeadlineExceeded, NoWorker, UnknownName
+from lmcache_kit_http_api.models import ErrorBody, ErrorReply
+
+log = logging.getLogger(__name__)
+
+_LISTED_NAMES = 20
+_SHOWN_CHARACTERS = 200
+
+
+class ApiError(Exception):
+    """An answer other than the one that was asked for."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        hint: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorReply(error=ErrorBody(code=code, message=message, hint=hint))
+        self.headers = headers
+
+    def response(self) -> web.Response:
+        """The answer to send."""
+        return web.Response(
+            status=self.status,
+            body=self.body.model_dump_json().encode(),
+            content_type="application/json",
+            headers=self.headers,
+        )
+
+
+_CONTROL_ERRORS: tuple[tuple[type[ControlError], int, str], ...] = (
+    (NoWorker, 503, "no_worker"),
+    (DeadlineExceeded, 504, "deadline_exceeded"),
+    (ControlError, 409, "conflict"),
+)
+
+_TOO_LATE = ApiError(
+    504,
+    "deadline_exceeded",
+    "the operation did not finish in time",
+    hint="Try again; if it persists, look into the log of the controller",
+)
+_BROKEN_BODY = ApiError(
+    400,
+    "bad_body",
+    "the body ends early or does not decode",
+    hint="Check Content-Length, Transfer-Encoding and Content-Encoding",
+)
+
+
+def clip(text: str) -> str:
+    """What a client sent, short enough to send back."""
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    """The body is over ``max_body_bytes``."""
+    return ApiError(
+        413,
+        "body_too_large",
+        f"the body is larger than the {limit_bytes} bytes allowed",
+        hint="Send fewer tokens, or raise max_body_bytes of the frontend",
+    )
+
+
+def from_exception(error: BaseException) -> ApiError:
+    """The answer for whatever an operation raised. What nobody foresaw is logged here."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UnknownName):
+        code = f"unknown_{error.kind.replace(' ', '_')}"
+        return ApiError(404, code, clip(error.message), hint=_known(error.known))
+    for kind, status, code in _CONTROL_ERRORS:
+        if isinstance(error, kind):
+            return ApiError(status, code, error.message, hint=error.hint)
+    if isinstance(error, TimeoutError):
+        return _TOO_LATE
+    if isinstance(error, (web.RequestPayloadError, HttpProcessingError)):
+        return _BROKEN_BODY
+    return _internal(error)
+
+
+def _known(names: list[str]) -> str:
+    if not names:
+        return "Known: none yet; does its configuration say enable_controller: true?"
+    listed = ", ".join(clip(name) for name in names[:_LISTED_NAMES])
+    more = len(names) - _LISTED_NAMES
+    return f"Known: {listed}" + (f" and {more} more" if more > 0 else "")
+
+
+def _internal(error: BaseException) -> ApiError:
+    reference = uuid.uuid4().hex[:12]
+    log.error("request failed, reference %s", reference, exc_info=error)
+    return ApiError(
+        500,
+        "internal_error",
+        "the controller failed to answer; this is a defect of the controller",
+        hint=f"Its log has the cause under reference {reference}",
+    )

@@ -1,0 +1,163 @@
+"""A controller that answers from what a test puts into it, and the frontend on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+
+import aiohttp
+import pytest
+from lmcache_kit_http_api.frontend import HttpFrontend
+from lmcache_kit_http_api.options import HttpOptions
+
+from lmcache_kit.errors import UnknownName
+from lmcache_kit.interfaces.frontend import (
+    InstanceMatch,
+    LocationMatch,
+    LookupAnswer,
+    LookupQuery,
+    WorkerInfo,
+)
+
+
+class FakeController:
+    """``matches``: instance id to its locations. ``failure``: raised by whatever is asked."""
+
+    def __init__(self) -> None:
+        self.matches: dict[str, list[tuple[str, int]]] = {}
+        self.queries: list[LookupQuery] = []
+        self.infos: list[WorkerInfo] = []
+        self.worker_queries: list[tuple[str | None, Sequence[int] | None]] = []
+        self.codes: dict[int, int] = {0: 0}
+        self.failure: Exception | None = None
+        self.wait_s = 0.0
+        self.asked = asyncio.Event()
+        self.values: dict[str, float] = {}
+
+    def lookup(self, query: LookupQuery) -> LookupAnswer:
+        self._fail()
+        self.queries.append(query)
+        found = [
+            InstanceMatch(name, tuple(LocationMatch(where, n, "missing") for where, n in at))
+            for name, at in self.matches.items()
+        ]
+        return LookupAnswer("event-1", tuple(found))
+
+    async def health(self, instance_id: str) -> dict[int, int]:
+        self._fail()
+        if instance_id not in self.matches:
+            raise UnknownName("instance", instance_id, list(self.matches))
+        self.asked.set()
+        await asyncio.sleep(self.wait_s)
+        return self.codes
+
+    def workers(
+        self, instance_id: str | None = None, worker_ids: Sequence[int] | None = None
+    ) -> list[WorkerInfo]:
+        self._fail()
+        self.worker_queries.append((instance_id, worker_ids))
+        return self.infos
+
+    def instance_at(self, ip: str) -> str | None:
+        self._fail()
+        return "here" if ip == "10.0.0.7" else None
+
+    def counters(self) -> Mapping[str, float]:
+        return self.values
+
+    def _fail(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+class Client:
+    """Sends to one frontend. ``last``: the response that came last, its body read."""
+
+    def __init__(self, base: str, session: aiohttp.ClientSession) -> None:
+        self.base = base
+        self.session = session
+        self.last: aiohttp.ClientResponse
+
+    async def send(self, method: str, path: str, **more: object) -> tuple[int, object]:
+        """Status, and the body as JSON."""
+        async with self.session.request(method, self.base + path, **more) as response:
+            await response.read()
+            self.last = response
+            return response.status, await response.json() if method != "HEAD" else None
+
+    async def post(self, path: str, body: object) -> tuple[int, object]:
+        return await self.send("POST", path, json=body)
+
+    async def post_bytes(self, path: str, body: bytes) -> tuple[int, object]:
+        return await self.send("POST", path, data=body)
+
+    async def error(self, path: str, body: object) -> tuple[int, str, str, str]:
+        """Status, code, message and hint; fails when the reply is not in the shape of errors."""
+        status, reply = await (
+            self.post_bytes(path, body) if isinstance(body, bytes) else self.post(path, body)
+        )
+        assert set(reply) == {"error"}
+        assert set(reply["error"]) == {"code", "message", "hint"}
+        error = reply["error"]
+        return status, error["code"], error["message"], error["hint"]
+
+
+Serve = Callable[..., Awaitable[Client]]
+
+
+@pytest.fixture
+def controller() -> FakeController:
+    return FakeController()
+
+
+@pytest.fixture
+async def serve(controller: FakeController) -> AsyncIterator[Serve]:
+    """Start a frontend with these options; the port is free, the host 127.0.0.1."""
+    started: list[HttpFrontend] = []
+    async with aiohttp.ClientSession() as session:
+
+        async def start(**options: object) -> Client:
+            chosen = {"host": "127.0.0.1", "port": 0, **options}
+            frontend = HttpFrontend(controller, HttpOptions(**chosen))
+            await frontend.start()
+            started.append(frontend)
+            return Client(frontend.endpoints[0], session)
+
+        yield start
+    for frontend in started:
+        await frontend.stop()
+
+
+@pytest.fixture
+async def client(serve: Serve) -> Client:
+    return await serve()
+
+
+@pytest.fixture(scope="module")
+def served_port() -> Iterator[int]:
+    """A frontend on a loop of its own thread, for tests that are not async."""
+    ready: list[int] = []
+    up = threading.Event()
+    loop = asyncio.new_event_loop()
+
+    async def run(stop: asyncio.Event) -> None:
+        fake = FakeController()
+        fake.matches = {"lmcache_default_instance": [("LocalCPUBackend", 1)]}
+        frontend = HttpFrontend(
+            fake, HttpOptions(host="127.0.0.1", port=0, max_body_bytes=65536, max_tokens=64)
+        )
+        await frontend.start()
+        ready.append(int(frontend.endpoints[0].rpartition(":")[2]))
+        up.set()
+        await stop.wait()
+        await frontend.stop()
+
+    stop = asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(stop),))
+    thread.start()
+    assert up.wait(10)
+    yield ready[0]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+    loop.close()
