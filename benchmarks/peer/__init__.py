@@ -1,0 +1,39 @@
+"""Run a program of this folder with the interpreter that has LMCache, and read what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+INTERPRETER = HERE.parents[1] / ".venv-peer" / "bin" / "python"
+_QUIET = {
+    "LMCACHE_TRACK_USAGE": "false",
+    "LMCACHE_LOG_LEVEL": "ERROR",
+    "LMCACHE_DISABLE_BANNER": "1",
+    "PYTHONHASHSEED": "0",
+}
+
+
+def measure(name: str, *arguments: object) -> dict[str, Any] | None:
+    """Figures of LMCache for ``benchmarks/peer/<name>.py``; None, with a line saying so, when it
+    is not installed."""
+    if not INTERPRETER.exists():
+        print("LMCache is not measured beside it: run `make peer` first")
+        return None
+    done = subprocess.run(
+        [str(INTERPRETER), str(HERE / f"{name}.py"), *map(str, arguments)],
+        env={**os.environ, **_QUIET},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"benchmarks/peer/{name}.py failed:\n{done.stderr[-2000:]}")
+    figures: dict[str, Any] = json.loads(lines[-1])
+    return figures
