@@ -96,7 +96,9 @@ def _time_to_first_token(options: argparse.Namespace) -> None:
     _step(f"A prompt of about {LONG_PROMPT_TOKENS} tokens: first cold, then from the cache")
     base_url = f"http://localhost:{options.vllm_port}"
     hits = "vllm:external_prefix_cache_hits_total"
-    table = Table("round", "cold (s)", "warm (s)", "prompt tokens", "from the cache, by vLLM's count")
+    table = Table(
+        "round", "cold (s)", "warm (s)", "prompt tokens", "from the cache, by vLLM's count"
+    )
     cold_s, warm_s = [], []
     for number in range(3):
         prompt = _long_prompt(base_url, number)

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -91,7 +91,9 @@ class Program:
                 code = self.process.returncode if self.process else None
                 raise StackError(f"{self.name} ended with exit code {code}:\n{self.tail()}")
             if elapsed_s > timeout_s:
-                raise StackError(f"{self.name} is not ready after {timeout_s:.0f} s:\n{self.tail()}")
+                raise StackError(
+                    f"{self.name} is not ready after {timeout_s:.0f} s:\n{self.tail()}"
+                )
             progress(elapsed_s, self.last_line())
             time.sleep(0.25)
 
@@ -101,20 +103,16 @@ class Program:
             return None
         if self.running:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
         return self.process.returncode
 
     def kill(self) -> None:
         """SIGKILL for whatever is left of the process group."""
         if self.process is not None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.wait()
 
     def tail(self, lines: int = 30) -> str:
@@ -134,7 +132,13 @@ def program(name: str) -> str:
 
 
 def vllm_server(
-    log: Path, *, port: int, config_file: Path, model: Path = MODEL, more: tuple[str, ...] = (), **env: str
+    log: Path,
+    *,
+    port: int,
+    config_file: Path,
+    model: Path = MODEL,
+    more: tuple[str, ...] = (),
+    **env: str,
 ) -> Program:
     """``vllm serve`` as the walk-throughs have it; ``more`` are further flags."""
     transfer = json.dumps({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"})
@@ -200,7 +204,9 @@ def stream_completion(base_url: str, prompt: str, *, max_tokens: int = 10) -> Co
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     request = urllib.request.Request(  # noqa: S310 - our own loopback URL
-        f"{base_url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{base_url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     text, first_s, usage = "", 0.0, {}
     begin = time.perf_counter()
@@ -218,7 +224,9 @@ def metric(base_url: str, name: str) -> float:
     """Sum of a Prometheus metric over its labels."""
     with urllib.request.urlopen(f"{base_url}/metrics", timeout=10) as reply:  # noqa: S310
         lines = reply.read().decode().splitlines()
-    values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+    values = [
+        line.rsplit(" ", 1)[1] for line in lines if line.startswith((f"{name}{{", f"{name} "))
+    ]
     return sum(float(value) for value in values)
 
 

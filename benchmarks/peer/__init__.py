@@ -27,8 +27,7 @@ def measure(name: str, *arguments: object) -> dict[str, Any] | None:
     done = subprocess.run(
         [str(INTERPRETER), str(HERE / f"{name}.py"), *map(str, arguments)],
         env={**os.environ, **_QUIET},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )

@@ -52,7 +52,7 @@ async def main(instances: int, keys: int, chunks: int) -> None:
                     worker_id=0,
                     location="LocalCPUBackend",
                     operations=operations,
-                )  # fmt: skip
+                )
             )
     times_s = []
     for _ in range(ROUNDS):

@@ -5,6 +5,7 @@ The tests build on each other: starting vLLM takes most of a minute on a small m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -100,10 +101,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield site
     finally:
         cache_pid = None
-        try:
+        with contextlib.suppress(CacheUnavailable, AssertionError):
             cache_pid = site.cache_pid()
-        except (CacheUnavailable, AssertionError):
-            pass
         site.vllm.stop()
         site.controller.stop()
         if cache_pid is not None:
