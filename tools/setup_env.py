@@ -38,7 +38,7 @@ No build of torch {TORCH} for CPUs could be installed.
 """
 
 
-class SetupFailed(Exception):
+class SetupError(Exception):
     """A step failed; the message says what to do."""
 
 
@@ -53,7 +53,7 @@ def main() -> int:
         return 0
     try:
         _bring_up_to_date(folder)
-    except SetupFailed as error:
+    except SetupError as error:
         print(error, file=sys.stderr)
         return 1
     stamp.write_text(wanted)
@@ -87,10 +87,10 @@ def _install_torch(python: Path) -> None:
     for requirement in (f"torch=={TORCH}+cpu", *_plain_torch()):
         try:
             _pip(python, "install", requirement)
-        except SetupFailed:
+        except SetupError:
             continue
         return
-    raise SetupFailed(_NO_TORCH)
+    raise SetupError(_NO_TORCH)
 
 
 def _plain_torch() -> tuple[str, ...]:
@@ -117,7 +117,7 @@ def _run(command: list[str]) -> None:
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if done.returncode:
-        raise SetupFailed(f"{' '.join(command)}\nfailed:\n{done.stdout}")
+        raise SetupError(f"{' '.join(command)}\nfailed:\n{done.stdout}")
 
 
 def _say(what: str) -> None:
