@@ -31,9 +31,10 @@ class Entry:
     """One chunk: pending until every rank has committed its payload, then complete.
 
     ``order`` is its tokens as big-endian u32, so that bytes sort as tokens do. ``regions`` holds
-    memory for every rank from the start, ``claimed`` the ranks that write or have written theirs.
-    ``linked`` turns false once, when it is evicted, dropped or given up; the memory of an entry
-    that is not linked is freed when nobody uses it any more.
+    memory for every rank from the start, ``claimed`` the ranks that write or have written theirs;
+    ``extents`` and ``nbytes``, over all ranks, are set when it is complete. ``linked`` turns false
+    once, when it is evicted, dropped or given up; the memory of an entry that is not linked is
+    freed when nobody uses it any more.
     """
 
     key: ChunkKey
@@ -45,6 +46,7 @@ class Entry:
     claimed: set[int] = field(default_factory=set)
     checksums: dict[int, int] = field(default_factory=dict)
     extents: tuple[Extent, ...] = ()
+    nbytes: int = 0
     writers: int = 0
     leases: int = 0
     linked: bool = True
@@ -52,10 +54,6 @@ class Entry:
     @property
     def tokens(self) -> int:
         return len(self.order) // TOKEN_BYTES
-
-    @property
-    def nbytes(self) -> int:
-        return sum(region.nbytes for region in self.regions)
 
     @property
     def complete(self) -> bool:
@@ -76,6 +74,7 @@ class Entry:
             Extent(region.offset, region.nbytes, self.checksums[rank])
             for rank, region in enumerate(self.regions)
         )
+        self.nbytes = sum(region.nbytes for region in self.regions)
 
 
 class Children:

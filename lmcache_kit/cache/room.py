@@ -37,6 +37,7 @@ class Room:
         self._keep = keep
         self._wanted_bytes = wanted_bytes
         self._victims: deque[Entry] = deque()
+        self._weight = 0
         self._hopeless_bytes = shelf.capacity_bytes + 1
         self.evicted = Tally()
 
@@ -53,22 +54,34 @@ class Room:
         return region
 
     def _can_win(self, nbytes: int) -> bool:
-        # A victim that is large enough by itself settles it without a walk over the memory.
+        # A victim that is large enough by itself settles it without asking the memory.
+        if self._weight < nbytes:
+            self._look_for_victims(nbytes)
         freed = 0
-        for victim in self._upcoming(nbytes):
-            if any(region.nbytes >= nbytes for region in victim.regions):
+        for victim in self._victims:
+            if victim.linked and victim.regions[0].nbytes >= nbytes:
                 return True
             freed += victim.nbytes
             if freed >= nbytes:
                 break
         return self._shelf.memory.clearance(nbytes, self._movable) is not None
 
+    def _look_for_victims(self, nbytes: int) -> None:
+        self._victims.clear()
+        self._weight = 0
+        for victim in self._leaving():
+            self._victims.append(victim)
+            self._weight += victim.nbytes
+            if self._weight >= max(self._wanted_bytes, nbytes):
+                break
+
     def _evict_by_policy(self, nbytes: int) -> Region | None:
         """Evict in order until there is a hole, or as many bytes are free as are needed."""
         freed = 0
         while freed < nbytes and self._victims:
             victim = self._victims.popleft()
-            if not victim.linked:
+            self._weight -= victim.nbytes
+            if not victim.linked:  # it went to clear space for an earlier one
                 continue
             freed += victim.nbytes
             self._evict(victim)
@@ -97,20 +110,6 @@ class Room:
     def _movable(self, region: Region) -> bool:
         entry = self._shelf.owner_of(region)
         return entry is not None and self._may_leave(entry)
-
-    def _upcoming(self, nbytes: int) -> Iterator[Entry]:
-        """The next victims; looked for again when those found earlier do not weigh enough."""
-        while self._victims and not self._victims[0].linked:
-            self._victims.popleft()
-        if sum(victim.nbytes for victim in self._victims if victim.linked) < nbytes:
-            self._victims.clear()
-            weight = 0
-            for victim in self._leaving():
-                self._victims.append(victim)
-                weight += victim.nbytes
-                if weight >= max(self._wanted_bytes, nbytes):
-                    break
-        return (victim for victim in self._victims if victim.linked)
 
     def _leaving(self) -> Iterator[Entry]:
         """Chunks in the order in which they may leave: always the first one, as the policy has

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from lmcache_kit.interfaces import Region
 
 PAGE_BYTES = 4096
+_WALK_ALL_BLOCKS = 256
+_HOLES_TO_TRY = 16
+
+_Block = tuple[int, Region | None]
+"""Size, and the region if it is not a hole."""
 
 
 def pages(nbytes: int) -> int:
@@ -30,8 +35,8 @@ class Allocator:
         self.allocated_bytes = 0
         self._used: dict[int, int] = {}  # offset -> bytes asked for
         self._holes: dict[int, int] = {}  # offset -> size
-        self._hole_ending_at: dict[int, int] = {}  # end -> offset
-        self._by_size: list[tuple[int, int]] = []  # (size, offset), sorted
+        self._ending_at: dict[int, int] = {}  # end of a block -> its offset
+        self._by_size: list[tuple[int, int]] = []  # (size, offset) of holes, sorted
         if self.capacity_bytes:
             self._add_hole(0, self.capacity_bytes)
 
@@ -58,6 +63,7 @@ class Allocator:
         if hole > size:
             self._add_hole(offset + size, hole - size)
         self._used[offset] = nbytes
+        self._ending_at[offset + size] = offset
         self.requested_bytes += nbytes
         self.allocated_bytes += size
         return Region(offset, nbytes)
@@ -68,54 +74,102 @@ class Allocator:
             raise ValueError(f"{region} is not allocated")
         del self._used[region.offset]
         start, end = region.offset, region.offset + pages(region.nbytes)
+        del self._ending_at[end]
         self.requested_bytes -= region.nbytes
         self.allocated_bytes -= end - start
-        below = self._hole_ending_at.get(start)
-        if below is not None:
+        below = self._ending_at.get(start, -1)
+        if below in self._holes:
             self._remove_hole(below)
             start = below
-        above = self._holes.get(end)
-        if above is not None:
-            self._remove_hole(end)
-            end += above
+        if end in self._holes:
+            end += self._remove_hole(end)
         self._add_hole(start, end - start)
 
     def clearance(self, nbytes: int, movable: Callable[[Region], bool]) -> list[Region] | None:
-        """The window of neighbouring holes and movable regions that is large enough and in which
-        the fewest bytes are allocated; None when there is none. One walk over all blocks."""
+        """Movable regions that together with the holes between them make room; None if there
+        are none.
+
+        The fewest allocated bytes among all windows around the largest holes; among all windows
+        when there are few blocks, or none of those holes will do. The first takes time in
+        proportion to the number of blocks in such a window, the second to that of all.
+        """
         needed = pages(nbytes)
-        best: list[Region] | None = None
-        best_cost = self.capacity_bytes + 1
-        window: deque[tuple[int, Region | None]] = deque()
-        size = cost = offset = 0
+        if len(self._ending_at) > _WALK_ALL_BLOCKS:
+            largest = [offset for _, offset in self._by_size[-_HOLES_TO_TRY:]]
+            around = [self._around(offset, needed, movable) for offset in largest]
+            found = [window for blocks in around if (window := _cheapest(blocks, needed, movable))]
+            if found:
+                return min(found)[1]
+        window = _cheapest(self._upwards(0), needed, movable)
+        return window[1] if window else None
+
+    def _around(self, hole: int, needed: int, movable: Callable[[Region], bool]) -> list[_Block]:
+        """Blocks that a window with this hole in it could have."""
+        left = _reach(self._downwards(hole), needed, movable)
+        return [*reversed(left), *_reach(self._upwards(hole), needed, movable)]
+
+    def _upwards(self, offset: int) -> Iterator[_Block]:
         while offset < self.capacity_bytes:
-            hole = self._holes.get(offset)
-            region = None if hole else Region(offset, self._used[offset])
-            block = hole if region is None else pages(region.nbytes)
-            assert block is not None
-            offset += block
-            if region is not None and not movable(region):
-                window.clear()
-                size = cost = 0
-                continue
-            window.append((block, region))
-            size += block
-            cost += block if region else 0
-            while size - window[0][0] >= needed:
-                first, gone = window.popleft()
-                size -= first
-                cost -= first if gone else 0
-            if size >= needed and cost < best_cost:
-                best_cost = cost
-                best = [each for _, each in window if each]
-        return best
+            block = self._block(offset)
+            yield block
+            offset += block[0]
+
+    def _downwards(self, end: int) -> Iterator[_Block]:
+        while end:
+            end = self._ending_at[end]
+            yield self._block(end)
+
+    def _block(self, offset: int) -> _Block:
+        nbytes = self._used.get(offset)
+        if nbytes is None:
+            return self._holes[offset], None
+        return pages(nbytes), Region(offset, nbytes)
 
     def _add_hole(self, offset: int, size: int) -> None:
         self._holes[offset] = size
-        self._hole_ending_at[offset + size] = offset
+        self._ending_at[offset + size] = offset
         insort(self._by_size, (size, offset))
 
-    def _remove_hole(self, offset: int) -> None:
+    def _remove_hole(self, offset: int) -> int:
         size = self._holes.pop(offset)
-        del self._hole_ending_at[offset + size]
+        del self._ending_at[offset + size]
         del self._by_size[bisect_left(self._by_size, (size, offset))]
+        return size
+
+
+def _reach(
+    blocks: Iterable[_Block], needed: int, movable: Callable[[Region], bool]
+) -> list[_Block]:
+    """The first blocks, up to ``needed`` bytes of them or one that cannot move."""
+    reached: list[_Block] = []
+    for size, region in blocks:
+        if needed <= 0 or (region and not movable(region)):
+            break
+        reached.append((size, region))
+        needed -= size
+    return reached
+
+
+def _cheapest(
+    blocks: Iterable[_Block], needed: int, movable: Callable[[Region], bool]
+) -> tuple[int, list[Region]] | None:
+    """Of all runs of blocks of at least ``needed`` bytes the one that has the fewest allocated:
+    that number, and the regions in it. Only the shortest run that ends at each block counts."""
+    best: tuple[int, list[Region]] | None = None
+    run: deque[_Block] = deque()
+    size = cost = 0
+    for block, region in blocks:
+        if region and not movable(region):
+            run.clear()
+            size = cost = 0
+            continue
+        run.append((block, region))
+        size += block
+        cost += block if region else 0
+        while size - run[0][0] >= needed:
+            first, gone = run.popleft()
+            size -= first
+            cost -= first if gone else 0
+        if size >= needed and (best is None or cost < best[0]):
+            best = cost, [each for _, each in run if each]
+    return best
