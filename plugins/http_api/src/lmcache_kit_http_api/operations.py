@@ -1,4 +1,7 @@
-"""What each route does: a request model in, a reply out."""
+"""What each route does: a request model in, a reply out.
+
+One that is async has ``request_timeout_s`` to answer; the others answer at once.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Service:
     openapi: Callable[[], Raw]
 
 
-async def lookup(service: Service, request: LookupRequest) -> LookupReply:
+def lookup(service: Service, request: LookupRequest) -> LookupReply:
     """Answered from the index; no worker is asked."""
     query = LookupQuery(
         tokens=request.tokens,
@@ -57,9 +60,7 @@ async def health(service: Service, request: HealthRequest) -> HealthReply:
     return HealthReply(event_id=_new_event(), error_codes=codes)
 
 
-async def query_worker_info(
-    service: Service, request: QueryWorkerInfoRequest
-) -> QueryWorkerInfoReply:
+def query_worker_info(service: Service, request: QueryWorkerInfoRequest) -> QueryWorkerInfoReply:
     """An instance that is called ``all`` can only be seen among all."""
     instance_id = None if request.instance_id == ALL_INSTANCES else request.instance_id
     infos = service.controller.workers(instance_id, request.worker_ids)
@@ -68,24 +69,24 @@ async def query_worker_info(
     )
 
 
-async def query_instance(service: Service, request: QueryInstanceRequest) -> QueryInstanceReply:
+def query_instance(service: Service, request: QueryInstanceRequest) -> QueryInstanceReply:
     """Nobody at that address is an answer (null), not an error: it is what was asked."""
     return QueryInstanceReply(
         event_id=request.event_id or _new_event(), res=service.controller.instance_at(request.ip)
     )
 
 
-async def healthz(service: Service, request: None) -> HealthzReply:
+def healthz(service: Service, request: None) -> HealthzReply:
     """Cheap, and open to everyone: for load balancers."""
     return HealthzReply(status="ok")
 
 
-async def metrics(service: Service, request: None) -> Raw:
+def metrics(service: Service, request: None) -> Raw:
     """Prometheus text."""
     return service.metrics()
 
 
-async def openapi(service: Service, request: None) -> Raw:
+def openapi(service: Service, request: None) -> Raw:
     """This interface, described."""
     return service.openapi()
 

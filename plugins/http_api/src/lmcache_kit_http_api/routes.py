@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from lmcache_kit_http_api import models, operations
 from lmcache_kit_http_api.operations import Raw, Service
 from lmcache_kit_http_api.problems import ApiError, clip
 
 _Q = TypeVar("_Q")
+
+Answer: TypeAlias = models.Reply | Raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Route(Generic[_Q]):
 
     method: str
     path: str
-    operation: Callable[[Service, _Q], Awaitable[models.Reply | Raw]]
+    operation: Callable[[Service, _Q], Answer | Coroutine[Any, Any, Answer]]
     request: type[_Q] | None
     reply: type[models.Reply] | str
     summary: str

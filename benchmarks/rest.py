@@ -1,0 +1,135 @@
+"""POST /lookup over REST beside a bare aiohttp handler, in the same run on the same machine.
+
+Both answer the same constant reply, so this is what the frontend costs, without the index: the
+bare handler only decodes the body with ``json.loads`` and encodes the reply. Server and clients
+are processes of their own; rounds alternate between the two, and the median round counts.
+
+    python benchmarks/rest.py [--seconds 1.0] [--rounds 5] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+
+TOKENS = (12, 2048)
+CLIENTS = (1, 16)
+HELD = {"lmcache_default_instance": ["LocalCPUBackend", 12]}
+REPLY = {"event_id": "0" * 32, **HELD, "layout_info": HELD}
+
+
+def serve(pipe: Connection) -> None:
+    """Run both servers on one loop; send their ports, stop when told to."""
+    asyncio.run(_serve(pipe))
+
+
+async def _serve(pipe: Connection) -> None:
+    from aiohttp import web
+    from lmcache_kit_http_api.frontend import HttpFrontend
+    from lmcache_kit_http_api.options import HttpOptions
+
+    from lmcache_kit.interfaces.frontend import InstanceMatch, LocationMatch, LookupAnswer
+
+    held = LocationMatch("LocalCPUBackend", 12, "end")
+    answer = LookupAnswer("0" * 32, (InstanceMatch("lmcache_default_instance", (held,)),))
+
+    class Constant:
+        def lookup(self, query: object) -> LookupAnswer:
+            return answer
+
+        def counters(self) -> dict[str, float]:
+            return {}
+
+    async def bare(request: web.Request) -> web.Response:
+        await request.json()
+        return web.json_response(REPLY)
+
+    app = web.Application(client_max_size=16 * 1024 * 1024)
+    app.router.add_post("/lookup", bare)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    frontend = HttpFrontend(Constant(), HttpOptions(host="127.0.0.1", port=0))  # type: ignore[arg-type]
+    await frontend.start()
+    pipe.send((runner.addresses[0][1], int(frontend.endpoints[0].rpartition(":")[2])))
+    await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
+    await frontend.stop()
+    await runner.cleanup()
+
+
+async def load(port: int, body: bytes, clients: int, seconds: float) -> tuple[float, float]:
+    """Requests per second and median milliseconds, over connections that are kept."""
+    head = b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    request = head % len(body) + body
+    spent: list[float] = []
+    end = time.perf_counter() + seconds
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while (begun := time.perf_counter()) < end:
+            writer.write(request)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            if not answer.startswith(b"HTTP/1.1 200"):
+                raise RuntimeError(answer.decode())
+            length = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            await reader.readexactly(length)
+            spent.append(time.perf_counter() - begun)
+        writer.close()
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return len(spent) / (time.perf_counter() - begun), statistics.median(spent) * 1e3
+
+
+def measure(ports: tuple[int, int], tokens: int, clients: int, seconds: float, rounds: int) -> dict[str, float]:
+    """Medians over rounds that alternate between the bare handler and ours."""
+    body = json.dumps({"tokens": [(i * 7919) % 128_000 for i in range(tokens)]}).encode()
+    results: list[list[tuple[float, float]]] = [[], []]
+    for _ in range(rounds):
+        for which, port in enumerate(ports):
+            results[which].append(asyncio.run(load(port, body, clients, seconds)))
+    bare, ours = ([statistics.median(column) for column in zip(*each, strict=True)] for each in results)
+    return {
+        "tokens": tokens,
+        "clients": clients,
+        "bare_rps": round(bare[0]),
+        "rps": round(ours[0]),
+        "rps_ratio": round(ours[0] / bare[0], 2),
+        "bare_p50_ms": round(bare[1], 3),
+        "p50_ms": round(ours[1], 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=serve, args=(there,))
+    server.start()
+    rows = []
+    try:
+        ports = here.recv()
+        for tokens in TOKENS:
+            for clients in CLIENTS:
+                rows.append(measure(ports, tokens, clients, asked.seconds, asked.rounds))
+                if not asked.json:
+                    print("  ".join(f"{key}={value}" for key, value in rows[-1].items()))
+    finally:
+        here.send("stop")
+        server.join(10)
+    if asked.json:
+        json.dump(rows, sys.stdout, indent=2)
+
+
+if __name__ == "__main__":
+    main()

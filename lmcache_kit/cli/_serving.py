@@ -1,0 +1,114 @@
+"""Compose the controller and its frontends, and serve until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pkgutil
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from lmcache_kit.cli._listening import listening, open_to_the_network
+from lmcache_kit.control.controller import Controller
+from lmcache_kit.errors import ConfigError
+from lmcache_kit.interfaces.frontend import Frontend
+from lmcache_kit.plugins import Plugins
+
+_STOP_S = 1.8
+"""After this a stop that hangs is given up, so that the process is gone within two seconds."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asked for. ``options``: per frontend, key to value as written."""
+
+    host: str
+    port: int
+    monitor_ports: tuple[int, ...]
+    frontends: tuple[str, ...]
+    options: Mapping[str, Mapping[str, str]]
+    token: str | None = field(repr=False)
+    insecure: bool
+
+
+async def serve(settings: Settings) -> None:
+    """Compose, serve until a signal comes, stop."""
+    plugins = Plugins.load()
+    brain = Controller(settings.host, settings.monitor_ports)
+    frontends = [_frontend(plugins, name, brain, settings) for name in settings.frontends]
+    if open_to_the_network(settings.host):
+        log.warning(
+            "the monitor port is open to the network and asks for no token: "
+            "keep it behind a firewall"
+        )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        with listening("cache processes", settings.host, settings.monitor_ports, "--monitor-port"):
+            await brain.start()
+        for name, frontend in zip(settings.frontends, frontends, strict=True):
+            with listening(name, settings.host, (settings.port,), "--port"):
+                await frontend.start()
+        click.echo(_where(settings, brain, frontends))
+        await stop.wait()
+    finally:
+        await _stop(brain, frontends)
+
+
+def _frontend(plugins: Plugins, name: str, brain: Controller, settings: Settings) -> Frontend:
+    """Build a frontend with those of our options that it has, and its own."""
+    spec = plugins.spec("frontend", name)
+    target = plugins.resolve("frontend", name)
+    if not spec.config:
+        frontend: Frontend = target(brain)
+        return frontend
+    model = pkgutil.resolve_name(spec.config)
+    shared = {
+        "host": settings.host,
+        "port": settings.port,
+        "token": settings.token,
+        "insecure": settings.insecure,
+    }
+    values: dict[str, Any] = {k: v for k, v in shared.items() if k in model.model_fields}
+    values |= settings.options.get(name, {})
+    try:
+        frontend = target(brain, model(**values))
+    except ValidationError as error:
+        # Never the value: it may be the token.
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"frontend {name}, option {where!r}: {first['msg']}",
+            hint=f"Options: {', '.join(model.model_fields)}",
+        ) from None
+    return frontend
+
+
+def _where(settings: Settings, brain: Controller, frontends: list[Frontend]) -> str:
+    served = [
+        f"{name} on {', '.join(frontend.endpoints) or 'an address of its own'}"
+        for name, frontend in zip(settings.frontends, frontends, strict=True)
+    ]
+    return (
+        f"lmcache_controller: {'; '.join(served)}; "
+        f"cache processes on {', '.join(brain.endpoints)}; Ctrl-C stops"
+    )
+
+
+async def _stop(brain: Controller, frontends: list[Frontend]) -> None:
+    """Frontends first: what they are still answering needs the controller."""
+    try:
+        async with asyncio.timeout(_STOP_S):
+            await asyncio.gather(*(frontend.stop() for frontend in frontends))
+            await brain.stop()
+    except TimeoutError:
+        log.warning("stopped without waiting for the rest, after %.1f s", _STOP_S)
