@@ -19,7 +19,7 @@ from lmcache_kit.config import KitConfig, Loaded
 from lmcache_kit.config.model import GIB
 from lmcache_kit.errors import ConfigError, KitError
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.paths import runtime_dir, secure_directory, socket_path
+from lmcache_kit.process.paths import secure_directory, socket_path
 
 VLLM_TESTED = "0.32."
 CONNECT_TIMEOUT_S = 1.0
@@ -134,13 +134,7 @@ def runtime_directory(config: KitConfig) -> Iterator[Check]:
     """Where the cache process listens, and whether one does."""
     try:
         path = socket_path(config)
-        if config.cache_socket is None:
-            secure_directory(runtime_dir())
-        elif not os.access(path.parent, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"cache_socket lies in {str(path.parent)!r}, where this user cannot write",
-                hint="Set cache_socket to a path elsewhere",
-            )
+        secure_directory(path.parent)
     except ConfigError as error:
         yield Check.failed("cache process", error)
         return
