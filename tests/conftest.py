@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -41,3 +45,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
     items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
+
+
+@dataclass
+class FakeSite:
+    """A folder on the path, to install distributions in; their names begin with ``acme``."""
+
+    folder: Path
+
+    def install(
+        self,
+        distribution: str,
+        code: str = "",
+        *,
+        plugin: str = "",
+        group: str = "lmcache_kit.v1",
+        version: str = "1.2",
+    ) -> None:
+        """A distribution with one plugin, whose module is called like the distribution."""
+        module = distribution.replace("-", "_")
+        head = "from lmcache_kit.hookspecs import hookimpl\nfrom lmcache_kit.specs import *\n"
+        self.module(module, head + textwrap.dedent(code))
+        info = self.folder / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        )
+        (info / "entry_points.txt").write_text(f"[{group}]\n{plugin or module} = {module}\n")
+
+    def module(self, name: str, code: str) -> None:
+        (self.folder / f"{name}.py").write_text(code)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
+    """Distributions made on disk, found as installed ones are, and forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield FakeSite(tmp_path)
+    for name in set(sys.modules) - before:
+        if name.startswith(("acme", "lmcache_kit_cachegen")):
+            del sys.modules[name]

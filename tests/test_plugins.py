@@ -1,0 +1,434 @@
+"""Plugins as real distributions on the path: loaded each on its own, failures as data."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lmcache_kit.errors import ConfigError, DuplicateName, PluginBroken, PluginNotFound
+from lmcache_kit.interfaces import CacheInfo
+from lmcache_kit.plugins import BUILTIN_POLICIES, FIRST_PARTY, Failure, Plugins
+
+if TYPE_CHECKING:
+    from tests.conftest import FakeSite
+
+BACKEND = """
+@hookimpl
+def register_backends():
+    return [BackendSpec("Shelf", "{module}_target:Shelf", "on a shelf")]
+"""
+
+POLICY = """
+from lmcache_kit.cache.eviction import LRU
+class Own(LRU): pass
+@hookimpl
+def make_eviction_policy(name):
+    return Own() if name == "{name}" else None
+"""
+
+
+def load(selection: str = "") -> Plugins:
+    """All plugins but this repository's own, if they happen to be installed."""
+    own = "-cpu_backend,-http_api"
+    return Plugins.load(environ={"LMCACHE_KIT_PLUGINS": f"{selection},{own}"})
+
+
+def names(plugins: Plugins) -> list[str]:
+    return [info.name for info in plugins.loaded]
+
+
+# Loading.
+
+
+def test_a_plugin_is_found_by_its_entry_point_and_known_with_its_distribution(
+    site: FakeSite,
+) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"), plugin="shelf", version="3.4")
+    (info,) = load().loaded
+    assert (info.name, info.distribution, info.version) == ("shelf", "acme-shelf", "3.4")
+    assert info.path == str(site.folder / "acme_shelf.py")
+
+
+def test_an_offer_is_known_without_importing_its_target(site: FakeSite) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    plugins = load()
+    assert plugins.spec("backend", "Shelf").summary == "on a shelf"
+    assert [offer.plugin.distribution for offer in plugins.specs("backend")] == ["acme-shelf"]
+    assert not plugins.failures
+
+
+def test_what_is_asked_for_is_imported(site: FakeSite) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.module("acme_shelf_target", "class Shelf: pass\n")
+    assert load().resolve("backend", "Shelf").__name__ == "Shelf"
+
+
+@pytest.mark.parametrize(
+    ("code", "stage", "error"),
+    [
+        ("import acme_missing", "import", "ModuleNotFoundError: No module named 'acme_missing'"),
+        ("1 / 0", "import", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "import", "SystemExit: 3"),
+        ("def broken(:", "import", "SyntaxError"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_a_failure_and_harms_nobody(
+    site: FakeSite, code: str, stage: str, error: str
+) -> None:
+    site.install("acme-broken", code)
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    plugins = load()
+    assert names(plugins) == ["acme_shelf"]
+    (failure,) = plugins.failures
+    assert (failure.plugin, failure.distribution, failure.stage) == (
+        "acme_broken",
+        "acme-broken",
+        stage,
+    )
+    assert error in failure.error
+
+
+def test_a_failure_is_logged_once_as_a_warning(
+    site: FakeSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.install("acme-broken", "1 / 0")
+    with caplog.at_level(logging.WARNING, logger="lmcache_kit.plugins"):
+        load()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "plugin 'acme_broken' of acme-broken" in record.getMessage()
+
+
+def test_a_misspelt_hook_is_reported_by_its_plugin(site: FakeSite) -> None:
+    site.install("acme-typo", "@hookimpl\ndef register_backend(): return []")
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    plugins = load()
+    assert names(plugins) == ["acme_shelf"]
+    (failure,) = plugins.failures
+    assert (failure.plugin, failure.stage) == ("acme_typo", "hooks")
+    assert "unknown hook 'register_backend'" in failure.error
+
+
+def test_a_plugin_with_one_wrong_hook_leaves_none_of_its_others_behind(site: FakeSite) -> None:
+    site.install(
+        "acme-half",
+        BACKEND.format(module="acme_half") + "\n@hookimpl\ndef report_header(nonsense): return 'x'",
+    )
+    plugins = load()
+    assert names(plugins) == []
+    assert plugins.specs("backend") == []
+    assert plugins.headers() == []
+    assert plugins.failures[0].stage == "hooks"
+    assert "nonsense" in plugins.failures[0].error
+
+
+def test_a_wrapper_is_refused_because_hooks_are_collected_one_by_one(site: FakeSite) -> None:
+    site.install("acme-wrap", "@hookimpl(wrapper=True)\ndef report_header():\n    return (yield)")
+    assert "report_header is a wrapper" in load().failures[0].error
+
+
+def test_one_object_under_two_names_is_loaded_once(site: FakeSite) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"), plugin="acme_a")
+    info = site.folder / "acme_shelf-1.2.dist-info" / "entry_points.txt"
+    info.write_text("[lmcache_kit.v1]\nacme_a = acme_shelf\nacme_b = acme_shelf\n")
+    plugins = load()
+    assert names(plugins) == ["acme_a"]
+    assert "the same object as plugin 'acme_a'" in plugins.failures[0].error
+
+
+@pytest.mark.parametrize(
+    ("group", "who"), [("lmcache_kit.v2", "lmcache-kit"), ("lmcache_kit.v0", "acme-late")]
+)
+def test_a_plugin_for_another_api_version_is_reported_and_not_imported(
+    site: FakeSite, group: str, who: str
+) -> None:
+    site.install("acme-late", "raise AssertionError('imported')", group=group)
+    (failure,) = load().failures
+    assert failure.stage == "api version"
+    assert f"it is for plugin API {group[-1]} and this lmcache-kit speaks 1" in failure.error
+    assert failure.error.endswith(f"upgrade {who}")
+
+
+def test_a_distribution_for_two_api_versions_is_used_with_ours(site: FakeSite) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    info = site.folder / "acme_shelf-1.2.dist-info" / "entry_points.txt"
+    info.write_text(info.read_text() + "[lmcache_kit.v2]\nacme_shelf = acme_shelf2\n")
+    plugins = load()
+    assert names(plugins) == ["acme_shelf"]
+    assert not plugins.failures
+
+
+def test_other_groups_are_none_of_our_business(site: FakeSite) -> None:
+    site.install("acme-other", "1 / 0", group="lmcache_kit.v1.extra")
+    plugins = load()
+    assert not plugins.failures
+    assert not plugins.loaded
+
+
+def test_broken_metadata_is_a_failure_and_harms_nobody(site: FakeSite) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-odd")
+    (site.folder / "acme_odd-1.2.dist-info" / "entry_points.txt").write_bytes(b"\xff\xfe[")
+    plugins = load()
+    assert names(plugins) == ["acme_shelf"]
+    assert plugins.failures[0].stage == "metadata"
+
+
+# Names.
+
+
+def test_two_distributions_with_the_same_plugin_name_are_both_named_and_not_loaded(
+    site: FakeSite,
+) -> None:
+    site.install("acme-one", "1 / 0", plugin="acme")
+    site.install("acme-two", "1 / 0", plugin="acme")
+    plugins = load()
+    assert names(plugins) == []
+    assert plugins.failures == [
+        Failure(
+            "acme",
+            "acme-one",
+            "name",
+            "acme-two has a plugin of this name too; uninstall one of them",
+        ),
+        Failure(
+            "acme",
+            "acme-two",
+            "name",
+            "acme-one has a plugin of this name too; uninstall one of them",
+        ),
+    ]
+
+
+def test_a_distribution_that_lies_on_the_path_twice_counts_once(
+    site: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    second = tmp_path / "second"
+    second.mkdir()
+    type(site)(second).install("acme-shelf", BACKEND.format(module="acme_shelf"), version="9")
+    monkeypatch.syspath_prepend(str(second))
+    plugins = load()
+    assert [info.version for info in plugins.loaded] == ["9"]
+    assert not plugins.failures
+
+
+def test_a_name_that_two_plugins_offer_can_be_used_from_neither(site: FakeSite) -> None:
+    site.install("acme-one", BACKEND.format(module="acme_one"))
+    site.install("acme-two", BACKEND.format(module="acme_two"))
+    plugins = load()
+    with pytest.raises(
+        DuplicateName, match="'Shelf' is provided 2 times: by acme-one and by acme-two"
+    ):
+        plugins.spec("backend", "Shelf")
+    assert [failure.stage for failure in plugins.failures] == ["name", "name"]
+    assert load("-acme_two").spec("backend", "Shelf").name == "Shelf"
+
+
+# Hooks.
+
+
+def test_one_implementation_that_raises_loses_only_its_own_offers(site: FakeSite) -> None:
+    site.install("acme-bad", "@hookimpl\ndef register_backends(): raise OSError('no shelf')")
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    plugins = load()
+    assert [offer.spec.name for offer in plugins.specs("backend")] == ["Shelf"]
+    assert plugins.failures == [
+        Failure("acme_bad", "acme-bad", "register_backends", "OSError: no shelf")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ("None", "TypeError: 'NoneType' object is not iterable"),
+        ("[CodecSpec('c', 'm:a', 's')]", "is no BackendSpec"),
+        ("['Shelf']", "'Shelf' is no BackendSpec"),
+        ("[BackendSpec('', 'm:a', 's')]", "has no name"),
+        (
+            "[BackendSpec('Shelf', 'module.attribute', 's')]",
+            "'module.attribute' is no 'module:attribute'",
+        ),
+        ("(1 / 0 for _ in 'x')", "ZeroDivisionError"),
+    ],
+)
+def test_a_declaration_that_makes_no_sense_is_a_failure(
+    site: FakeSite, returned: str, problem: str
+) -> None:
+    site.install("acme-bad", f"@hookimpl\ndef register_backends(): return {returned}")
+    plugins = load()
+    assert plugins.specs("backend") == []
+    (failure,) = plugins.failures
+    assert failure.stage == "register_backends"
+    assert problem in failure.error
+
+
+def test_an_async_hook_is_a_failure(site: FakeSite) -> None:
+    site.install("acme-bad", "@hookimpl\nasync def register_backends(): return []")
+    assert "a hook must not be async" in load().failures[0].error
+
+
+def test_every_plugin_hears_of_a_cache_even_if_one_raises(site: FakeSite) -> None:
+    site.module("acme_ear", "heard = []")
+    code = "import acme_ear\n@hookimpl\ndef {hook}(info): acme_ear.heard.append(info.instance_id)"
+    site.install("acme-a", code.format(hook="cache_opened"))
+    site.install("acme-b", "@hookimpl\ndef cache_opened(info): raise RuntimeError('deaf')")
+    site.install("acme-c", code.format(hook="cache_opened"))
+    site.install("acme-d", code.format(hook="cache_closing"))
+    plugins = load()
+    heard = importlib.import_module("acme_ear").heard
+    plugins.cache_opened(CacheInfo("opened", "00", ("LocalCPUBackend",)))
+    assert heard == ["opened", "opened"]
+    assert [failure.stage for failure in plugins.failures] == ["cache_opened"]
+    plugins.cache_closing(CacheInfo("closing", "00", ("LocalCPUBackend",)))
+    assert heard[2:] == ["closing"]
+
+
+def test_headers_are_one_line_per_plugin_that_has_one(site: FakeSite) -> None:
+    site.install("acme-a", "@hookimpl\ndef report_header(): return 'shelves: 3'")
+    site.install("acme-b", "@hookimpl\ndef report_header(): return None")
+    assert load().headers() == ["shelves: 3"]
+
+
+# Selection.
+
+
+def test_an_allowlist_keeps_all_others_out(site: FakeSite) -> None:
+    site.install("acme-a")
+    site.install("acme-b", "1 / 0")
+    plugins = load("acme-a")
+    assert names(plugins) == ["acme_a"]
+    assert "acme_b" in [info.name for info in plugins.blocked]
+    assert not plugins.failures
+
+
+def test_a_minus_blocks_one(site: FakeSite) -> None:
+    site.install("acme-a")
+    site.install("acme-b", "1 / 0")
+    plugins = load("-acme_b")
+    assert names(plugins) == ["acme_a"]
+    assert not plugins.failures
+
+
+def test_an_allowed_plugin_that_is_not_installed_is_reported(site: FakeSite) -> None:
+    site.install("acme-a")
+    (failure,) = load("acme_a,acme_z").failures
+    assert (failure.plugin, failure.stage) == ("acme_z", "selection")
+    assert "installed: acme_a" in failure.error
+
+
+# Asked for.
+
+
+def test_a_missing_first_party_backend_comes_with_the_pip_command() -> None:
+    with pytest.raises(PluginNotFound, match="no codec 'cachegen' is installed") as caught:
+        load().spec("codec", "cachegen")
+    assert caught.value.hint == "pip install lmcache-kit-cachegen"
+
+
+def test_an_unknown_name_lists_the_known_ones_and_what_failed(site: FakeSite) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-broken", "1 / 0")
+    with pytest.raises(PluginNotFound, match="no backend 'Box' is installed") as caught:
+        load().spec("backend", "Box")
+    assert caught.value.hint == "Installed: Shelf"
+    assert "plugin 'acme_broken' of acme-broken failed (import)" in caught.value.message
+
+
+def test_a_blocked_provider_is_said_to_be_blocked() -> None:
+    if "http_api" not in [info.name for info in Plugins.load(environ={}).loaded]:
+        pytest.fail("install the plugins of this repository first: make setup")
+    with pytest.raises(PluginNotFound, match="LMCACHE_KIT_PLUGINS keeps out"):
+        load().spec("frontend", "http")
+
+
+def test_a_provider_that_fails_to_load_is_broken_and_not_missing(site: FakeSite) -> None:
+    site.install("lmcache-kit-cachegen", "1 / 0", plugin="acme_cachegen")
+    with pytest.raises(PluginBroken, match="ZeroDivisionError: division by zero") as caught:
+        load().spec("codec", "cachegen")
+    assert "pip install --force-reinstall lmcache-kit-cachegen" in caught.value.hint
+
+
+def test_a_target_that_cannot_be_imported_names_plugin_distribution_and_cause(
+    site: FakeSite,
+) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.module("acme_shelf_target", "raise ImportError('libshelf.so is missing')")
+    expected = r"'Shelf' \(plugin 'acme_shelf' of acme-shelf\).*ImportError: libshelf.so is missing"
+    with pytest.raises(PluginBroken, match=expected) as caught:
+        load().resolve("backend", "Shelf")
+    assert "pip install --force-reinstall acme-shelf" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        ("def probe(): return 'there is no shelf here'", "there is no shelf here"),
+        ("def probe(): raise OSError('dark')", "its probe failed: OSError: dark"),
+    ],
+)
+def test_what_its_probe_refuses_is_not_imported(site: FakeSite, probe: str, reason: str) -> None:
+    spec = "BackendSpec('Shelf', 'acme_nothing:Shelf', 's', probe='acme_probe:probe')"
+    site.install("acme-shelf", f"@hookimpl\ndef register_backends(): return [{spec}]")
+    site.module("acme_probe", probe)
+    with pytest.raises(PluginBroken, match=f"cannot be used here: {reason}"):
+        load().resolve("backend", "Shelf")
+
+
+# Eviction policies.
+
+
+@pytest.mark.parametrize("name", BUILTIN_POLICIES)
+def test_the_kits_own_policies_are_there_without_any_plugin(name: str) -> None:
+    assert type(load().eviction_policy(name)).__name__ == name
+
+
+def test_two_caches_get_two_policies() -> None:
+    plugins = load()
+    assert plugins.eviction_policy("LRU") is not plugins.eviction_policy("LRU")
+
+
+def test_a_plugin_may_add_a_policy(site: FakeSite) -> None:
+    site.install("acme-policy", POLICY.format(name="MINE"))
+    assert type(load().eviction_policy("MINE")).__name__ == "Own"
+
+
+def test_a_plugin_may_replace_one_of_ours(site: FakeSite) -> None:
+    site.install("acme-policy", POLICY.format(name="LRU"))
+    assert type(load().eviction_policy("LRU")).__name__ == "Own"
+
+
+def test_an_unknown_policy_lists_the_known_ones(site: FakeSite) -> None:
+    site.install("acme-policy", POLICY.format(name="MINE"))
+    with pytest.raises(ConfigError, match="unknown cache_policy 'MRU'") as caught:
+        load().eviction_policy("MRU")
+    assert caught.value.hint == "Known: FIFO, LFU, LRU, those of plugin 'acme_policy'"
+
+
+def test_a_policy_that_two_plugins_make_names_both(site: FakeSite) -> None:
+    site.install("acme-one", POLICY.format(name="MINE"))
+    site.install("acme-two", POLICY.format(name="MINE"))
+    with pytest.raises(DuplicateName, match="'MINE' is provided by acme-one and acme-two"):
+        load().eviction_policy("MINE")
+
+
+def test_a_plugin_that_raises_for_a_policy_does_not_take_ours_away(site: FakeSite) -> None:
+    site.install("acme-bad", "@hookimpl\ndef make_eviction_policy(name): raise OSError('no')")
+    plugins = load()
+    assert type(plugins.eviction_policy("LRU")).__name__ == "LRU"
+    with pytest.raises(PluginBroken, match=r"cache_policy 'MINE'.*acme-bad.*OSError: no"):
+        plugins.eviction_policy("MINE")
+
+
+def test_what_is_no_policy_is_a_failure(site: FakeSite) -> None:
+    site.install("acme-bad", "@hookimpl\ndef make_eviction_policy(name): return 'LRU'")
+    with pytest.raises(PluginBroken, match="'LRU' is no EvictionPolicy"):
+        load().eviction_policy("MINE")
+
+
+def test_our_distributions_are_named_by_one_rule() -> None:
+    assert all(name.startswith("lmcache-kit-") for name in FIRST_PARTY.values())
