@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -23,7 +24,8 @@ class Leases:
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
         self._clock = clock
-        self._numbers = count(1)
+        # A number of an earlier life must not mean anything in this one.
+        self._numbers = count(1 + secrets.randbits(48))
         self._leases: dict[int, _Lease] = {}
 
     def __len__(self) -> int:

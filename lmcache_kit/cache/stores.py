@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ class Stores:
         self._shelf = shelf
         self._counters = counters
         self._clock = clock
-        self._numbers = count(1)
+        # A number of an earlier life must not mean anything in this one.
+        self._numbers = count(1 + secrets.randbits(48))
         self._tickets: dict[int, _Ticket] = {}
 
     def __len__(self) -> int:
