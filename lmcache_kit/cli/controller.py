@@ -118,7 +118,7 @@ def controller(
 
 
 def _give_up(error: KitError, *, status: int) -> None:
-    click.echo(f"lmcache_controller: {error}", err=True)
+    click.echo(f"Error: {error}", err=True)
     raise SystemExit(status)
 
 

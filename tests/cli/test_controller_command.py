@@ -1,0 +1,279 @@
+"""The command that serves the controller, as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lmcache_kit_http_api")
+
+ROOT = Path(__file__).parents[2]
+COMMAND = "from lmcache_kit.cli.controller import controller; controller()"
+FREE_PORTS = ("--port", "0", "--monitor-port", "0")
+WAIT_S = 30
+
+
+class Controller:
+    """A running command, and the line it printed."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        ready, _, _ = select.select([process.stdout], [], [], WAIT_S)
+        self.line = process.stdout.readline() if ready and process.stdout else ""
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"http on (http://\S+:\d+)", self.line)
+        assert found, (self.line, self.process.poll())
+        return found[1]
+
+    def get(self, path: str, **headers: str) -> int:
+        return self._status(urllib.request.Request(self.url + path, headers=headers))
+
+    def lookup(self, tokens: list[int], **headers: str) -> int:
+        body = json.dumps({"tokens": tokens}).encode()
+        return self._status(urllib.request.Request(self.url + "/lookup", body, headers))
+
+    def stop(self, number: signal.Signals) -> tuple[int, str]:
+        """Exit code, and what it wrote to stderr."""
+        self.process.send_signal(number)
+        _, stderr = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, stderr
+
+    @staticmethod
+    def _status(request: urllib.request.Request) -> int:
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+
+Start = Callable[..., Controller]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start the command; whatever still runs at the end is killed."""
+    with contextlib.ExitStack() as stack:
+
+        def run(*arguments: str, code: str = COMMAND, **variables: str) -> Controller:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, *arguments],
+                    cwd=ROOT,
+                    env={**os.environ, **variables},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            return Controller(process)
+
+        yield run
+
+
+def refused(arguments: Sequence[str], *, code: str = COMMAND, **variables: str) -> tuple[int, str]:
+    """Exit code and stderr of a command that does not start."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_says_where_it_listens_serves_and_ends_on_a_signal(start, number):
+    running = start(*FREE_PORTS)
+    assert re.fullmatch(
+        r"lmcache_controller: http on http://localhost:\d+; "
+        r"cache processes on \S*:\d+; Ctrl-C stops\n",
+        running.line,
+    )
+    assert running.get("/healthz") == 200
+    assert running.lookup([1, 2, 3]) == 200
+    assert running.stop(number) == (0, "")
+
+
+def test_it_ends_although_a_request_is_in_flight(start):
+    running = start(*FREE_PORTS)
+    port = int(running.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as half:
+        half.sendall(b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        assert running.get("/healthz") == 200
+        assert running.stop(signal.SIGTERM)[0] == 0
+
+
+def test_a_taken_port_is_named_with_the_flag_to_change_it(taken_port):
+    code, told = refused(["--port", str(taken_port), "--monitor-port", "0"])
+    assert code == 1
+    assert f"127.0.0.1:{taken_port} for http: Address already in use" in told
+    assert "Choose another port with --port" in told
+
+
+def test_a_taken_monitor_port_is_named_with_the_flag_to_change_it(taken_port):
+    code, told = refused(["--port", "0", "--monitor-port", str(taken_port)])
+    assert code == 1
+    assert re.search(rf":{taken_port} for cache processes: Address already in use", told)
+    assert "Choose another port with --monitor-port" in told
+
+
+def test_a_host_that_is_not_ours_is_named_with_the_flag_to_change_it():
+    code, told = refused(["--host", "192.0.2.1", "--insecure", *FREE_PORTS])
+    assert code == 1
+    assert "192.0.2.1" in told
+    assert "Choose another address with --host" in told
+
+
+def test_a_frontend_that_is_not_installed_says_what_to_install():
+    without = "import importlib_metadata as m; m.distributions = lambda **kwargs: []; " + COMMAND
+    code, told = refused(FREE_PORTS, code=without)
+    assert code == 2
+    assert told == ("Error: no frontend 'http' is installed. pip install lmcache-kit-http-api\n")
+
+
+def test_an_unknown_frontend_lists_those_that_are_installed():
+    code, told = refused(["--frontend", "grpc", *FREE_PORTS])
+    assert code == 2
+    assert re.search(r"no frontend 'grpc' is installed.*Installed: .*http", told)
+
+
+def test_the_network_without_a_token_is_refused_with_the_remedy():
+    code, told = refused(["--host", "0.0.0.0", *FREE_PORTS])
+    assert code == 2
+    assert "without a token" in told
+    assert "--insecure" in told
+
+
+def test_the_network_on_purpose_is_warned_about_the_monitor_port(taken_port):
+    code, told = refused(
+        ["--host", "0.0.0.0", "--insecure", "--port", "0", "--monitor-port", str(taken_port)]
+    )
+    assert code == 1
+    assert "the monitor port is open to the network" in told
+    assert f"0.0.0.0:{taken_port}" in told
+
+
+def test_the_token_comes_from_the_environment(start):
+    running = start(*FREE_PORTS, LMCACHE_KIT_TOKEN="s3cret")
+    assert running.lookup([1]) == 401
+    assert running.lookup([1], Authorization="Bearer s3cret") == 200
+    assert running.get("/healthz") == 200
+
+
+def test_the_token_of_a_file_goes_before_the_environment(start, tmp_path):
+    file = tmp_path / "token"
+    file.write_text("from-file\n")
+    running = start("--token-file", str(file), *FREE_PORTS, LMCACHE_KIT_TOKEN="s3cret")
+    assert running.lookup([1], Authorization="Bearer s3cret") == 403
+    assert running.lookup([1], Authorization="Bearer from-file") == 200
+
+
+def test_an_empty_token_file_is_no_open_door(tmp_path):
+    file = tmp_path / "token"
+    file.write_text("\n")
+    code, told = refused(["--token-file", str(file), *FREE_PORTS])
+    assert (code, told) == (2, f"Error: --token-file {file} is empty. Write the token into it\n")
+
+
+def test_a_bad_token_is_refused_without_being_shown():
+    code, told = refused(FREE_PORTS, LMCACHE_KIT_TOKEN="two words")
+    assert code == 2
+    assert "frontend http, option 'token'" in told
+    assert "two words" not in told
+
+
+def test_monitor_ports_as_lmcache_writes_them_are_all_served(start):
+    running = start("--port", "0", "--monitor-ports", '{"pull": 0, "reply": 0}')
+    assert running.get("/healthz") == 200
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("9001", "write it as"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("{}", "write it as"),
+        ('{"pul": 1}', "unknown name 'pul'; known: pull, reply, heartbeat"),
+        ('{"pull": true}', "pull: True is no port"),
+        ('{"pull": 70000}', "pull: 70000 is no port"),
+    ],
+)
+def test_monitor_ports_that_are_none_are_refused(written, told):
+    code, shown = refused(["--monitor-ports", written])
+    assert code == 2
+    assert told in shown
+
+
+def test_an_option_of_a_frontend_reaches_it(start):
+    running = start("--frontend-option", "http.max_tokens=2", *FREE_PORTS)
+    assert running.lookup([1, 2]) == 200
+    assert running.lookup([1, 2, 3]) == 422
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("http.max_tokens=many", "frontend http, option 'max_tokens'"),
+        ("http.colour=red", "Options: host, port, token"),
+        ("max_tokens=2", "is not NAME.KEY=VALUE"),
+        ("grpc.x=2", "Served: http"),
+    ],
+)
+def test_a_wrong_option_of_a_frontend_is_named(option, told):
+    code, shown = refused(["--frontend-option", option, *FREE_PORTS])
+    assert code == 2
+    assert told in shown
+
+
+def test_neither_torch_nor_vllm_is_imported(start):
+    code = (
+        "import atexit, sys; atexit.register(lambda: print("
+        "*{'torch', 'vllm', 'numpy', 'numba'} & set(sys.modules), file=sys.stderr)); " + COMMAND
+    )
+    running = start(*FREE_PORTS, code=code)
+    assert running.stop(signal.SIGTERM) == (0, "\n")
+
+
+def test_the_help_shows_an_example():
+    shown = subprocess.run(
+        [sys.executable, "-c", COMMAND, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=True,
+    ).stdout
+    assert "lmcache_controller --host localhost --port 9000 --monitor-port 9001" in shown
+    assert "curl -X POST http://localhost:9000/lookup" in shown
