@@ -1,0 +1,326 @@
+"""The configuration: three sources, the origin of every value, and messages that name the line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lmcache_kit.config import KitConfig, Loaded, load_config
+from lmcache_kit.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+WALK_THROUGH = """\
+chunk_size: 256
+local_cpu: True
+max_local_cpu_size: 5
+# cache controller configurations
+enable_controller: True
+lmcache_instance_id: "lmcache_default_instance"
+controller_url: "localhost:9001"
+distributed_url: "localhost:8002"
+lmcache_worker_port: 8001
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "example.yaml"
+
+
+def from_text(file: Path, text: str, **environ: str) -> Loaded:
+    file.write_text(text)
+    return load_config(file=file, environ=environ)
+
+
+def from_environ(**environ: str) -> Loaded:
+    return load_config(environ=environ)
+
+
+def from_extra(**extra: object) -> Loaded:
+    return load_config(environ={}, extra={f"lmcache.{key}": extra[key] for key in extra})
+
+
+# Sources.
+
+
+def test_nothing_given_means_the_defaults() -> None:
+    loaded = load_config(environ={})
+    assert loaded.config == KitConfig()
+    assert set(loaded.origins.values()) == {"default"}
+    assert loaded.origins.keys() == KitConfig.model_fields.keys()
+    assert loaded.warnings == []
+
+
+def test_the_walk_throughs_file_is_accepted_as_it_is_written(file: Path) -> None:
+    loaded = from_text(file, WALK_THROUGH)
+    config = loaded.config
+    assert (config.chunk_size, config.local_cpu, config.max_local_cpu_size) == (256, True, 5.0)
+    assert (config.enable_controller, config.controller_url) == (True, "localhost:9001")
+    assert (config.distributed_url, config.lmcache_worker_ports) == ("localhost:8002", (8001,))
+    assert loaded.warnings == []
+
+
+def test_every_value_says_where_it_comes_from(file: Path) -> None:
+    file.write_text(WALK_THROUGH)
+    loaded = load_config(
+        file=file,
+        environ={"LMCACHE_MAX_LOCAL_CPU_SIZE": "2"},
+        extra={"lmcache.cache_policy": "FIFO", "other": 1},
+    )
+    assert loaded.origins["chunk_size"] == f"{file}:1"
+    assert loaded.origins["lmcache_worker_ports"] == f"{file}:9"
+    assert loaded.origins["max_local_cpu_size"] == "LMCACHE_MAX_LOCAL_CPU_SIZE"
+    assert loaded.origins["cache_policy"] == "kv_connector_extra_config"
+    assert loaded.origins["lease_ttl_s"] == "default"
+
+
+def test_the_environment_wins_over_the_file_and_vllms_extra_over_both(file: Path) -> None:
+    file.write_text("chunk_size: 16\nmin_retrieve_tokens: 1\ncache_policy: LFU\n")
+    loaded = load_config(
+        file=file,
+        environ={"LMCACHE_CHUNK_SIZE": "32", "LMCACHE_MIN_RETRIEVE_TOKENS": "2"},
+        extra={"lmcache.chunk_size": 64},
+    )
+    config = loaded.config
+    assert (config.chunk_size, config.min_retrieve_tokens, config.cache_policy) == (64, 2, "LFU")
+
+
+def test_the_environment_may_name_the_file(file: Path) -> None:
+    file.write_text("chunk_size: 16\n")
+    assert from_environ(LMCACHE_CONFIG_FILE=str(file)).config.chunk_size == 16
+
+
+def test_an_alias_in_a_later_source_wins_over_the_other_name(file: Path) -> None:
+    loaded = from_text(
+        file, "controller_url: localhost:1\n", LMCACHE_CONTROLLER_PULL_URL="localhost:2"
+    )
+    assert loaded.config.controller_url == "localhost:2"
+    assert loaded.origins["controller_url"] == "LMCACHE_CONTROLLER_PULL_URL"
+
+
+def test_two_names_of_one_key_must_not_differ(file: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"controller_url \(.*:1\) and controller_pull_url \(.*:2"
+    ):
+        from_text(file, "controller_url: localhost:1\ncontroller_pull_url: localhost:2\n")
+
+
+def test_null_in_a_file_means_the_default(file: Path) -> None:
+    loaded = from_text(file, "chunk_size: null\nmin_retrieve_tokens:\n")
+    assert (loaded.config.chunk_size, loaded.config.min_retrieve_tokens) == (256, 0)
+
+
+def test_an_empty_file_and_an_empty_variable_mean_nothing(file: Path) -> None:
+    assert from_text(file, "# nothing\n", LMCACHE_CHUNK_SIZE="").config == KitConfig()
+
+
+# Values.
+
+
+@pytest.mark.parametrize("text", ["True", "true", "1", "yes", "on", " TRUE "])
+def test_a_variable_may_say_true_in_many_ways(text: str) -> None:
+    assert from_environ(LMCACHE_SAVE_DECODE_CACHE=text).config.save_decode_cache is True
+
+
+@pytest.mark.parametrize("text", ["False", "false", "0", "no", "off"])
+def test_a_variable_may_say_false_in_many_ways(text: str) -> None:
+    assert from_environ(LMCACHE_SAVE_UNFULL_CHUNK=text).config.save_unfull_chunk is False
+
+
+@pytest.mark.parametrize("value", [8001, "8001", [8001], "[8001]", " 8001, "])
+def test_one_port_may_be_written_in_many_ways(value: object) -> None:
+    assert from_extra(lmcache_worker_port=value).config.lmcache_worker_ports == (8001,)
+
+
+@pytest.mark.parametrize("value", [[8001, 8002], "8001,8002", "[8001, 8002]", ["8001", "8002"]])
+def test_several_ports_may_be_written_in_many_ways(value: object) -> None:
+    assert from_extra(lmcache_worker_ports=value).config.lmcache_worker_ports == (8001, 8002)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:9001", "10.0.0.1:1", "tcp://host.example:65535", "[::1]:9001"]
+)
+def test_addresses_are_host_and_port(url: str) -> None:
+    assert from_extra(controller_url=url).config.controller_url == url
+
+
+def test_gibibytes_become_bytes() -> None:
+    assert KitConfig(max_local_cpu_size=0.5).max_local_cpu_bytes == 512 * 1024**2
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        KitConfig().chunk_size = 1  # type: ignore[misc]
+
+
+@given(
+    st.builds(
+        KitConfig,
+        chunk_size=st.integers(1, 65536),
+        max_local_cpu_size=st.floats(0.001, 1e6),
+        lmcache_instance_id=st.from_regex(r"\A[^\x00-\x1f\x7f]{1,64}\Z"),
+        lmcache_worker_ports=st.none() | st.tuples(st.integers(1, 65535)),
+        cache_socket=st.none() | st.just(Path("/tmp/x.sock")),
+        cache_process=st.sampled_from(["spawn", "attach", "embedded"]),
+    )
+)
+def test_a_configuration_survives_the_way_to_another_process(config: KitConfig) -> None:
+    assert KitConfig.from_json(config.to_json()) == config
+
+
+# What is wrong is named with its place.
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("chunk_size: many", r"chunk_size: 'many' \(FILE:2\): .*integer"),
+        ("chunk_size: 0", r"chunk_size: 0 \(FILE:2\): .*greater than or equal to 1"),
+        ("chunk_size: true", r"chunk_size: True \(FILE:2\): a number is expected, not true"),
+        ("chunk_size: 2.5", r"chunk_size: 2.5 \(FILE:2\): .*integer"),
+        ("max_local_cpu_size: -1", r"max_local_cpu_size: -1 \(FILE:2\): .*greater than 0"),
+        ("max_local_cpu_size: .inf", r"max_local_cpu_size: inf \(FILE:2\): .*finite"),
+        ("local_cpu: perhaps", r"local_cpu: 'perhaps' \(FILE:2\): .*boolean"),
+        ("cache_process: fork", r"cache_process: 'fork' \(FILE:2\): .*'spawn', 'attach'"),
+        ("controller_url: localhost", r"controller_url: 'localhost' \(FILE:2\): .*HOST:PORT"),
+        ("controller_url: 'h:70000'", r"controller_url: 'h:70000' \(FILE:2\): .*HOST:PORT"),
+        ("controller_url: 9001", r"controller_url: 9001 \(FILE:2\): .*string"),
+        ("lmcache_worker_port: 0", r"lmcache_worker_port: 0 \(FILE:2\): .*greater"),
+        ("lmcache_worker_ports: [1, x]", r"lmcache_worker_ports: \[1, 'x'\] \(FILE:2\): .*integer"),
+        ("lmcache_instance_id: ''", r"lmcache_instance_id: '' \(FILE:2\): .*at least 1"),
+        ('lmcache_instance_id: "a\\nb"', r"lmcache_instance_id: 'a\\nb' \(FILE:2\): .*pattern"),
+        ("local_cpu: false", r"local_cpu: false leaves no place for KV"),
+        ("enable_controller: true", r"enable_controller needs controller_url"),
+        ("save_decode_cache: [", r"FILE:3: not YAML"),
+        ("  chunk_size: 1", r"FILE:2: not YAML \(column 1?\d\): mapping values are not allowed"),
+        ("min_retrieve_tokens: 1", r"FILE:2: 'min_retrieve_tokens' stands already in line 1"),
+        ("chunk_size: !!python/object/apply:os.getcwd []", r"FILE:2: chunk_size: could not determ"),
+        ("chunksize: 1", r"unknown configuration key 'chunksize' \(FILE:2\). Did you mean 'chunk_"),
+        ("zzz: 1", r"unknown configuration key 'zzz' \(FILE:2\). 'lmcache-kit show-config' lists"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(file: Path, line: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_text(file, f"min_retrieve_tokens: 7\n{line}\n")
+    assert re.search(message.replace("FILE", re.escape(str(file))), str(caught.value))
+
+
+def test_several_mistakes_are_all_named(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"chunk_size: 0 .*; cache_linger_s: -1 "):
+        from_text(file, "chunk_size: 0\ncache_linger_s: -1\n")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n"])
+def test_a_file_that_is_no_mapping_is_refused(file: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"example.yaml:1: a configuration is lines of 'key: "):
+        from_text(file, text)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    with pytest.raises(ConfigError, match=r"cannot read .*missing.yaml.*No such file"):
+        load_config(file=missing, environ={})
+
+
+def test_a_file_that_is_no_text_is_named(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"cannot read .*example.yaml"):
+        load_config(file=file, environ={})
+
+
+def test_a_mistake_in_a_variable_is_named_with_the_variable() -> None:
+    with pytest.raises(ConfigError, match=r"chunk_size: 'x' \(LMCACHE_CHUNK_SIZE\): .*integer"):
+        from_environ(LMCACHE_CHUNK_SIZE="x")
+
+
+def test_a_mistake_in_vllms_extra_is_named_with_it() -> None:
+    with pytest.raises(ConfigError, match=r"chunk_size: 'x' \(kv_connector_extra_config\)"):
+        from_extra(chunk_size="x")
+
+
+# Keys that are not served.
+
+
+@pytest.mark.parametrize(
+    "key", ["local_disk", "remote_url", "enable_p2p", "pd_role", "extra_config"]
+)
+def test_a_key_that_only_lmcache_serves_is_warned_about_once(file: Path, key: str) -> None:
+    file.write_text(f"{key}: something\n")
+    loaded = load_config(file=file, environ={})
+    (warning,) = loaded.warnings
+    assert warning.startswith(f"{key} ({file}:1) is a key of LMCache that this version does not")
+
+
+@pytest.mark.parametrize("value", ["null", "false", "0", "''"])
+def test_an_unserved_key_that_asks_for_nothing_is_no_warning(file: Path, value: str) -> None:
+    assert from_text(file, f"enable_p2p: {value}\nmax_local_disk_size: {value}\n").warnings == []
+
+
+def test_a_near_miss_in_the_environment_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"LMCACHE_CHUNKSIZE\). Did you mean 'chunk_size'"):
+        from_environ(LMCACHE_CHUNKSIZE="16")
+
+
+def test_a_variable_of_other_software_is_only_warned_about() -> None:
+    loaded = from_environ(LMCACHE_DASHBOARD_THEME="dark")
+    assert loaded.warnings == ["LMCACHE_DASHBOARD_THEME is no configuration key; it has no effect"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LMCACHE_LOG_LEVEL", "DEBUG"),
+        ("LMCACHE_TRACK_USAGE", "false"),
+        ("LMCACHE_DISABLE_BANNER", "1"),
+        ("LMCACHE_KIT_PLUGINS", "-x"),
+        ("LMCACHE_KIT_TOKEN", "secret"),
+        ("LMCACHE_CONTROLLER_SERVICE_HOST", "10.0.0.1"),
+        ("LMCACHE_CONTROLLER_SERVICE_PORT_HTTP", "9000"),
+        ("LMCACHE_CONTROLLER_PORT", "tcp://10.0.0.1:9001"),
+        ("LMCACHE_CONTROLLER_PORT_9001_TCP_ADDR", "10.0.0.1"),
+        ("LMCACHE_WORKER_PORT", "tcp://10.0.0.1:8001"),
+        ("PATH", "/bin"),
+    ],
+)
+def test_variables_that_are_no_keys_are_passed_over(name: str, value: str) -> None:
+    loaded = from_environ(**{name: value})
+    assert loaded.config == KitConfig()
+    assert loaded.warnings == []
+
+
+def test_extra_configuration_of_others_is_passed_over() -> None:
+    assert load_config(environ={}, extra={"shared_storage_path": "/x"}).config == KitConfig()
+
+
+def test_an_unknown_extra_key_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="unknown configuration key 'chunk_sizes'"):
+        from_extra(chunk_sizes=1)
+
+
+# Documentation.
+
+
+def test_the_documentation_has_every_key_with_its_default() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", text, flags=re.MULTILINE))
+    values = KitConfig().model_dump(mode="json")
+    shown = {
+        key: "null"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+        for key, value in values.items()
+    }
+    assert rows == shown
+
+
+def test_the_example_is_the_walk_throughs_file() -> None:
+    text = (ROOT / "examples" / "lookup" / "example.yaml").read_text()
+    assert text == WALK_THROUGH

@@ -1,0 +1,156 @@
+"""The rules of the house, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache_kit import hookspecs
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "lmcache_kit"
+PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
+MAX_LINES = 400
+
+MODULES = sorted(
+    path for folder in (CORE, *(each / "src" for each in PLUGINS)) for path in folder.rglob("*.py")
+)
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, outside ``if TYPE_CHECKING``."""
+    yield from _imports(ast.parse(path.read_text()))
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            yield child.module
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        yield from _imports(child)
+
+
+def importers(*packages: str) -> set[str]:
+    return {
+        short(path) for path in MODULES for name in imports(path) if name.split(".")[0] in packages
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=short)
+def test_a_module_has_under_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < MAX_LINES
+
+
+def test_only_the_plugins_package_and_the_hook_specs_import_pluggy() -> None:
+    assert importers("pluggy") == {"lmcache_kit/hookspecs.py", "lmcache_kit/plugins/discovery.py"}
+
+
+def test_only_the_vllm_package_imports_vllm_and_torch() -> None:
+    found = importers("vllm", "torch")
+    assert found
+    assert all(name.startswith("lmcache_kit/vllm/") for name in found)
+
+
+@pytest.mark.parametrize(
+    "package", ["aiohttp", "nixl", "numpy", "numba", "zstandard", "prometheus_client"]
+)
+def test_heavy_dependencies_belong_to_plugins(package: str) -> None:
+    core = {name for name in importers(package) if name.startswith("lmcache_kit/")}
+    assert all(name.startswith("lmcache_kit/vllm/") for name in core)
+
+
+def test_nobody_unpickles_or_evaluates() -> None:
+    found = importers("pickle", "cloudpickle", "dill", "marshal", "shelve")
+    called = {
+        short(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in {"eval", "exec"}
+    }
+    assert found | called == set()
+
+
+def test_the_core_knows_no_plugin() -> None:
+    packages = {f"lmcache_kit_{each.name}" for each in PLUGINS}
+    core = {name for name in importers(*packages) if name.startswith("lmcache_kit/")}
+    assert core == set()
+
+
+@pytest.mark.parametrize("package", ["cache", "interfaces"])
+def test_the_engine_and_the_contracts_know_no_sockets_and_no_configuration(package: str) -> None:
+    forbidden = ("socket", "asyncio", "zmq", "lmcache_kit.process", "lmcache_kit.control",
+                 "lmcache_kit.config", "lmcache_kit.plugins")  # fmt: skip
+    found = {
+        (short(path), name)
+        for path in (CORE / package).rglob("*.py")
+        for name in imports(path)
+        if name.startswith(forbidden)
+    }
+    assert found == set()
+
+
+def test_exceptions_of_all_kinds_are_caught_only_with_a_reason_or_raised_again() -> None:
+    found = set()
+    for path in MODULES:
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            caught = ast.unparse(node.type) if node.type else "Exception"
+            reraised = isinstance(node.body[-1], ast.Raise)
+            reason = re.search(r"BLE001 - \w+", lines[node.lineno - 1])
+            if re.search(r"\b(Base)?Exception\b", caught) and not (reraised or reason):
+                found.add(f"{short(path)}:{node.lineno}")
+    assert found == set()
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=lambda folder: folder.name)
+def test_a_plugins_names_follow_one_rule(folder: Path) -> None:
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    package = f"lmcache_kit_{folder.name}"
+    assert project["project"]["name"] == f"lmcache-kit-{folder.name.replace('_', '-')}"
+    assert (folder / "src" / package / "py.typed").exists()
+    assert (folder / "README.md").exists()
+    entry_points = project["project"]["entry-points"][hookspecs.ENTRY_POINT_GROUP]
+    assert entry_points == {folder.name: f"{package}.plugin"}
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == [f"src/{package}"]
+
+
+def test_every_hook_is_documented_with_its_arguments() -> None:
+    specs = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in ast.parse((CORE / "hookspecs.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    documented = re.findall(
+        r"^\| `(\w+)\((.*?)\)` \|", (ROOT / "docs" / "hooks.md").read_text(), flags=re.MULTILINE
+    )
+    assert {
+        name: arguments.split(", ") if arguments else [] for name, arguments in documented
+    } == specs
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/*.md")]),
+    ids=short,
+)
+def test_links_in_the_documentation_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
