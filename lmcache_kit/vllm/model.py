@@ -1,0 +1,88 @@
+"""What a vLLM model's KV looks like, and whether the kit can cache it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lmcache_kit.errors import UnsupportedModel
+from lmcache_kit.keys import Namespace
+from lmcache_kit.layout import KVLayout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """``namespace`` is the base one, of the whole model; ``layout`` is what one rank holds."""
+
+    namespace: Namespace
+    layout: KVLayout
+    block_tokens: int
+    world_size: int
+
+
+def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_size: int) -> Model:
+    """The model, from what both roles of the connector are given, so that they agree.
+
+    Raises UnsupportedModel for one whose KV is not plain keys and values of every layer.
+    """
+    _check_parallelism(vllm_config)
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise UnsupportedModel(f"it has {len(groups)} KV cache groups, as a hybrid; 1 is served")
+    spec = groups[0].kv_cache_spec
+    _check_spec(spec, vllm_config.cache_config.cache_dtype)
+    tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
+    model = vllm_config.model_config
+    dtype = str(spec.dtype).removeprefix("torch.")
+    layers = len(groups[0].layer_names)
+    whole = KVLayout(dtype, layers, model.get_total_num_kv_heads(), spec.head_size)
+    names = model.served_model_name or model.model
+    return Model(
+        namespace=Namespace(
+            model=names if isinstance(names, str) else names[0],
+            layout=whole,
+            chunk_size=chunk_size,
+            tensor_parallel=tensor_parallel,
+        ),
+        layout=KVLayout(dtype, layers, spec.num_kv_heads, spec.head_size),
+        block_tokens=spec.block_size,
+        world_size=tensor_parallel,
+    )
+
+
+def _check_parallelism(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for kind in (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        if (size := getattr(parallel, kind, 1)) > 1:
+            raise UnsupportedModel(f"{kind} is {size}; 1 is served")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
+        raise UnsupportedModel(
+            f"speculative decoding by {speculative.method!r} keeps KV of its own; "
+            f"served are {', '.join(_DRAFTS_WITHOUT_KV)}"
+        )
+
+
+def _check_spec(spec: Any, cache_dtype: str) -> None:
+    kind = type(spec).__name__
+    if kind != "FullAttentionSpec":
+        raise UnsupportedModel(f"its KV cache is of kind {kind}; FullAttentionSpec is served")
+    dtype = str(spec.dtype).removeprefix("torch.")
+    quantised = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE") != "NONE"
+    if quantised or dtype not in _DTYPES:
+        raise UnsupportedModel(
+            f"its KV cache is quantised ({cache_dtype}, {dtype}); served are {', '.join(_DTYPES)}"
+        )
+    if spec.head_size_v != spec.head_size or spec.num_heads != spec.num_kv_heads:
+        raise UnsupportedModel("keys and values of its KV cache differ in size, or are packed")

@@ -1,0 +1,53 @@
+"""The entry point of group ``vllm.general_plugins``: tells vLLM about the connector.
+
+vLLM runs it in each of its processes, and an exception in it would end every vLLM start on this
+machine, cached or not. So it never raises, and imports nothing but vLLM's connector factory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib import metadata
+
+NAME = "LMCacheKitConnector"
+LMCACHE_NAME = "LMCacheConnectorV1"
+TAKE_OVER = "LMCACHE_KIT_TAKE_OVER"
+_MODULE = "lmcache_kit.vllm.connector"
+
+_log = logging.getLogger("vllm.lmcache_kit")
+
+
+def register() -> None:
+    """Register the connector, and serve LMCache's name where LMCache itself is not installed."""
+    try:
+        _register()
+    # Whatever goes wrong here must not stop a vLLM that may not even use the connector.
+    except Exception:  # noqa: BLE001
+        _log.exception("lmcache_kit could not register its connector with vLLM")
+
+
+def _register() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import (
+        KVConnectorFactory,
+    )
+
+    known = KVConnectorFactory._registry
+    if NAME not in known:
+        KVConnectorFactory.register_connector(NAME, _MODULE, NAME)
+    if serves_lmcache_name():
+        # vLLM's own class of that name only wraps the lmcache package; there is no public way to
+        # replace a registered name.
+        known.pop(LMCACHE_NAME, None)
+        KVConnectorFactory.register_connector(LMCACHE_NAME, _MODULE, LMCACHE_NAME)
+
+
+def serves_lmcache_name() -> bool:
+    """Whether LMCache's connector name means ours: LMCache is absent, or the user asked for it."""
+    if os.environ.get(TAKE_OVER, "") == "1":
+        return True
+    try:
+        metadata.distribution("lmcache")
+    except metadata.PackageNotFoundError:
+        return True
+    return False
