@@ -6,6 +6,7 @@ wait for it: without a connection they raise CacheUnavailable at once.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import logging
@@ -108,6 +109,7 @@ class CacheClient:
             target=self._stay_connected, name="lmcache-kit-client", daemon=True
         )
         self._thread.start()
+        atexit.register(self.close)
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait for a connection; False when there is none in time.
@@ -179,7 +181,8 @@ class CacheClient:
         return None if mapped is None else memoryview(mapped)
 
     def close(self) -> None:
-        """End the connection and its thread. Safe to call twice."""
+        """End the connection and its thread. Safe to call twice; called at exit if not before."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closing.set()
             if self._link:

@@ -20,7 +20,7 @@ import lmcache_kit
 from lmcache_kit import errors
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable, KitError
 from lmcache_kit.process import host, paths, protocol
-from lmcache_kit.process.client import CacheClient
+from lmcache_kit.process.client import CacheClient, Reconnect
 from lmcache_kit.process.paths import socket_path
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def open_client(
     world_size: int = 1,
     namespace: Namespace | None = None,
     wait_ready: bool = False,
+    reconnect: Reconnect | None = None,
 ) -> CacheClient:
     """A client of the instance's cache process, which ``cache_process`` may start.
 
@@ -77,6 +78,7 @@ def open_client(
             settings=settings,
         ),
         timeout_s=config.blocking_timeout_secs,
+        reconnect=reconnect,
         on_close=on_close,
     )
     if wait_ready:

@@ -97,10 +97,10 @@ class CacheServer:
                 os.unlink(path)
             server.close()
             expiry.cancel()
+            await asyncio.sleep(0)  # what was accepted just now becomes a connection
             for connection in tuple(self._connections):
                 connection.close()
-            # One turn of the loop for connection_lost of each, which gives back what it held.
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # each is lost, and gives back what it held
 
     def stop(self, why: str = "stopped") -> None:
         """End :meth:`serve`; to be called on its thread."""
@@ -116,6 +116,8 @@ class CacheServer:
 
     def welcome(self, connection: _Connection, hello: Hello) -> Welcome | Failed:
         """Answer to a Hello."""
+        if self._ended.is_set():
+            return Failed("this cache process is ending")
         if hello.version != protocol.VERSION:
             return Failed(
                 f"this cache process speaks protocol version {protocol.VERSION}, the client "
@@ -196,6 +198,7 @@ class _Connection(asyncio.Protocol):
         self._name = f"connection {next(self._ids)}"
         self._hello: Hello | None = None
         self._received = bytearray()
+        self._paused = False
         self._transport: asyncio.Transport
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -215,11 +218,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        try:
-            while not self._transport.is_closing() and (body := self._next_body()) is not None:
-                self._answer(*protocol.decode_request(body))
-        except ProtocolError as error:
-            self._refuse(str(error))
+        self._serve_received()
 
     def eof_received(self) -> bool:
         if self._received and not self._transport.is_closing():
@@ -235,14 +234,27 @@ class _Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         # A client that does not read its answers gets no further ones.
+        self._paused = True
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self._paused = False
         self._transport.resume_reading()
+        self._serve_received()
 
     def close(self) -> None:
         """Send what is left and close."""
         self._transport.close()
+
+    def _serve_received(self) -> None:
+        try:
+            while not (self._paused or self._transport.is_closing()):
+                body = self._next_body()
+                if body is None:
+                    break
+                self._answer(*protocol.decode_request(body))
+        except ProtocolError as error:
+            self._refuse(str(error))
 
     def _next_body(self) -> bytes | None:
         if len(self._received) < HEADER.size:
