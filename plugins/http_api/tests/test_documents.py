@@ -80,11 +80,10 @@ async def test_requests_are_counted_by_route_and_status(client):
 
 
 async def test_the_controllers_counters_are_shown_as_counters_and_gauges(client, controller):
-    controller.values = {"lookups_total": 7, "keys": 3, "odd-name{x}_total": 1}
+    controller.values = {"lookups_total": 7, "keys": 3}
     shown = await metrics(client)
     assert shown["lmcache_kit_controller_lookups_total",] == 7
     assert shown["lmcache_kit_controller_keys",] == 3
-    assert shown["lmcache_kit_controller_odd_name_x__total",] == 1
     async with client.session.get(client.base + "/metrics") as response:
         text = await response.text()
     assert "# TYPE lmcache_kit_controller_lookups_total counter" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,7 +13,6 @@ from lmcache_kit.interfaces.frontend import ControllerAPI
 from lmcache_kit_http_api.operations import Raw
 
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
-_NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
 class _ControllerCounters(Collector):
@@ -27,7 +25,7 @@ class _ControllerCounters(Collector):
 
     def collect(self) -> Iterable[Metric]:
         for name, value in sorted(self._controller.counters().items()):
-            full = "lmcache_kit_controller_" + _NOT_IN_A_NAME.sub("_", name)
+            full = "lmcache_kit_controller_" + name
             shown = f"Controller: {name.removesuffix('_total').replace('_', ' ')}."
             if name.endswith("_total"):
                 yield CounterMetricFamily(full, shown, value=value)
