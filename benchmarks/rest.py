@@ -87,14 +87,18 @@ async def load(port: int, body: bytes, clients: int, seconds: float) -> tuple[fl
     return len(spent) / (time.perf_counter() - begun), statistics.median(spent) * 1e3
 
 
-def measure(ports: tuple[int, int], tokens: int, clients: int, seconds: float, rounds: int) -> dict[str, float]:
+def measure(
+    ports: tuple[int, int], tokens: int, clients: int, seconds: float, rounds: int
+) -> dict[str, float]:
     """Medians over rounds that alternate between the bare handler and ours."""
     body = json.dumps({"tokens": [(i * 7919) % 128_000 for i in range(tokens)]}).encode()
     results: list[list[tuple[float, float]]] = [[], []]
     for _ in range(rounds):
         for which, port in enumerate(ports):
             results[which].append(asyncio.run(load(port, body, clients, seconds)))
-    bare, ours = ([statistics.median(column) for column in zip(*each, strict=True)] for each in results)
+    bare, ours = (
+        [statistics.median(column) for column in zip(*each, strict=True)] for each in results
+    )
     return {
         "tokens": tokens,
         "clients": clients,
