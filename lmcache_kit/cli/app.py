@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import click
@@ -12,7 +11,7 @@ import click
 from lmcache_kit import __version__
 from lmcache_kit.cli.output import quiet_plugins
 from lmcache_kit.errors import KitError
-from lmcache_kit.specs import CommandSpec
+from lmcache_kit.specs import Spec
 
 
 class Own(NamedTuple):
@@ -38,28 +37,20 @@ OWN: Mapping[str, Own] = {
 class App(click.Group):
     """Imports a subcommand when it runs; an error of the kit becomes a message and exit code 1."""
 
-    @cached_property
-    def _offered(self) -> dict[str, CommandSpec]:
-        return {
-            offer.spec.name: offer.spec
-            for offer in quiet_plugins().specs("command")
-            if isinstance(offer.spec, CommandSpec) and offer.spec.name not in OWN
-        }
-
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*OWN, *self._offered])
+        return sorted([*OWN, *_offered()])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in OWN:
             return load(OWN[cmd_name].target)
-        if cmd_name in self._offered:
-            command: click.Command = quiet_plugins().resolve("command", cmd_name)
-            return command
-        return None
+        if cmd_name not in _offered():
+            return None
+        command: click.Command = quiet_plugins().resolve("command", cmd_name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = {name: own.summary for name, own in OWN.items()}
-        rows |= {name: spec.summary for name, spec in self._offered.items()}
+        rows |= {name: spec.summary for name, spec in _offered().items()}
         with formatter.section("Commands"):
             formatter.write_dl(sorted(rows.items()))
 
@@ -99,3 +90,9 @@ def run_alone(name: str, *, prog_name: str) -> None:
     except KitError as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(1) from error
+
+
+def _offered() -> dict[str, Spec]:
+    """Subcommands of plugins; none of them can take one of our names."""
+    offers = quiet_plugins().specs("command")
+    return {offer.spec.name: offer.spec for offer in offers if offer.spec.name not in OWN}

@@ -1,0 +1,179 @@
+"""``lmcache-kit lookup`` against servers of all kinds."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lmcache_kit.cli.app import app
+
+ANSWER = {
+    "event_id": "e1",
+    "one": ["LocalCPUBackend", 3],
+    "layout_info": {"one": ["LocalCPUBackend", 3]},
+    "detail": {"one": [{"location": "LocalCPUBackend", "tokens": 3, "stopped": "end"}]},
+}
+
+
+class Server(ThreadingHTTPServer):
+    """Answers every POST in the same way, and keeps what it was asked."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status, self.body = status, body
+        self.asked: list[dict[str, object]] = []
+        self.headers: list[dict[str, str]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append({"path": self.path, **json.loads(body)})
+        self.server.headers.append(dict(self.headers))
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(self.server.body)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    servers: list[Server] = []
+
+    def _start(answer: object = ANSWER, status: int = 200) -> Server:
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        servers.append(Server(status, body))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return servers[-1]
+
+    yield _start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def lookup(*arguments: str, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, ["lookup", *arguments], input=stdin)
+
+
+def test_tokens_may_be_arguments(start: Start) -> None:
+    server = start()
+    result = lookup("1", "2", "3", "--url", server.url)
+    assert server.asked == [{"path": "/lookup", "tokens": [1, 2, 3], "detail": True}]
+    assert result.stdout.split() == [
+        *("instance", "location", "tokens", "stopped"),
+        *("one", "LocalCPUBackend", "3", "of", "3", "end"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["[4, 5]", '{"count": 2, "tokens": [4, 5], "token_strs": null}'])
+def test_tokens_may_come_from_the_standard_input(start: Start, text: str) -> None:
+    server = start()
+    assert lookup("--url", server.url, stdin=text).exit_code == 0
+    assert server.asked[0]["tokens"] == [4, 5]
+
+
+def test_tokens_may_come_from_a_file(start: Start, tmp_path: Path) -> None:
+    server = start()
+    (tmp_path / "tokens.json").write_text("[6]")
+    assert lookup("--file", str(tmp_path / "tokens.json"), "--url", server.url).exit_code == 0
+    assert server.asked[0]["tokens"] == [6]
+
+
+def test_filters_and_the_token_are_sent(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+    monkeypatch.setenv("LMCACHE_KIT_TOKEN", "secret")
+    lookup("1", "--model", "m", "--cache-salt", "s", "--instance", "one", "--url", server.url)
+    assert (
+        server.asked[0].items() >= {"model": "m", "cache_salt": "s", "instance_id": "one"}.items()
+    )
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_json_is_the_controllers_answer(start: Start) -> None:
+    server = start()
+    result = lookup("1", "--json", "--url", server.url)
+    assert json.loads(result.stdout) == ANSWER
+    assert "detail" not in server.asked[0]
+
+
+def test_nobody_holding_them_is_said_in_words(start: Start) -> None:
+    server = start({"event_id": "e", "layout_info": {}, "detail": {}})
+    result = lookup("1", "2", "--url", server.url)
+    assert (result.exit_code, result.stdout) == (0, "No instance holds KV of these 2 tokens.\n")
+
+
+def test_a_proxy_in_the_environment_is_not_used(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert lookup("1", "--url", start().url).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "message"),
+    [
+        (
+            {"error": {"code": "invalid", "message": "token 1 is negative", "hint": "Send ids"}},
+            422,
+            "Error: token 1 is negative. Send ids",
+        ),
+        (b"<html>", 404, "answered with status 404 Not Found"),
+        ({"error": "text"}, 500, "answered with status 500"),
+        (b"<html>", 200, "did not answer with JSON; is it a controller?"),
+        ([1], 200, "did not answer with a JSON object; is it a controller?"),
+    ],
+)
+def test_an_answer_that_is_none_is_reported(
+    start: Start, answer: object, status: int, message: str
+) -> None:
+    result = lookup("1", "--url", start(answer, status).url)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_no_controller_says_how_to_start_one(start: Start) -> None:
+    server = start()
+    server.shutdown()
+    server.server_close()
+    result = lookup("1", "--url", server.url)
+    assert result.exit_code == 1
+    assert f"no controller answers at {server.url}/lookup" in result.stderr
+    assert "lmcache-kit controller" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        ((), "not json", "the standard input holds no JSON"),
+        ((), '{"prompt": "x"}', "neither a list of token ids nor one under 'tokens'"),
+        ((), "[1, true]", "neither a list of token ids"),
+        (("--file", "/nonexistent"), "", "/nonexistent holds no JSON"),
+        (("x",), "", "'x' is not a valid integer"),
+        (("1", "--url", "file:///etc/passwd"), "", "does not start with http:// or https://"),
+    ],
+)
+def test_a_wrong_call_is_a_usage_error(
+    arguments: tuple[str, ...], stdin: str, message: str
+) -> None:
+    result = lookup(*arguments, stdin=stdin)
+    assert result.exit_code == 2
+    assert message in result.stderr
