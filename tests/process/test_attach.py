@@ -89,7 +89,7 @@ def test_a_second_service_at_the_same_socket_is_refused(
     script: Script, configure: Configure, folder: Path
 ) -> None:
     script(SERVICE, wait_for="ready")
-    with pytest.raises(CacheUnavailable, match="another cache process serves at .*c.sock"):
+    with pytest.raises(CacheUnavailable, match=r"another cache process serves at .*c.sock"):
         serve(configure(), socket=folder / "c.sock", linger_s=None)
 
 

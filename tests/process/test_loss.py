@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.process import channel, life
+from lmcache_kit.process import channel
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -43,6 +44,12 @@ def kill(client: CacheClient) -> str:
     assert incarnation is not None
     os.kill(client.stats().pid, signal.SIGKILL)
     return incarnation
+
+
+def kill_and_come_back(client: CacheClient, eventually: Eventually) -> None:
+    lost = kill(client)
+    eventually(lambda: client.connected and client.incarnation != lost)
+    store(client)
 
 
 def test_a_killed_process_is_replaced_and_the_client_comes_back(
@@ -73,7 +80,7 @@ def test_without_a_process_calls_fail_at_once_and_say_why(
     connect: Connect, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect(blocking_timeout_secs=60)
-    monkeypatch.setattr(life.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     kill(client)
     eventually(lambda: not client.connected)
     began = time.monotonic()
@@ -115,7 +122,7 @@ def test_memory_of_a_process_that_stays_away_is_let_go(
     connect: Connect, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect()
-    monkeypatch.setattr(life.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     before = kill(client)
     eventually(lambda: client.memory(before) is None)
     assert mapped_slabs() == 0
@@ -129,9 +136,7 @@ def test_restarts_leak_neither_descriptors_nor_mappings(
     store(client)
     before = open_fds(), mapped_slabs(), threading.active_count()
     for _ in range(8):
-        lost = kill(client)
-        eventually(lambda lost=lost: client.connected and client.incarnation != lost)
-        store(client)
+        kill_and_come_back(client, eventually)
     gc.collect()
     assert (open_fds(), mapped_slabs(), threading.active_count()) == before
     client.close()

@@ -33,7 +33,7 @@ def test_without_a_runtime_directory_of_ours_it_lies_in_tmp(
 
 def test_cache_socket_is_taken_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert paths.socket_path(KitConfig(cache_socket="x.sock")) == Path.cwd() / "x.sock"
+    assert paths.socket_path(KitConfig(cache_socket=Path("x.sock"))) == Path.cwd() / "x.sock"
 
 
 def test_a_missing_directory_is_made_private(folder: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_link_in_the_directorys_place_is_refused(folder: Path) -> None:
 
 def test_a_file_in_the_directorys_place_is_refused(folder: Path) -> None:
     (folder / "file").write_text("")
-    with pytest.raises(ConfigError, match="no directory .*cache_socket"):
+    with pytest.raises(ConfigError, match=r"no directory .*cache_socket"):
         paths.secure_directory(folder / "file")
 
 

@@ -7,9 +7,11 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,36 +20,45 @@ from lmcache_kit.errors import ConfigError, PluginNotFound
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.process import life
 
+if TYPE_CHECKING:
+    from lmcache_kit.process.client import CacheClient
+    from tests.process.conftest import Configure, Connect, Eventually, ProcessesAt, Script
+
 NAMESPACE = bytes(32)
 ROOT = NAMESPACE[:16]
 TOKENS = pack_tokens(range(12))
 
 
-def store(client, tokens=TOKENS, payload=b"payload"):
-    [grant] = client.allocate(NAMESPACE, 256, [StoreItem(ROOT, tokens, len(payload))])
-    view = client.memory(grant_incarnation := client.incarnation)
-    assert view is not None, grant_incarnation
-    view[grant.offset : grant.offset + len(payload)] = payload
-    assert client.commit([(grant.ticket, 0)]) == 1
+def store(client: CacheClient, payload: bytes = b"payload") -> None:
+    grants = client.allocate(NAMESPACE, 256, [StoreItem(ROOT, TOKENS, len(payload))])
+    memory = client.memory(grants.incarnation)
+    assert memory is not None
+    memory[grants[0].offset : grants[0].offset + len(payload)] = payload
+    assert client.commit([(grants[0].ticket, 0)]) == 1
 
 
-def test_the_first_client_starts_a_process_that_others_share(connect, folder, processes_at):
+def test_the_first_client_starts_a_process_that_others_share(
+    connect: Connect, folder: Path, processes_at: ProcessesAt
+) -> None:
     first, second = connect(), connect("scheduler")
     assert first.stats().pid == second.stats().pid != os.getpid()
     assert processes_at(folder) == [first.stats().pid]
 
 
-def test_what_a_worker_writes_another_client_reads_in_place(connect):
+def test_what_a_worker_writes_another_client_reads_in_place(connect: Connect) -> None:
     worker, scheduler = connect(), connect("scheduler")
     store(worker, payload=b"some KV")
     found = scheduler.lookup(NAMESPACE, TOKENS, 256)
     [extent] = found.chunks[0].extents
     memory = scheduler.memory(found.incarnation)
+    assert memory is not None
     assert found.tokens == 12
     assert bytes(memory[extent.offset : extent.offset + extent.nbytes]) == b"some KV"
 
 
-def test_clients_that_start_at_once_get_one_process(script, folder, processes_at):
+def test_clients_that_start_at_once_get_one_process(
+    script: Script, folder: Path, processes_at: ProcessesAt
+) -> None:
     body = """
         sys.stdin.readline()
         client = open_client(config, role="worker", wait_ready=True)
@@ -56,16 +67,17 @@ def test_clients_that_start_at_once_get_one_process(script, folder, processes_at
     """
     racers = [script(body, cache_linger_s=5) for _ in range(4)]
     for racer in racers:
+        assert racer.stdin
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    pids = {int(racer.stdout.readline()) for racer in racers}
+    pids = {int(racer.stdout.readline()) for racer in racers if racer.stdout}
     assert len(pids) == 1
     assert processes_at(folder) == list(pids)
 
 
 def test_it_ends_after_its_last_client_and_leaves_no_socket(
-    connect, folder, processes_at, eventually
-):
+    connect: Connect, folder: Path, processes_at: ProcessesAt, eventually: Eventually
+) -> None:
     first, second = connect(), connect()
     first.close()
     assert second.stats().values["clients"] == 1
@@ -75,15 +87,19 @@ def test_it_ends_after_its_last_client_and_leaves_no_socket(
 
 
 def test_it_ends_when_no_client_ever_comes(
-    configure, folder, processes_at, eventually, monkeypatch
-):
+    configure: Configure,
+    folder: Path,
+    processes_at: ProcessesAt,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     spawner = life._Spawner(configure(cache_linger_s=0), folder / "c.sock")
     spawner._start(threading.Event(), time.monotonic() + 20)
     assert len(processes_at(folder)) == 1
     eventually(lambda: not processes_at(folder))
 
 
-def test_a_client_that_is_back_within_the_linger_finds_the_cache_warm(connect):
+def test_a_client_that_is_back_within_the_linger_finds_the_cache_warm(connect: Connect) -> None:
     client = connect(cache_linger_s=30)
     store(client)
     before = client.incarnation
@@ -93,7 +109,7 @@ def test_a_client_that_is_back_within_the_linger_finds_the_cache_warm(connect):
     assert again.lookup(NAMESPACE, TOKENS, 256).tokens == 12
 
 
-def test_a_client_that_is_back_with_other_settings_gets_a_new_process(connect):
+def test_a_client_that_is_back_with_other_settings_gets_a_new_process(connect: Connect) -> None:
     client = connect(cache_linger_s=30)
     before = client.incarnation
     client.close()
@@ -102,15 +118,15 @@ def test_a_client_that_is_back_with_other_settings_gets_a_new_process(connect):
     assert again.stats().values["capacity_bytes"] == 1 << 25
 
 
-def test_a_client_with_other_settings_joins_one_that_is_in_use(connect):
+def test_a_client_with_other_settings_joins_one_that_is_in_use(connect: Connect) -> None:
     client = connect()
     other = connect(max_local_cpu_size=1 / 32)
     assert other.incarnation == client.incarnation
 
 
 def test_it_outlives_the_death_of_its_starter_and_all_descendants(
-    script, connect, folder, processes_at
-):
+    script: Script, connect: Connect, folder: Path, processes_at: ProcessesAt
+) -> None:
     body = """
         client = open_client(config, role="worker", wait_ready=True)
         print("ready", flush=True)
@@ -125,7 +141,9 @@ def test_it_outlives_the_death_of_its_starter_and_all_descendants(
     assert connect(cache_linger_s=30).stats().pid == pid
 
 
-def test_an_interrupt_from_the_terminal_does_not_reach_it(script, folder, processes_at, connect):
+def test_an_interrupt_from_the_terminal_does_not_reach_it(
+    script: Script, folder: Path, processes_at: ProcessesAt, connect: Connect
+) -> None:
     body = """
         os.setpgrp()
         client = open_client(config, role="worker", wait_ready=True)
@@ -139,7 +157,9 @@ def test_an_interrupt_from_the_terminal_does_not_reach_it(script, folder, proces
     assert connect(cache_linger_s=30).stats().pid == pid
 
 
-def test_it_does_not_hold_its_starters_pipes_open(script, folder, processes_at):
+def test_it_does_not_hold_its_starters_pipes_open(
+    script: Script, folder: Path, processes_at: ProcessesAt
+) -> None:
     body = """
         client = open_client(config, role="worker", wait_ready=True)
         print("ready", flush=True)
@@ -150,14 +170,18 @@ def test_it_does_not_hold_its_starters_pipes_open(script, folder, processes_at):
     assert len(processes_at(folder)) == 1
 
 
-def test_it_leaves_no_zombie(connect, eventually, folder, processes_at):
+def test_it_leaves_no_zombie(
+    connect: Connect, eventually: Eventually, folder: Path, processes_at: ProcessesAt
+) -> None:
     connect().close()
     eventually(lambda: not processes_at(folder))
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_sigterm_ends_it_at_once_with_clients_connected(connect, folder, eventually, processes_at):
+def test_sigterm_ends_it_at_once_with_clients_connected(
+    connect: Connect, folder: Path, eventually: Eventually, processes_at: ProcessesAt
+) -> None:
     client = connect()
     os.kill(client.stats().pid, signal.SIGTERM)
     client.close()
@@ -165,7 +189,9 @@ def test_sigterm_ends_it_at_once_with_clients_connected(connect, folder, eventua
     assert "ends: SIGTERM" in (folder / "c.sock.log").read_text()
 
 
-def test_a_dead_processes_socket_is_replaced(connect, folder, eventually, processes_at):
+def test_a_dead_processes_socket_is_replaced(
+    connect: Connect, folder: Path, eventually: Eventually, processes_at: ProcessesAt
+) -> None:
     client = connect()
     os.kill(client.stats().pid, signal.SIGKILL)
     client.close()
@@ -174,7 +200,9 @@ def test_a_dead_processes_socket_is_replaced(connect, folder, eventually, proces
     assert connect().connected
 
 
-def test_a_killed_starter_does_not_keep_others_from_starting(connect, script, configure, folder):
+def test_a_killed_starter_does_not_keep_others_from_starting(
+    connect: Connect, script: Script, configure: Configure, folder: Path
+) -> None:
     body = """
         from lmcache_kit.process import paths
         held = paths.starting_lock(config.cache_socket), paths.serving_lock(config.cache_socket)
@@ -191,41 +219,47 @@ def test_a_killed_starter_does_not_keep_others_from_starting(connect, script, co
         client.close()
 
 
-def test_socket_and_files_are_for_their_owner_only(connect, folder):
+def test_socket_and_files_are_for_their_owner_only(connect: Connect, folder: Path) -> None:
     connect()
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-    assert modes == {"c.sock": 0o600, "c.sock.lock": 0o600, "c.sock.log": 0o600,
-                     "c.sock.start": 0o600}
+    assert modes == {
+        "c.sock": 0o600,
+        "c.sock.lock": 0o600,
+        "c.sock.log": 0o600,
+        "c.sock.start": 0o600,
+    }
 
 
-def test_a_backend_that_is_not_installed_is_said_at_once(connect, monkeypatch):
+def test_a_backend_that_is_not_installed_is_said_at_once(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LMCACHE_KIT_PLUGINS", "-cpu_backend")
     began = time.monotonic()
-    with pytest.raises(PluginNotFound, match="LocalCPUBackend.*lmcache-kit-cpu-backend"):
+    with pytest.raises(PluginNotFound, match=r"LocalCPUBackend.*lmcache-kit-cpu-backend"):
         connect(cache_start_timeout_s=60)
     assert time.monotonic() - began < 30
 
 
-def test_an_unknown_cache_policy_is_said_with_the_known_ones(connect):
-    with pytest.raises(ConfigError, match="cache_policy 'BEST'.*Known: FIFO, LFU, LRU"):
+def test_an_unknown_cache_policy_is_said_with_the_known_ones(connect: Connect) -> None:
+    with pytest.raises(ConfigError, match=r"cache_policy 'BEST'.*Known: FIFO, LFU, LRU"):
         connect(cache_policy="BEST")
 
 
-def test_more_memory_than_there_is_is_said_with_the_key(connect):
+def test_more_memory_than_there_is_is_said_with_the_key(connect: Connect) -> None:
     with pytest.raises(ConfigError, match="max_local_cpu_size"):
         connect(max_local_cpu_size=1e9)
 
 
-def test_a_directory_that_others_may_use_is_refused(connect, folder):
+def test_a_directory_that_others_may_use_is_refused(connect: Connect, folder: Path) -> None:
     folder.chmod(0o755)
-    with pytest.raises(ConfigError, match="mode 0755.*cache_socket"):
+    with pytest.raises(ConfigError, match=r"mode 0755.*cache_socket"):
         connect()
 
 
 def test_a_process_that_dies_as_it_starts_is_no_error_and_names_its_log(
-    configure, folder, monkeypatch
-):
-    monkeypatch.setattr(life.sys, "executable", "/bin/false")
+    configure: Configure, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     client = life.open_client(configure(cache_start_timeout_s=0.5), role="worker", wait_ready=True)
     try:
         assert not client.connected
@@ -235,7 +269,9 @@ def test_a_process_that_dies_as_it_starts_is_no_error_and_names_its_log(
         client.close()
 
 
-def test_without_waiting_open_client_returns_before_the_process_is_there(configure):
+def test_without_waiting_open_client_returns_before_the_process_is_there(
+    configure: Configure,
+) -> None:
     client = life.open_client(configure(), role="worker")
     try:
         assert not client.connected
@@ -244,7 +280,9 @@ def test_without_waiting_open_client_returns_before_the_process_is_there(configu
         client.close()
 
 
-def test_closing_a_client_that_is_still_starting_a_process_is_quick(configure, folder):
+def test_closing_a_client_that_is_still_starting_a_process_is_quick(
+    configure: Configure, folder: Path
+) -> None:
     client = life.open_client(configure(), role="worker")
     began = time.monotonic()
     client.close()
@@ -252,7 +290,7 @@ def test_closing_a_client_that_is_still_starting_a_process_is_quick(configure, f
     assert not client.connected
 
 
-def test_a_long_log_begins_anew(connect, folder):
+def test_a_long_log_begins_anew(connect: Connect, folder: Path) -> None:
     (folder / "c.sock.log").write_bytes(b"x" * (2 << 20))
     connect()
     assert (folder / "c.sock.log").stat().st_size < 1 << 20
@@ -266,19 +304,19 @@ def children_of(pid: int) -> list[int]:
     ]
 
 
-def test_a_file_that_is_no_socket_is_left_alone(connect, folder):
+def test_a_file_that_is_no_socket_is_left_alone(connect: Connect, folder: Path) -> None:
     (folder / "c.sock").write_text("precious")
     with pytest.raises(ConfigError, match="exists and is not a socket"):
         connect()
     assert (folder / "c.sock").read_text() == "precious"
 
 
-def test_a_socket_path_that_is_too_long_is_refused(connect, folder):
-    with pytest.raises(ConfigError, match="longer than the 107 bytes.*cache_socket"):
+def test_a_socket_path_that_is_too_long_is_refused(connect: Connect, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"longer than the 107 bytes.*cache_socket"):
         connect(cache_socket=folder / ("x" * 100))
 
 
-def test_a_stranger_socket_in_place_is_replaced(connect, folder):
+def test_a_stranger_socket_in_place_is_replaced(connect: Connect, folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.bind(str(folder / "c.sock"))
     assert connect().connected
