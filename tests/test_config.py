@@ -321,6 +321,13 @@ def test_the_documentation_has_every_key_with_its_default() -> None:
     assert rows == shown
 
 
+def test_the_documentation_has_every_variable_of_the_kit() -> None:
+    sources = [*ROOT.glob("lmcache_kit/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")]
+    used = {name for path in sources for name in re.findall(r"LMCACHE_KIT_\w+", path.read_text())}
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert used == set(re.findall(r"LMCACHE_KIT_\w+", text))
+
+
 def test_the_example_is_the_walk_throughs_file() -> None:
     text = (ROOT / "examples" / "lookup" / "example.yaml").read_text()
     assert text == WALK_THROUGH

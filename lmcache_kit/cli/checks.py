@@ -20,6 +20,7 @@ from lmcache_kit.config.model import GIB
 from lmcache_kit.errors import ConfigError, KitError
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.process.paths import secure_directory, socket_path
+from lmcache_kit.vllm.plugin import TAKE_OVER, serves_lmcache_name
 
 VLLM_TESTED = "0.32."
 CONNECT_TIMEOUT_S = 1.0
@@ -191,11 +192,12 @@ def connectors() -> Iterator[Check]:
         yield Check("fail", "connector", f"VLLM_PLUGINS={allowed} keeps lmcache_kit out", remedy)
         return
     yield Check("ok", "connector", "LMCacheKitConnector is registered with vLLM")
-    if lmcache := version("lmcache"):
-        detail = f"LMCacheConnectorV1 belongs to lmcache {lmcache}, which is installed"
-        yield Check("warn", "connector", detail, "Name LMCacheKitConnector instead")
-    else:
+    if serves_lmcache_name():
         yield Check("ok", "connector", "LMCacheConnectorV1 means LMCacheKitConnector")
+    else:
+        detail = f"LMCacheConnectorV1 belongs to lmcache {version('lmcache')}, which is installed"
+        remedy = f"Name LMCacheKitConnector, or take that name over with {TAKE_OVER}=1"
+        yield Check("warn", "connector", detail, remedy)
 
 
 def gpu() -> Iterator[Check]:

