@@ -11,6 +11,7 @@
  +-- ``ProtocolError``          (ValueError)    bytes from a peer do not mean anything
  +-- ``UnsupportedModel``       (ValueError)    this model's KV cannot be cached
  +-- ``ControlError``           (RuntimeError)  a control operation cannot be done
+      +-- ``InvalidQuery``     (ValueError)    what was asked for makes no sense
       +-- ``UnknownName``       (LookupError)   no such instance, location, event ...
       +-- ``NoWorker``          (ConnectionError)  the instance is known and nobody answers for it
       +-- ``DeadlineExceeded``  (TimeoutError)
@@ -72,6 +73,10 @@ class UnsupportedModel(KitError, ValueError):
 
 class ControlError(KitError, RuntimeError):
     """A control-plane operation cannot be done."""
+
+
+class InvalidQuery(ControlError, ValueError):
+    """The request itself is wrong; the message names the field and the value."""
 
 
 class UnknownName(ControlError, LookupError):

@@ -19,7 +19,7 @@ from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
 
 VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
-MAX_KEYS_PER_MESSAGE = 65_536
+MAX_KEYS_PER_MESSAGE = 16_384
 
 
 class Tail(NamedTuple):
@@ -137,6 +137,12 @@ class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
     by_host: str
 
 
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The registration cannot be used; ``reason`` is for the log. Try again, slowly."""
+
+    reason: str
+
+
 class Command(msgspec.Struct, frozen=True, tag="command"):
     """Do something and answer with the same ``correlation`` within ``deadline_s`` seconds."""
 
@@ -147,7 +153,7 @@ class Command(msgspec.Struct, frozen=True, tag="command"):
 
 
 FromAgent: TypeAlias = Register | Batch | SnapshotPart | Heartbeat | Result | Goodbye
-FromController: TypeAlias = Registered | WhoAreYou | Resync | Fenced | Command
+FromController: TypeAlias = Registered | WhoAreYou | Resync | Fenced | Refused | Command
 
 _M = TypeVar("_M")
 
@@ -175,9 +181,20 @@ def split_keys(blob: bytes) -> list[ChunkKey]:
     """Keys of a blob. Raises ProtocolError when it is no whole number of keys, or too many."""
     count, rest = divmod(len(blob), KEY_BYTES)
     if rest or count > MAX_KEYS_PER_MESSAGE:
-        raise ProtocolError(f"a blob of {len(blob)} bytes is no list of up to "
-                            f"{MAX_KEYS_PER_MESSAGE} keys")
+        raise ProtocolError(
+            f"a blob of {len(blob)} bytes is no list of up to {MAX_KEYS_PER_MESSAGE} keys"
+        )
     return [blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES)]
+
+
+def check_tails(tails: tuple[Tail, ...]) -> tuple[Tail, ...]:
+    """The same tails. Raises ProtocolError when one cannot be meant, or when there are too many."""
+    if len(tails) > MAX_KEYS_PER_MESSAGE:
+        raise ProtocolError(f"{len(tails)} tails are over the {MAX_KEYS_PER_MESSAGE} allowed")
+    for tail in tails:
+        if len(tail.key) != KEY_BYTES or len(tail.parent) != KEY_BYTES or tail.tokens < 1:
+            raise ProtocolError(f"no partial chunk: {tail!r:.200}")
+    return tails
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _M]], frame: bytes | memoryview) -> _M:
@@ -185,7 +202,8 @@ def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _M]], frame: bytes | mem
         raise ProtocolError(f"a frame of {len(frame)} bytes is over the {MAX_FRAME_BYTES} allowed")
     try:
         version, message = decoder.decode(frame)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        # The last two are what msgspec lets through for bad UTF-8 and for deep nesting.
         raise ProtocolError(f"not a message: {error}") from error
     if version != VERSION:
         raise ProtocolError(f"wire version {version}; this side speaks {VERSION}")
