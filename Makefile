@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-SOURCES := lmcache_kit plugins/cpu_backend/src plugins/http_api/src
+SOURCES := lmcache_kit $(wildcard plugins/*/src)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model test lint format demo wheels clean distclean

@@ -5,6 +5,7 @@ vLLM loads. Real weights of a real model, without a model hub.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 import tempfile
@@ -41,6 +42,7 @@ def find_gguf() -> Path | None:
 
 def convert(gguf: Path, out: Path) -> None:
     """Dequantise to bfloat16 and save model and tokenizer in Hugging Face's format."""
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig

@@ -62,7 +62,7 @@ def lookup(
     if rows:
         print_table(("instance", "location", "tokens", "stopped"), rows)
     else:
-        click.echo(f"No instance holds KV of these {len(ids)} tokens.")
+        click.echo(f"No instance holds KV of these tokens.")
 
 
 def post(url: str, body: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
