@@ -362,6 +362,14 @@ class EngineAgainstModel(RuleBasedStateMachine):
                 owner, set(range(WORLDS[space])), found, self.now + TTL
             )
 
+    @rule(space=namespaces, tokens=prompts, owner=owners)
+    def use(self, space: bytes, tokens: list[int], owner: str) -> None:
+        before = set(self.leases)
+        self.lookup(space, tokens, owner)
+        for number in set(self.leases) - before:
+            assert self.engine.release(number, None)
+            self.end_lease(number)
+
     def best(self, space: bytes, parent: bytes, wanted: tuple[int, ...]) -> int:
         children = [c for c in self.stored() if c.space == space and c.parent == parent]
         return max((common(chunk.tokens, wanted) for chunk in children), default=0)
