@@ -6,7 +6,7 @@ import errno
 import ipaddress
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
@@ -51,18 +51,17 @@ def open_to_the_network(host: str) -> bool:
 
 
 @contextmanager
-def listening(who: str, host: str, ports: Sequence[int], flag: str) -> Iterator[None]:
-    """Turn an OSError of a listener into ListenError: which address, and the flag to change it.
+def listening(frontend: str, host: str, port: int) -> Iterator[None]:
+    """Turn an OSError of a frontend into ListenError: which address, and the flag to change it.
 
     The address is the error's ``filename`` where it has one.
     """
     try:
         yield
     except OSError as error:
-        where = error.filename or ", ".join(f"{host}:{port}" for port in ports)
         about_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-        change = "another address with --host" if about_host else f"another port with {flag}"
         raise ListenError(
-            f"cannot listen on {where} for {who}: {error.strerror or error}",
-            hint=f"Choose {change}",
+            f"cannot listen on {error.filename or f'{host}:{port}'} for {frontend}: "
+            f"{error.strerror or error}",
+            hint=f"Choose another {'address with --host' if about_host else 'port with --port'}",
         ) from None

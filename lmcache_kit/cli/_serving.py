@@ -13,7 +13,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from lmcache_kit.cli._listening import listening, open_to_the_network
+from lmcache_kit.cli._listening import ListenError, listening, open_to_the_network
 from lmcache_kit.control.controller import Controller
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces.frontend import Frontend
@@ -53,10 +53,12 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     try:
-        with listening("cache processes", settings.host, settings.monitor_ports, "--monitor-port"):
+        try:
             await brain.start()
+        except ConfigError as error:
+            raise ListenError(error.message, hint=error.hint) from None
         for name, frontend in zip(settings.frontends, frontends, strict=True):
-            with listening(name, settings.host, (settings.port,), "--port"):
+            with listening(name, settings.host, settings.port):
                 await frontend.start()
         click.echo(_where(settings, brain, frontends))
         await stop.wait()
@@ -84,7 +86,7 @@ def _frontend(plugins: Plugins, name: str, brain: Controller, settings: Settings
         frontend = target(brain, model(**values))
     except ValidationError as error:
         # Never the value: it may be the token.
-        first = error.errors(include_input=False)[0]
+        first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(
             f"frontend {name}, option {where!r}: {first['msg']}",

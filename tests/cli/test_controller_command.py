@@ -117,7 +117,7 @@ def test_it_says_where_it_listens_serves_and_ends_on_a_signal(start, number):
     running = start(*FREE_PORTS)
     assert re.fullmatch(
         r"lmcache_controller: http on http://localhost:\d+; "
-        r"cache processes on \S*:\d+; Ctrl-C stops\n",
+        r"cache processes on tcp://127.0.0.1:\d+; Ctrl-C stops\n",
         running.line,
     )
     assert running.get("/healthz") == 200
@@ -144,15 +144,15 @@ def test_a_taken_port_is_named_with_the_flag_to_change_it(taken_port):
 def test_a_taken_monitor_port_is_named_with_the_flag_to_change_it(taken_port):
     code, told = refused(["--port", "0", "--monitor-port", str(taken_port)])
     assert code == 1
-    assert re.search(rf":{taken_port} for cache processes: Address already in use", told)
-    assert "Choose another port with --monitor-port" in told
+    assert f"port {taken_port} on localhost is taken" in told
+    assert "another with --monitor-port" in told
 
 
 def test_a_host_that_is_not_ours_is_named_with_the_flag_to_change_it():
     code, told = refused(["--host", "192.0.2.1", "--insecure", *FREE_PORTS])
     assert code == 1
-    assert "192.0.2.1" in told
-    assert "Choose another address with --host" in told
+    assert "cannot listen on port 0 of 192.0.2.1" in told
+    assert "with --host" in told
 
 
 def test_a_frontend_that_is_not_installed_says_what_to_install():
@@ -181,7 +181,7 @@ def test_the_network_on_purpose_is_warned_about_the_monitor_port(taken_port):
     )
     assert code == 1
     assert "the monitor port is open to the network" in told
-    assert f"0.0.0.0:{taken_port}" in told
+    assert f"port {taken_port} on 0.0.0.0 is taken" in told
 
 
 def test_the_token_comes_from_the_environment(start):

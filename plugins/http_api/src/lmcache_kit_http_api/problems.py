@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from lmcache_kit.errors import ControlError, DeadlineExceeded, NoWorker, UnknownName
+from lmcache_kit.errors import ControlError, DeadlineExceeded, InvalidQuery, NoWorker, UnknownName
 from lmcache_kit_http_api.models import ErrorBody, ErrorReply
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class ApiError(Exception):
 
 
 _CONTROL_ERRORS: tuple[tuple[type[ControlError], int, str], ...] = (
+    (InvalidQuery, 422, "invalid_request"),
     (NoWorker, 503, "no_worker"),
     (DeadlineExceeded, 504, "deadline_exceeded"),
     (ControlError, 409, "conflict"),
