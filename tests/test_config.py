@@ -211,6 +211,18 @@ def test_a_mistake_in_a_file_is_named_with_its_line(file: Path, line: str, messa
     assert re.search(message.replace("FILE", re.escape(str(file))), str(caught.value))
 
 
+def test_a_value_without_end_is_shown_in_short(file: Path) -> None:
+    levels = ["&a0 [x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+    with pytest.raises(ConfigError, match=r"chunk_size: .*integer") as caught:
+        from_text(file, f"chunk_size: [{', '.join(levels)}]")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_file_without_end_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        from_text(file, "chunk_size: " + "[" * 5000)
+
+
 def test_several_mistakes_are_all_named(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"chunk_size: 0 .*; cache_linger_s: -1 "):
         from_text(file, "chunk_size: 0\ncache_linger_s: -1\n")

@@ -7,7 +7,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,34 @@ def lookup(
     if as_json:
         print_json(answer)
         return
-    rows = [
-        (instance, str(at["location"]), f"{at['tokens']} of {len(ids)}", str(at["stopped"]))
-        for instance, locations in (answer.get("detail") or {}).items()
-        for at in locations
-    ]
+    rows = [(*where, f"{count} of {len(ids)}", why) for *where, count, why in _matches(answer)]
     if rows:
         print_table(("instance", "location", "tokens", "stopped"), rows)
     else:
-        click.echo(f"No instance holds KV of these tokens.")
+        click.echo("No instance holds KV of these tokens.")
+
+
+def _matches(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str]]:
+    """Instance, location, tokens and why the match stopped; LMCache's controller does not say why.
+
+    Raises ControlError when this is no answer to a lookup.
+    """
+    try:
+        if "detail" not in answer:
+            for instance, (location, count) in answer["layout_info"].items():
+                yield instance, location, count, ""
+        for instance, locations in answer.get("detail", {}).items():
+            for at in locations:
+                yield instance, at["location"], at["tokens"], at["stopped"]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ControlError("what answered is no controller: its answer has no matches") from error
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A controller does not redirect, and the token must not go elsewhere."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
 
 
 def post(url: str, body: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
@@ -74,7 +93,7 @@ def post(url: str, body: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S) -> 
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310
     # A proxy that the environment names is for the world outside, not for a controller.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
     try:
         with opener.open(request, timeout=timeout_s) as reply:
             answer = json.loads(reply.read(MAX_ANSWER_BYTES))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ EXTRA_ORIGIN = "kv_connector_extra_config"
 DEFAULT_ORIGIN = "default"
 
 _NEAR = 0.75
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+_short.maxlevel = 2
 _NOTHING_ASKED = (None, False, 0, "", "false", "False", "0", "null", "none", "None")
 
 
@@ -92,6 +96,8 @@ def _from_file(path: Path) -> Iterator[Entry]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply for a configuration") from error
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
@@ -151,7 +157,7 @@ def _accept(entries: list[Entry], warnings: list[str]) -> dict[str, Entry]:
             if earlier.value != entry.value:
                 raise ConfigError(
                     f"{earlier.key} ({earlier.origin}) and {entry.key} ({entry.origin}) mean the "
-                    f"same and differ: {earlier.value!r}, {entry.value!r}"
+                    f"same and differ: {_short.repr(earlier.value)}, {_short.repr(entry.value)}"
                 )
         elif is_unserved(key):
             if entry.value not in _NOTHING_ASKED:
@@ -182,9 +188,9 @@ def _validated(values: Mapping[str, Entry]) -> KitConfig:
     try:
         return KitConfig.model_validate(given)
     except ValidationError as error:
-        raise ConfigError("; ".join(_problem(detail, values) for detail in error.errors())) from (
-            error
-        )
+        # Without its cause: that would show values in full, which aliases may make endless.
+        problems = [_problem(detail, values) for detail in error.errors()]
+        raise ConfigError("; ".join(problems)) from None
 
 
 def _problem(detail: Mapping[str, Any], values: Mapping[str, Entry]) -> str:
@@ -193,4 +199,4 @@ def _problem(detail: Mapping[str, Any], values: Mapping[str, Entry]) -> str:
     entry = values.get(str(location[0])) if location else None
     if entry is None:
         return reason
-    return f"{entry.key}: {entry.value!r} ({entry.origin}): {reason}"
+    return f"{entry.key}: {_short.repr(entry.value)} ({entry.origin}): {reason}"

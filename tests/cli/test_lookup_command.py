@@ -24,9 +24,9 @@ ANSWER = {
 class Server(ThreadingHTTPServer):
     """Answers every POST in the same way, and keeps what it was asked."""
 
-    def __init__(self, status: int, body: bytes) -> None:
+    def __init__(self, status: int, body: bytes, location: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.status, self.body = status, body
+        self.status, self.body, self.location = status, body, location
         self.asked: list[dict[str, object]] = []
         self.headers: list[dict[str, str]] = []
 
@@ -39,13 +39,18 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append({"path": self.path, **json.loads(body)})
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append({"path": self.path, **json.loads(body or b"{}")})
         self.server.headers.append(dict(self.headers))
         self.send_response(self.server.status)
+        if self.server.location:
+            self.send_header("Location", self.server.location)
         self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
         self.wfile.write(self.server.body)
+
+    def do_GET(self) -> None:
+        self.do_POST()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -58,9 +63,9 @@ Start = Callable[..., Server]
 def start() -> Iterator[Start]:
     servers: list[Server] = []
 
-    def _start(answer: object = ANSWER, status: int = 200) -> Server:
+    def _start(answer: object = ANSWER, status: int = 200, location: str = "") -> Server:
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        servers.append(Server(status, body))
+        servers.append(Server(status, body, location))
         threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return servers[-1]
 
@@ -121,6 +126,22 @@ def test_nobody_holding_them_is_said_in_words(start: Start) -> None:
     assert (result.exit_code, result.stdout) == (0, "No instance holds KV of these tokens.\n")
 
 
+def test_lmcaches_own_controller_is_understood(start: Start) -> None:
+    server = start({"event_id": "e", "layout_info": {"one": ["LocalCPUBackend", 2]}})
+    result = lookup("1", "2", "--url", server.url)
+    assert result.stdout.splitlines()[1].split() == ["one", "LocalCPUBackend", "2", "of", "2"]
+
+
+def test_the_token_does_not_follow_a_redirect(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = start()
+    server = start(status=302, location=elsewhere.url)
+    monkeypatch.setenv("LMCACHE_KIT_TOKEN", "secret")
+    assert lookup("1", "--url", server.url).exit_code == 1
+    assert elsewhere.headers == []
+
+
 def test_a_proxy_in_the_environment_is_not_used(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +160,9 @@ def test_a_proxy_in_the_environment_is_not_used(
         (b"<html>", 404, "answered with status 404 Not Found"),
         ({"error": "text"}, 500, "answered with status 500"),
         (b"<html>", 200, "did not answer with JSON; is it a controller?"),
+        (b"", 307, "answered with status 307"),
+        ({"event_id": "e"}, 200, "what answered is no controller"),
+        ({"detail": {"one": [{}]}}, 200, "what answered is no controller"),
         ([1], 200, "did not answer with a JSON object; is it a controller?"),
     ],
 )
