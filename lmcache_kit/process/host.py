@@ -96,6 +96,7 @@ class Host:
             linger_s=linger_s,
             settings=settings_digest(config),
             on_hello=self._register,
+            more_stats=self._more_stats,
         )
 
     def run(
@@ -109,6 +110,7 @@ class Host:
         with ExitStack() as ending:
             ending.callback(self.close)
             listener = paths.listen(path)
+            ending.callback(listener.close)
             self._plugins.cache_opened(self._info)
             ending.callback(self._plugins.cache_closing, self._info)
             if self._agent:
@@ -154,6 +156,10 @@ class Host:
             self._agent.register_worker(hello.rank)
         if hello.namespace is not None:
             self._agent.register_namespace(hello.namespace)
+
+    def _more_stats(self) -> dict[str, float]:
+        stats = self._agent.stats() if self._agent else {}
+        return {f"agent_{name}": value for name, value in stats.items()}
 
 
 def _compose(config: KitConfig) -> tuple[Plugins, MemoryBackend, CacheEngine]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import select
@@ -220,7 +219,6 @@ class _Embedded:
                 except BaseException:
                     lock.close()
                     raise
-                atexit.register(cache._stop)
             cache._users += 1
             return cache._leave
 
@@ -231,7 +229,6 @@ class _Embedded:
                 self._stop()
 
     def _stop(self) -> None:
-        atexit.unregister(self._stop)
         self._by_path.pop(self._path, None)
         self._host.stop()
         self._thread.join()

@@ -38,7 +38,7 @@ class CacheServer:
 
     ``linger_s``: how long to go on without a client, None for ever. ``settings``: what it was
     started with (see :class:`~lmcache_kit.process.protocol.Hello`). ``on_hello`` hears of each
-    client, on the server's thread.
+    client, on the server's thread; ``more_stats`` adds to the figures.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class CacheServer:
         linger_s: float | None = None,
         settings: str = "",
         on_hello: Callable[[Hello], None] | None = None,
+        more_stats: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.engine = engine
         self.memory = memory
@@ -59,6 +60,7 @@ class CacheServer:
         self.linger_s = linger_s
         self.settings = settings
         self.on_hello = on_hello or (lambda _: None)
+        self.more_stats = more_stats
         self.counters: dict[str, int] = dict.fromkeys(
             ("connections_total", "protocol_errors_total", "internal_errors_total"), 0
         )
@@ -157,7 +159,12 @@ class CacheServer:
             incarnation=self.incarnation,
             pid=os.getpid(),
             location=self.engine.location,
-            values={**self.engine.stats(), **self.counters, "clients": len(self._clients)},
+            values={
+                **self.engine.stats(),
+                **self.counters,
+                **self.more_stats(),
+                "clients": len(self._clients),
+            },
         )
 
     def opened(self, connection: _Connection) -> bool:

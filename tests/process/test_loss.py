@@ -134,6 +134,7 @@ def test_restarts_leak_neither_descriptors_nor_mappings(
     caplog.set_level(logging.ERROR)
     client = connect()
     store(client)
+    gc.collect()  # what earlier tests left open
     before = open_fds(), mapped_slabs(), threading.active_count()
     for _ in range(8):
         kill_and_come_back(client, eventually)

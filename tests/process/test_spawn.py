@@ -19,6 +19,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import ConfigError, PluginNotFound
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.process import life
+from lmcache_kit.process.client import Reconnect
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -80,7 +81,7 @@ def test_it_ends_after_its_last_client_and_leaves_no_socket(
 ) -> None:
     first, second = connect(), connect()
     first.close()
-    assert second.stats().values["clients"] == 1
+    eventually(lambda: second.stats().values["clients"] == 1)
     second.close()
     eventually(lambda: not processes_at(folder))
     assert not (folder / "c.sock").exists()
@@ -320,3 +321,17 @@ def test_a_stranger_socket_in_place_is_replaced(connect: Connect, folder: Path) 
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.bind(str(folder / "c.sock"))
     assert connect().connected
+
+
+def test_what_could_not_be_composed_is_tried_again_later(
+    configure: Configure, folder: Path, eventually: Eventually
+) -> None:
+    folder.chmod(0o755)
+    client = life.open_client(configure(), role="worker", reconnect=Reconnect(broken_s=0.1))
+    try:
+        with pytest.raises(ConfigError, match="mode 0755"):
+            client.wait_ready(20)
+        folder.chmod(0o700)
+        eventually(lambda: client.connected)
+    finally:
+        client.close()
