@@ -1,0 +1,138 @@
+"""The connector around its two sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcache_kit.errors import ConfigError, UnsupportedModel
+
+
+def new_connector(extra: dict[str, Any], *, groups: int = 1, policy: str = "fail") -> Any:
+    import torch
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from lmcache_kit.vllm import LMCacheKitConnector
+
+    transfer = KVTransferConfig(
+        kv_connector="LMCacheKitConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config=extra,
+        kv_load_failure_policy=policy,
+    )
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    config = SimpleNamespace(
+        kv_transfer_config=transfer,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, rank=0),
+        speculative_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(
+            model="m", served_model_name="m", get_total_num_kv_heads=lambda: 1
+        ),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
+    cache = SimpleNamespace(kv_cache_groups=[group] * groups)
+    return LMCacheKitConnector(config, KVConnectorRole.WORKER, cache)
+
+
+def attached(folder: Path) -> dict[str, Any]:
+    """Nobody listens there."""
+    return {
+        "lmcache.cache_process": "attach",
+        "lmcache.cache_socket": str(folder / "nobody.sock"),
+        "lmcache.cache_start_timeout_s": 0.05,
+    }
+
+
+def test_failed_loads_are_computed_again_instead_of_failing_requests(tmp_path: Path) -> None:
+    connector = new_connector(attached(tmp_path))
+    assert connector._kv_transfer_config.kv_load_failure_policy == "recompute"
+    connector.shutdown()
+
+
+def test_a_lost_save_never_holds_up_a_request(tmp_path: Path) -> None:
+    connector = new_connector(attached(tmp_path))
+    assert connector.requires_kv_delivery is False
+    connector.shutdown()
+
+
+def test_keys_of_other_connectors_are_left_alone(tmp_path: Path) -> None:
+    connector = new_connector(attached(tmp_path) | {"shared_storage_path": "/x"})
+    connector.shutdown()
+
+
+def test_a_key_that_nobody_knows_ends_the_start() -> None:
+    with pytest.raises(ConfigError, match="chunk_sise"):
+        new_connector({"lmcache.chunk_sise": 16})
+
+
+def test_an_unsupported_model_is_served_without_the_cache(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from lmcache_kit.vllm.step import Step
+
+    connector = new_connector({}, groups=2)
+    assert "served without lmcache_kit: it has 2 KV cache groups" in caplog.text
+    assert connector.get_num_new_matched_tokens(SimpleNamespace(), 0) == (0, False)
+    assert connector.build_connector_meta(SimpleNamespace()) == Step()
+    assert connector.request_finished_all_groups(SimpleNamespace(), ([], [])) == (False, None)
+    connector.register_kv_caches({})
+    connector.bind_connector_metadata(Step())
+    connector.start_load_kv(SimpleNamespace())
+    connector.wait_for_save()
+    assert connector.get_finished(set()) == (None, None)
+    assert connector.get_block_ids_with_load_errors() == set()
+    assert connector.build_connector_worker_meta() is None
+    connector.shutdown()
+
+
+def test_layers_that_vllm_does_not_register_turn_the_worker_passive(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    connector = new_connector(attached(tmp_path))
+    connector.register_kv_caches({"a": None, "b": None})
+    assert "registers 2 layers where its KV cache has 1" in caplog.text
+    assert "registers 2 layers" in connector.build_connector_worker_meta().passive
+    connector.shutdown()
+
+
+def test_requests_whose_tail_was_asked_for_are_always_reported(tmp_path: Path) -> None:
+    """Also when nothing could be saved: vLLM keeps their blocks until then."""
+    from lmcache_kit.vllm.step import Step
+
+    connector = new_connector(attached(tmp_path))
+    connector.bind_connector_metadata(Step(tails={"done"}))
+    connector.wait_for_save()
+    assert connector.get_finished({"done"}) == ({"done"}, None)
+    connector.shutdown()
+
+
+def test_a_reset_of_the_cache_is_not_pretended(tmp_path: Path) -> None:
+    connector = new_connector(attached(tmp_path))
+    assert connector.reset_cache() is False
+    connector.shutdown()
+
+
+def test_a_kv_cache_of_another_shape_is_refused() -> None:
+    import torch
+
+    from lmcache_kit.vllm.connector import open_pages
+
+    with pytest.raises(UnsupportedModel, match=r"shape \(2, 3, 4\)"):
+        open_pages({"a": torch.zeros(2, 3, 4)}, {}, 16)
+
+
+def test_an_attention_kernel_without_a_writer_is_refused() -> None:
+    import torch
+
+    from lmcache_kit.vllm.connector import open_pages
+
+    layers = {"a": SimpleNamespace(impl=SimpleNamespace())}
+    with pytest.raises(UnsupportedModel, match="SimpleNamespace has no KV cache writer"):
+        open_pages({"a": torch.zeros(2, 1, 16, 8)}, layers, 16)

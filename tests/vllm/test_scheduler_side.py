@@ -1,0 +1,379 @@
+"""What the scheduler's side decides, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcache_kit.keys import pack_tokens
+from tests.vllm.fakes import (
+    BLOCK,
+    CHUNK,
+    LAYOUT,
+    NAMESPACE,
+    FakeClient,
+    generated,
+    new_request,
+    scheduled,
+)
+
+PROMPT = list(range(100, 120))  # two chunks and a half
+
+
+@pytest.fixture
+def client() -> FakeClient:
+    return FakeClient()
+
+
+def new_side(client: FakeClient, clock: Any = lambda: 0.0, **policy: Any) -> Any:
+    from lmcache_kit.vllm.model import Model
+    from lmcache_kit.vllm.scheduler import Policy, SchedulerSide
+    from lmcache_kit.vllm.tracker import SavePolicy
+
+    saving = SavePolicy(CHUNK, policy.pop("decode", False), policy.pop("unfull", True))
+    model = Model(NAMESPACE, LAYOUT, BLOCK, world_size=1)
+    return SchedulerSide(client, model, Policy(saving, **policy), clock=clock)
+
+
+def report(failures: int, passive: str = "") -> Any:
+    from lmcache_kit.vllm.step import Report
+
+    return SimpleNamespace(kv_connector_worker_meta=Report(failures, passive))
+
+
+def place(side: Any, request: Any, computed: int = 0) -> int:
+    """What vLLM does with a request that it can place; returns the tokens to load."""
+    external = side.matched_tokens(request, computed)
+    side.placed(request, external)
+    request.num_computed_tokens = computed + external
+    return int(external)
+
+
+def run(side: Any, request: Any, count: int | None = None) -> Any:
+    """Schedule ``count`` more tokens of the request, or all that are left."""
+    count = count or request.num_tokens - request.num_computed_tokens
+    step = side.build_step(scheduled(**{request.request_id: count}))
+    request.num_computed_tokens += count
+    return step
+
+
+def spans(saves: list[Any]) -> list[tuple[int, int]]:
+    return [(save.start, save.end) for save in saves]
+
+
+# Loads.
+
+
+def test_all_but_the_last_token_can_be_loaded(client: FakeClient) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT)
+    assert place(side, request) == len(PROMPT) - 1
+    (load,) = run(side, request).loads
+    assert (load.start, load.end, load.incarnation) == (0, len(PROMPT) - 1, "life-1")
+    assert load.blocks == [10, 11, 12, 13, 14]
+    assert client.held() == 1  # the worker's to release
+
+
+def test_what_vllm_holds_itself_is_not_loaded(client: FakeClient) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT)
+    assert place(side, request, computed=BLOCK) == len(PROMPT) - 1 - BLOCK
+    (load,) = run(side, request).loads
+    assert (load.start, load.end) == (BLOCK, len(PROMPT) - 1)
+
+
+def test_the_cache_is_asked_once_however_often_vllm_asks(client: FakeClient) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT)
+    answers = {side.matched_tokens(request, 0) for _ in range(140)}
+    assert answers == {len(PROMPT) - 1}
+    assert client.calls == ["lookup"]
+
+
+def test_a_miss_is_remembered_too(client: FakeClient) -> None:
+    side, request = new_side(client), new_request(PROMPT)
+    assert [side.matched_tokens(request, 0) for _ in range(3)] == [0, 0, 0]
+    assert client.calls == ["lookup"]
+
+
+def test_a_request_that_waits_long_is_looked_up_again_before_its_lease_ends(
+    client: FakeClient,
+) -> None:
+    now = [0.0]
+    client.store(PROMPT)
+    side, request = new_side(client, lambda: now[0], lookup_age_s=60), new_request(PROMPT)
+    side.matched_tokens(request, 0)
+    now[0] = 61.0
+    side.matched_tokens(request, 0)
+    assert client.calls == ["lookup", "release", "lookup"]
+    assert client.held() == 1
+
+
+def test_a_late_lookup_is_a_miss(client: FakeClient) -> None:
+    client.fails = {"lookup"}
+    side, request = new_side(client), new_request(PROMPT)
+    assert place(side, request) == 0
+    assert run(side, request).loads == []
+
+
+def test_a_match_shorter_than_worth_loading_is_given_back(client: FakeClient) -> None:
+    client.store(PROMPT[:CHUNK])
+    side, request = new_side(client, min_load_tokens=CHUNK + 1), new_request(PROMPT)
+    assert place(side, request) == 0
+    assert client.held() == 0
+
+
+def test_a_match_that_vllm_does_not_want_is_given_back(client: FakeClient) -> None:
+    client.store(PROMPT[:CHUNK])
+    side, request = new_side(client), new_request(PROMPT)
+    assert place(side, request, computed=2 * CHUNK) == 0
+    assert client.held() == 0
+
+
+def test_a_request_aborted_while_it_waits_gives_its_lease_back(client: FakeClient) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT)
+    side.matched_tokens(request, 0)
+    assert side.finished(request, []) is False
+    assert client.held() == 0
+
+
+def test_a_load_that_was_placed_and_not_scheduled_is_given_back(client: FakeClient) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    assert side.build_step(scheduled()).loads == []
+    assert client.held() == 0
+
+
+def test_a_preempted_request_is_looked_up_again_with_what_it_generated(
+    client: FakeClient,
+) -> None:
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    run(side, request)
+    generated(request, 1, 2)
+    client.store(PROMPT[: 2 * CHUNK])
+    assert place(side, request) == 2 * CHUNK
+    assert run(side, request).loads[0].end == 2 * CHUNK
+    assert side.counts["lookups"] == 2
+
+
+def test_a_consumer_that_may_not_load_does_not_ask(client: FakeClient) -> None:
+    side = new_side(client, load=False)
+    assert place(side, new_request(PROMPT)) == 0
+    assert client.calls == []
+
+
+def test_a_request_that_wants_no_cached_prefix_does_not_ask(client: FakeClient) -> None:
+    side = new_side(client)
+    assert place(side, new_request(PROMPT, skip_reading_prefix_cache=True)) == 0
+    assert client.calls == []
+
+
+@pytest.mark.parametrize(
+    "peculiarity",
+    [
+        {"mm_features": [object()]},
+        {"prompt_embeds": object()},
+        {"prompt_token_ids": None},
+        {"pooling_params": object()},
+        {"resumable": True},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_requests_whose_tokens_do_not_name_their_kv_bypass_the_cache(
+    client: FakeClient, peculiarity: dict[str, Any]
+) -> None:
+    side, request = new_side(client), new_request(PROMPT, **peculiarity)
+    assert place(side, request) == 0
+    step = run(side, request)
+    assert (step.loads, step.saves, client.calls) == ([], [], [])
+    assert side.finished(request, []) is False
+
+
+# Saves.
+
+
+def test_a_prompt_is_saved_in_chunks_with_its_tail(client: FakeClient) -> None:
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    saves = run(side, request).saves
+    assert spans(saves) == [(0, 8), (8, 16), (16, 20)]
+    assert [save.tokens for save in saves] == [
+        pack_tokens(PROMPT[start:end]) for start, end in spans(saves)
+    ]
+    assert saves[-1].blocks == [10, 11, 12, 13, 14]
+
+
+def test_the_keys_of_a_chain_follow_each_other(client: FakeClient) -> None:
+    from lmcache_kit.keys import chain
+
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    saves = run(side, request).saves
+    wanted = chain(NAMESPACE.digest, pack_tokens(PROMPT), CHUNK)
+    assert [save.parent for save in saves] == [chunk.parent for chunk in wanted]
+
+
+def test_a_tail_is_not_saved_when_only_full_chunks_are_wanted(client: FakeClient) -> None:
+    side, request = new_side(client, unfull=False), new_request(PROMPT)
+    place(side, request)
+    assert spans(run(side, request).saves) == [(0, 8), (8, 16)]
+
+
+def test_a_prompt_prefilled_in_pieces_is_saved_as_its_chunks_fill_up(client: FakeClient) -> None:
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    assert [spans(run(side, request, count).saves) for count in (5, 5, 9, 1)] == [
+        [],
+        [(0, 8)],
+        [(8, 16)],
+        [(16, 20)],
+    ]
+
+
+def test_what_a_lookup_found_is_not_saved_again(client: FakeClient) -> None:
+    client.store(PROMPT[:CHUNK])
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    assert spans(run(side, request).saves) == [(8, 16), (16, 20)]
+
+
+def test_a_prompt_found_with_its_tail_is_not_saved_again(client: FakeClient) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    assert run(side, request).saves == []
+
+
+def test_generated_tokens_are_not_saved_by_default(client: FakeClient) -> None:
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    run(side, request)
+    for token in range(10):
+        generated(request, token)
+        assert run(side, request).saves == []
+    assert side.finished(request, list(range(10, 20))) is False
+
+
+def test_generated_tokens_are_saved_as_chunks_fill_up_and_at_the_end(client: FakeClient) -> None:
+    side, request = new_side(client, decode=True), new_request(PROMPT)
+    place(side, request)
+    run(side, request)
+    saved = []
+    for token in range(7):
+        generated(request, token)
+        saved += spans(run(side, request).saves)
+    assert saved == [(16, 24)]
+    generated(request, 7)  # sampled, and its KV is never computed
+    assert side.finished(request, list(range(10, 20))) is True
+    step = side.build_step(scheduled())
+    assert spans(step.saves) == [(24, 27)]
+    assert step.tails == {"r"}
+
+
+def test_a_request_that_ends_within_its_prompt_keeps_no_blocks(client: FakeClient) -> None:
+    side, request = new_side(client, decode=True), new_request(PROMPT)
+    place(side, request)
+    run(side, request, 10)
+    assert side.finished(request, [10, 11, 12]) is False
+
+
+def test_tokens_still_in_flight_are_not_saved_at_the_end(client: FakeClient) -> None:
+    side, request = new_side(client, decode=True), new_request(PROMPT)
+    place(side, request)
+    run(side, request)
+    generated(request, 1, 2, 3)
+    request.num_computed_tokens, request.num_in_flight_tokens = 23, 2
+    assert side.finished(request, list(range(10, 20))) is True
+    assert spans(side.build_step(scheduled()).saves) == [(16, 21)]
+
+
+def test_tokens_scheduled_before_they_are_known_are_not_saved(client: FakeClient) -> None:
+    side, request = new_side(client, decode=True), new_request(PROMPT)
+    place(side, request)
+    run(side, request)
+    assert run(side, request, 4).saves == []  # placeholders and drafts
+
+
+def test_skip_save_saves_nothing_and_still_loads(client: FakeClient) -> None:
+    client.store(PROMPT[:CHUNK])
+    request = new_request(PROMPT, kv_transfer_params={"lmcache.skip_save": True})
+    side = new_side(client, decode=True)
+    assert place(side, request) == CHUNK
+    assert run(side, request).saves == []
+    generated(request, *range(10))
+    run(side, request)
+    assert side.finished(request, list(range(10, 20))) is False
+
+
+def test_a_producer_only_saves_and_a_consumer_only_loads(client: FakeClient) -> None:
+    side, request = new_side(client, save=False), new_request(PROMPT)
+    place(side, request)
+    assert run(side, request).saves == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"cache_salt": "pepper"},
+        {"lora_request": SimpleNamespace(lora_name="poet")},
+        {"kv_transfer_params": {"lmcache.tag.tenant": "acme"}},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_sets_a_request_apart_has_a_namespace_of_its_own(
+    client: FakeClient, more: dict[str, Any]
+) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT, **more)
+    assert place(side, request) == 0
+    assert {save.namespace for save in run(side, request).saves} != {NAMESPACE.digest}
+
+
+# Failures.
+
+
+def test_after_a_failed_load_everything_is_offered_again(client: FakeClient) -> None:
+    client.store(PROMPT[:CHUNK])
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    step = run(side, request)
+    assert step.failures_seen == 0
+    request.num_computed_tokens = 0  # as vLLM does when a load has failed
+    side.heard(report(1))
+    step = run(side, request)
+    assert spans(step.saves) == [(0, 8), (8, 16), (16, 20)]
+    assert step.failures_seen == 1
+
+
+def test_the_same_report_twice_is_one_failure(client: FakeClient) -> None:
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    side.heard(report(1))
+    run(side, request)
+    side.heard(report(1))
+    generated(request, 1)
+    assert run(side, request).saves == []
+
+
+def test_a_worker_that_gave_up_ends_lookups_and_saves(client: FakeClient) -> None:
+    side = new_side(client)
+    side.heard(report(0, "its pages are odd"))
+    request = new_request(PROMPT)
+    assert place(side, request) == 0
+    assert run(side, request).saves == []
+    assert client.calls == []
+
+
+def test_steps_travel_to_workers_by_pickle(client: FakeClient) -> None:
+    import pickle
+
+    client.store(PROMPT[:CHUNK])
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    step = run(side, request)
+    assert pickle.loads(pickle.dumps(step)) == step
