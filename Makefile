@@ -7,7 +7,7 @@ ARGS ?=
 SOURCES := lmcache_kit $(wildcard plugins/*/src)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test lint format demo wheels clean distclean
+.PHONY: help setup model test lint format demo peer wheels clean distclean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ format: setup ## Rewrite the sources in the project's format
 demo: setup model ## Real vLLM, a controller, a lookup, and the time that the cache saves
 	@$(BIN)/python -m tools.demo $(ARGS)
 
+peer: setup ## Create .venv-peer: LMCache on top of .venv, for the benchmarks
+	@$(PYTHON) tools/setup_peer.py $(VENV) .venv-peer
+
 wheels: setup ## Build the wheels of core and plugins into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./plugins/*/
 
@@ -41,4 +44,4 @@ clean: ## Remove what builds and tests left behind
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and the converted model too
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .venv-peer .cache

@@ -54,7 +54,10 @@ def _run(options: argparse.Namespace) -> int:
     vllm = stack.vllm_server(
         logs / "vllm.log", port=options.vllm_port, config_file=CONFIG, more=more, **settings
     )
-    console.print(f"[dim]Logs: {logs}[/]")
+    console.print(
+        f"Commands are shown as you would type them in {stack.ROOT} with .venv/bin on PATH.\n"
+        f"[dim]Logs: {logs}[/]"
+    )
     try:
         _step("Start the controller")
         _start(controller, f"http://localhost:{options.port}/healthz")

@@ -53,7 +53,8 @@ class Program:
         """The command as one would type it."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
         words = [Path(self.command[0]).name, *self.command[1:]]
-        return " ".join([*settings, *(shlex.quote(word) for word in words)])
+        shown = " ".join([*settings, *(shlex.quote(word) for word in words)])
+        return shown.replace(f"{ROOT}/", "")
 
     def start(self) -> None:
         with self.log.open("ab") as output:
