@@ -107,10 +107,9 @@ def _where(settings: Settings, brain: Controller, frontends: list[Frontend]) -> 
 
 
 async def _stop(brain: Controller, frontends: list[Frontend]) -> None:
-    """Frontends first: what they are still answering needs the controller."""
+    """All at once: the controller tells those who wait for a worker that it is stopping."""
     try:
         async with asyncio.timeout(_STOP_S):
-            await asyncio.gather(*(frontend.stop() for frontend in frontends))
-            await brain.stop()
+            await asyncio.gather(brain.stop(), *(frontend.stop() for frontend in frontends))
     except TimeoutError:
         log.warning("stopped without waiting for the rest, after %.1f s", _STOP_S)

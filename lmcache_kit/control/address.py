@@ -20,7 +20,7 @@ def numeric_host(host: str) -> str:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ConfigError(
-            f"host {host!r} has no address ({error})", hint="choose another with --host"
+            f"host {host!r} has no address ({error})", hint="Choose another with --host"
         ) from None
     found.sort(key=lambda item: item[0] != socket.AF_INET)
     return str(found[0][4][0])

@@ -303,13 +303,13 @@ def _note(sent: asyncio.Future[zmq.MessageTracker | None]) -> None:
 def _no_port(host: str, port: int, error: zmq.ZMQError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         return ConfigError(
-            f"port {port} on {host} is taken", hint="choose another with --monitor-port"
+            f"port {port} on {host} is taken", hint="Choose another with --monitor-port"
         )
     if error.errno == errno.EACCES:
         return ConfigError(
-            f"port {port} on {host} is not allowed", hint="choose another with --monitor-port"
+            f"port {port} on {host} is not allowed", hint="Choose another with --monitor-port"
         )
     return ConfigError(
         f"cannot listen on port {port} of {host}: {error}",
-        hint="choose an address of this machine with --host, and the port with --monitor-port",
+        hint="Choose an address of this machine with --host, and the port with --monitor-port",
     )

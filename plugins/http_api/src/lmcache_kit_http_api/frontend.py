@@ -71,7 +71,8 @@ class HttpFrontend(Frontend):
         connections, self._connections = self._connections, None
         if connections is not None:
             connections.pre_shutdown()
-            await connections.shutdown(self._options.shutdown_grace_s)
+            # aiohttp waits this long twice: for handlers, then for what they were reading.
+            await connections.shutdown(self._options.shutdown_grace_s / 2)
 
     def _request(
         self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any
@@ -116,6 +117,10 @@ class HttpFrontend(Frontend):
         if route.request is not None:
             body = await self._body(request)
             asked = parse(route.request, body, max_tokens=self._options.max_tokens)
+        if self._connections is None:
+            raise ApiError(
+                503, "stopping", "the controller is stopping", hint="Try again when it is back"
+            )
         reply = route.operation(self._service, asked)
         if asyncio.iscoroutine(reply):
             async with asyncio.timeout(self._options.request_timeout_s):
