@@ -8,7 +8,7 @@ from typing import Protocol
 import pytest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.eviction import FIFO, LRU
 from lmcache_kit.cache.records import Grant, Match, StoredChunk, StoreItem
 from lmcache_kit.keys import ChunkKey, chain, pack_tokens
 
@@ -320,6 +320,16 @@ def test_a_start_that_prompts_share_stays_while_any_of_them_does(make_engine: Ma
     store(engine, [0, 0, 0, 0, 2])
     store(engine, [50])
     assert hit(engine, [0, 0, 0, 0, 2]) == 5
+
+
+def test_a_start_that_came_first_still_waits_for_all_that_follow_it(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(300, FIFO())
+    store(engine, [0, 0, 0, 0, 1])
+    store(engine, [0, 0, 0, 0, 2])
+    store(engine, [50], 200)
+    assert hit(engine, [0, 0, 0, 0, 2]) == 4
 
 
 def test_a_found_prefix_is_touched_from_its_end_to_its_start(make_engine: MakeEngine) -> None:

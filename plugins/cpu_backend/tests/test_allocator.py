@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,20 +127,21 @@ TestAllocatorAgainstBitmap.settings = settings(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_with_many_blocks_the_windows_around_large_holes_make_room_too(data: st.DataObject) -> None:
-    allocator = Allocator(600 * PAGE_BYTES)
+@given(st.integers(0, 2**32), st.integers(4, 20))
+def test_with_many_blocks_the_windows_around_large_holes_make_room_too(
+    seed: int, needed_pages: int
+) -> None:
+    random = Random(seed)
+    allocator = Allocator(700 * PAGE_BYTES)
     regions = []
-    while region := allocator.allocate(data.draw(st.integers(1, 3)) * PAGE_BYTES):
+    while region := allocator.allocate(random.randint(1, 3) * PAGE_BYTES):
         regions.append(region)
-        if len(regions) > 590:
-            break
-    gone = set(data.draw(st.lists(st.sampled_from(regions), max_size=30)))
+    gone = set(random.sample(regions, random.randrange(30)))
     for region in gone:
         allocator.free(region)
     left = [region for region in regions if region not in gone]
-    fixed = set(data.draw(st.lists(st.sampled_from(left), max_size=30)))
-    nbytes = data.draw(st.integers(4, 20)) * PAGE_BYTES
+    fixed = set(random.sample(left, random.randrange(20)))
+    nbytes = needed_pages * PAGE_BYTES
 
     cleared = allocator.clearance(nbytes, lambda region: region not in fixed)
 

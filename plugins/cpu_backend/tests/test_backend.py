@@ -4,13 +4,17 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lmcache_kit_cpu_backend import backend as backend_module
+from lmcache_kit_cpu_backend import prefault
 from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from lmcache_kit_cpu_backend.machine import Available, available_memory, why_not
+from lmcache_kit_cpu_backend.prefault import AHEAD_BYTES
 
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces import MemoryBackend, Region
@@ -74,13 +78,49 @@ def test_a_capacity_is_rounded_down_to_whole_pages() -> None:
     backend.close()
 
 
-def test_memory_is_taken_from_the_system_only_as_it_is_used() -> None:
+def resident(backend: LocalCPUBackend) -> int:
+    return os.fstat(backend.fd).st_blocks * 512
+
+
+def test_memory_is_taken_from_the_system_as_it_is_used_and_a_little_ahead() -> None:
     backend = LocalCPUBackend(capacity_bytes=1 << 30)
-    assert os.fstat(backend.fd).st_blocks == 0
-    region = backend.allocate(MIB)
+    assert resident(backend) == 0
+    assert backend.allocate(10 * MIB)
+    deadline = time.monotonic() + 30
+    while resident(backend) < AHEAD_BYTES and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert AHEAD_BYTES <= resident(backend) <= AHEAD_BYTES + 16 * MIB
+    backend.close()
+
+
+def test_memory_that_is_used_again_takes_no_more_from_the_system() -> None:
+    backend = LocalCPUBackend(capacity_bytes=8 * MIB)
+    for _ in range(100):
+        region = backend.allocate(MIB)
+        assert region
+        backend.view(region)[:] = bytes(MIB)
+        backend.free(region)
+    assert resident(backend) <= 8 * MIB
+    backend.close()
+
+
+def test_closing_right_after_the_first_use_leaves_no_thread() -> None:
+    before = threading.active_count()
+    backend = LocalCPUBackend(capacity_bytes=1 << 30)
+    backend.allocate(MIB)
+    backend.close()
+    assert threading.active_count() == before
+
+
+def test_a_system_that_cannot_touch_memory_ahead_serves_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefault, "_MADV_POPULATE_WRITE", 9999)
+    backend = LocalCPUBackend(capacity_bytes=8 * MIB)
+    region = backend.allocate(4)
     assert region
-    backend.view(region)[:] = bytes(MIB)
-    assert os.fstat(backend.fd).st_blocks * 512 <= 128 * MIB
+    backend.view(region)[:] = b"fine"
+    assert bytes(backend.view(region)) == b"fine"
     backend.close()
 
 

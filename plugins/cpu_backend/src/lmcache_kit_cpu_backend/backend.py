@@ -12,6 +12,7 @@ from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces import MemoryBackend, Region, Usage
 from lmcache_kit_cpu_backend.allocator import PAGE_BYTES, Allocator
 from lmcache_kit_cpu_backend.machine import Available, available_memory
+from lmcache_kit_cpu_backend.prefault import Prefault
 
 _GIB = 1 << 30
 # The size can never change again, so no client that maps the memory can make another one's
@@ -42,6 +43,7 @@ class LocalCPUBackend(MemoryBackend):
                 hint="Set a smaller max_local_cpu_size",
             ) from error
         self._memory = memoryview(self._map)
+        self._prefault = Prefault(self._map)
 
     @property
     def fd(self) -> int:
@@ -49,7 +51,10 @@ class LocalCPUBackend(MemoryBackend):
 
     def allocate(self, nbytes: int) -> Region | None:
         self._check_open()
-        return self._allocator.allocate(nbytes)
+        region = self._allocator.allocate(nbytes)
+        if region is not None:
+            self._prefault.used_up_to(region.offset + region.nbytes)
+        return region
 
     def free(self, region: Region) -> None:
         self._allocator.free(region)
@@ -78,6 +83,7 @@ class LocalCPUBackend(MemoryBackend):
             return
         os.close(self._fd)
         self._fd = -1
+        self._prefault.close()
         self._memory.release()
         with contextlib.suppress(BufferError):  # a view is still held; the memory goes with it
             self._map.close()
