@@ -110,6 +110,6 @@ async def _stop(brain: Controller, frontends: list[Frontend]) -> None:
     """All at once: the controller tells those who wait for a worker that it is stopping."""
     try:
         async with asyncio.timeout(_STOP_S):
-            await asyncio.gather(brain.stop(), *(frontend.stop() for frontend in frontends))
+            await asyncio.gather(*(frontend.stop() for frontend in frontends), brain.stop())
     except TimeoutError:
         log.warning("stopped without waiting for the rest, after %.1f s", _STOP_S)

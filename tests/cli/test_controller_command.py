@@ -11,12 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zmq
+
+from lmcache_kit.control.wire import Register, WorkerPort, encode
 
 pytest.importorskip("lmcache_kit_http_api")
 
@@ -40,12 +46,16 @@ class Controller:
         assert found, (self.line, self.process.poll())
         return found[1]
 
-    def get(self, path: str, **headers: str) -> int:
-        return self._status(urllib.request.Request(self.url + path, headers=headers))
+    def get(self, path: str) -> int:
+        return self._open(urllib.request.Request(self.url + path))[0]
 
     def lookup(self, tokens: list[int], **headers: str) -> int:
-        body = json.dumps({"tokens": tokens}).encode()
-        return self._status(urllib.request.Request(self.url + "/lookup", body, headers))
+        return self.ask("/lookup", {"tokens": tokens}, **headers)[0]
+
+    def ask(self, path: str, body: object, **headers: str) -> tuple[int, Any]:
+        """Status, and the body of the answer."""
+        sent = json.dumps(body).encode()
+        return self._open(urllib.request.Request(self.url + path, sent, headers))
 
     def stop(self, number: signal.Signals) -> tuple[int, str]:
         """Exit code, and what it wrote to stderr."""
@@ -54,13 +64,13 @@ class Controller:
         return self.process.returncode, stderr
 
     @staticmethod
-    def _status(request: urllib.request.Request) -> int:
+    def _open(request: urllib.request.Request) -> tuple[int, Any]:
         try:
             with urllib.request.urlopen(request, timeout=WAIT_S) as response:
-                return int(response.status)
+                return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             with error:
-                return error.code
+                return error.code, json.load(error)
 
 
 Start = Callable[..., Controller]
@@ -132,6 +142,33 @@ def test_it_ends_although_a_request_is_in_flight(start):
         half.sendall(b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
         assert running.get("/healthz") == 200
         assert running.stop(signal.SIGTERM)[0] == 0
+
+
+def test_whoever_waits_for_a_worker_is_told_that_it_stops(start):
+    running = start(*FREE_PORTS)
+    monitor = re.search(r"tcp://\S+:\d+", running.line)
+    register = Register(
+        instance_id="mute",
+        incarnation=bytes(16),
+        started=time.time(),
+        host="127.0.0.1",
+        heartbeat_s=10.0,
+        locations=("LocalCPUBackend",),
+        workers=(WorkerPort(0, 8001),),
+        namespaces=(),
+    )
+    with zmq.Context() as context, context.socket(zmq.DEALER) as mute:
+        mute.setsockopt(zmq.LINGER, 0)
+        mute.connect(monitor[0])
+        mute.send(encode(register))
+        mute.recv()
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(running.ask, "/health", {"instance_id": "mute"})
+            mute.recv()
+            assert running.stop(signal.SIGTERM)[0] == 0
+            status, reply = asked.result(WAIT_S)
+    assert status == 503
+    assert reply["error"]["message"] == "the controller is stopping"
 
 
 def test_a_taken_port_is_named_with_the_flag_to_change_it(taken_port):

@@ -172,24 +172,6 @@ async def test_a_request_that_outlasts_the_grace_does_not_hold_it_up(controller)
             await asked
 
 
-async def test_a_request_whose_body_comes_while_it_stops_is_503(controller):
-    frontend = HttpFrontend(controller, HttpOptions(host="127.0.0.1", port=0, shutdown_grace_s=20))
-    await frontend.start()
-    port = int(frontend.endpoints[0].rpartition(":")[2])
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-    await reader.readuntil(b"}")
-    head = b"POST /lookup HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
-    writer.write(head + b"Content-Length: %d\r\n\r\n" % len(BODY))
-    await reader.readuntil(b"Continue\r\n\r\n")
-    stopping = asyncio.create_task(frontend.stop())
-    await asyncio.sleep(0)
-    writer.write(BODY)
-    assert error_in(await reader.read()) == (503, "stopping")
-    writer.close()
-    await stopping
-
-
 async def test_an_idle_connection_does_not_hold_up_stopping(serve, controller):
     frontend = HttpFrontend(controller, HttpOptions(port=0, shutdown_grace_s=3600))
     await frontend.start()

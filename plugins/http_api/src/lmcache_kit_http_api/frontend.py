@@ -117,10 +117,6 @@ class HttpFrontend(Frontend):
         if route.request is not None:
             body = await self._body(request)
             asked = parse(route.request, body, max_tokens=self._options.max_tokens)
-        if self._connections is None:
-            raise ApiError(
-                503, "stopping", "the controller is stopping", hint="Try again when it is back"
-            )
         reply = route.operation(self._service, asked)
         if asyncio.iscoroutine(reply):
             async with asyncio.timeout(self._options.request_timeout_s):
