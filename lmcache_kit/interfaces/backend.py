@@ -72,14 +72,13 @@ class MemoryBackend(ABC):
         """Give a region back. Raises ValueError for one that is not allocated."""
 
     @abstractmethod
-    def clearance(
-        self, nbytes: int, movable: Callable[[Region], bool]
-    ) -> Iterable[Region] | None:
-        """The cheapest set of regions whose release lets ``allocate(nbytes)`` succeed.
+    def clearance(self, nbytes: int, movable: Callable[[Region], bool]) -> Iterable[Region] | None:
+        """Regions whose release lets ``allocate(nbytes)`` succeed, with as few bytes as can be.
 
-        Only regions for which ``movable`` is true may be named. None when there is no such set.
-        The engine asks when eviction in policy order has freed enough bytes in all and none of
-        the holes is large enough; this bounds fragmentation.
+        Only regions for which ``movable`` is true may be named. None only when there is no such
+        set: the engine asks before it evicts anything, so that nothing is lost in vain, and again
+        when eviction in policy order has freed enough bytes in all and none of the holes is large
+        enough; this bounds fragmentation.
         """
 
     @abstractmethod

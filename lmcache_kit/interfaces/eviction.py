@@ -35,5 +35,8 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def victims(self) -> Iterator[ChunkKey]:
-        """All chunks, the first to leave first. The engine skips those in use, and takes only as
-        many as it needs before it changes anything."""
+        """All chunks, the first to leave first.
+
+        The engine skips those in use and those that other chunks still follow, and takes only as
+        many as it needs before it changes anything.
+        """

@@ -10,7 +10,7 @@ from lmcache_kit.interfaces import Region
 
 PAGE_BYTES = 4096
 _WALK_ALL_BLOCKS = 256
-_HOLES_TO_TRY = 16
+_HOLES_TO_TRY = 8
 
 _Block = tuple[int, Region | None]
 """Size, and the region if it is not a hole."""
