@@ -114,6 +114,15 @@ def refused(arguments: Sequence[str], *, code: str = COMMAND, **variables: str) 
     return done.returncode, done.stderr
 
 
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listened on just now."""
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in held:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in held]
+
+
 @pytest.fixture
 def taken_port() -> Iterator[int]:
     with socket.socket() as taken:
@@ -251,8 +260,18 @@ def test_a_bad_token_is_refused_without_being_shown():
 
 
 def test_monitor_ports_as_lmcache_writes_them_are_all_served(start):
-    running = start("--port", "0", "--monitor-ports", '{"pull": 0, "reply": 0}')
-    assert running.get("/healthz") == 200
+    pull, reply = free_ports(2)
+    ports = json.dumps({"pull": pull, "reply": reply})
+    running = start("--port", "0", "--monitor-ports", ports)
+    assert f"on tcp://127.0.0.1:{pull}, tcp://127.0.0.1:{reply};" in running.line
+
+
+def test_monitor_port_and_monitor_ports_may_stand_together(start):
+    one, pull = free_ports(2)
+    running = start(
+        "--port", "0", "--monitor-port", str(one), "--monitor-ports", json.dumps({"pull": pull})
+    )
+    assert f"on tcp://127.0.0.1:{one}, tcp://127.0.0.1:{pull};" in running.line
 
 
 @pytest.mark.parametrize(
