@@ -188,7 +188,8 @@ class CacheClient:
             if self._link:
                 self._link.channel.close()
             if self._greeting:
-                self._greeting.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # its peer may have gone before
+                    self._greeting.shutdown(socket.SHUT_RDWR)
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -246,21 +247,25 @@ class CacheClient:
     def _connect(self) -> _Link | None:
         try:
             connection = self._dial(self._closing)
-            with self._changed:
-                self._greeting = connection
+            link = None
             try:
-                return _Link(connection, self._hello, self._greet_timeout_s)
-            except BaseException:
-                with self._changed:
-                    self._greeting = None
-                connection.close()
-                raise
+                if self._may_greet(connection):
+                    link = _Link(connection, self._hello, self._greet_timeout_s)
             finally:
                 with self._changed:
                     self._greeting = None
+                if link is None:
+                    connection.close()
         except (KitError, OSError) as error:
             self._failed(error if isinstance(error, KitError) else CacheUnavailable(str(error)))
             return None
+        return link
+
+    def _may_greet(self, connection: socket.socket) -> bool:
+        """Whether to go on; from now on :meth:`close` ends the wait for an answer."""
+        with self._changed:
+            self._greeting = connection
+            return not self._closing.is_set()
 
     def _failed(self, problem: KitError) -> None:
         with self._changed:

@@ -86,7 +86,11 @@ class Host:
         self.config = config
         self.incarnation = secrets.token_hex(16)
         self._plugins, self.memory, self.engine = _compose(config)
-        self._agent = _agent(config, self.engine, self.incarnation)
+        try:
+            self._agent = _agent(config, self.engine, self.incarnation)
+        except BaseException:
+            self.close()
+            raise
         self._info = CacheInfo(config.lmcache_instance_id, self.incarnation, (LOCATION,))
         self._server = CacheServer(
             self.engine,

@@ -113,28 +113,34 @@ class _Spawner:
     def __call__(self, stop: threading.Event) -> socket.socket:
         timeout_s = self._config.cache_start_timeout_s
         deadline = time.monotonic() + timeout_s
+        started = False
         while not stop.is_set() and time.monotonic() < deadline:
             try:
                 return _connect(self._path)
             except CacheUnavailable:
-                self._start_unless_started(stop, deadline)
-            stop.wait(_POLL_S)
+                if started:
+                    raise  # it died at once; the next attempt is not to follow at once
+                started = self._start_unless_started(stop, deadline)
+                if not started:
+                    stop.wait(_POLL_S)
         raise CacheTimeout(f"the cache process did not start within {timeout_s:g} s")
 
-    def _start_unless_started(self, stop: threading.Event, deadline: float) -> None:
+    def _start_unless_started(self, stop: threading.Event, deadline: float) -> bool:
+        """False when another one is coming up, or still on its way out."""
         paths.secure_directory(self._path.parent)
         starting = paths.starting_lock(self._path)
         if starting is None:
-            return
+            return False
         with starting:
             serving = paths.serving_lock(self._path)
-            if serving is None:  # it has come up since, or one is still on its way out
-                return
+            if serving is None:
+                return False
             serving.close()
             self._start(stop, deadline)
+            return True
 
     def _start(self, stop: threading.Event, deadline: float) -> None:
-        """Start a process; return when it is ready or has lost a race, else raise why it is not."""
+        """Start a process; return when it is ready, else raise why it is not."""
         status, child_status = os.pipe()
         try:
             try:

@@ -23,7 +23,7 @@ from lmcache_kit.process.life import open_client
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
-    from tests.process.conftest import Configure, Connect, Eventually
+    from tests.process.conftest import Configure, Connect, Eventually, Script
 
 NAMESPACE = Namespace("a-model", KVLayout("float16", 2, 2, 8), chunk_size=4)
 TOKENS = list(range(6))
@@ -150,6 +150,16 @@ def test_a_controller_that_is_not_there_holds_up_nobody(connect: Connect) -> Non
     store(client, TOKENS[:4])
     assert client.lookup(NAMESPACE.digest, pack_tokens(TOKENS[:4]), 256).tokens == 4
     assert client.stats().values["agent_registered"] == 0
+
+
+def test_nothing_heavy_is_imported(script: Script) -> None:
+    body = """
+        client = open_client(config, role="worker", wait_ready=True)
+        assert client.stats().pid == os.getpid()
+        print(*sorted({"aiohttp", "nixl", "numpy", "torch", "vllm", "zmq"} & sys.modules.keys()))
+    """
+    output, _ = script(body, cache_process="embedded").communicate(timeout=20)
+    assert output == "\n"
 
 
 def test_plugins_hear_of_a_cache_that_opens_and_closes(
