@@ -7,11 +7,13 @@ import sys
 
 import pytest
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmcache_kit.keys import Namespace, chain, chunk_key, pack_tokens
 from lmcache_kit.layout import KVLayout
+
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 LAYOUT = KVLayout(dtype="bfloat16", layers=32, kv_heads=8, head_dim=128)
 PLAIN = Namespace(model="meta-llama/Llama-3.1-8B", layout=LAYOUT, chunk_size=256)
@@ -87,12 +89,14 @@ def test_a_digest_is_what_its_description_says(space: Namespace) -> None:
     assert space.digest == documented_digest(space)
 
 
+@patient
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=20), st.integers(1, 7))
 def test_a_chain_is_what_its_description_says(tokens: list[int], chunk_size: int) -> None:
     chunks = list(chain(PLAIN.digest, pack_tokens(tokens), chunk_size))
     assert [chunk.key for chunk in chunks] == documented_keys(PLAIN.digest, tokens, chunk_size)
 
 
+@patient
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 7))
 def test_a_chain_covers_the_tokens_without_gap_or_overlap(
     tokens: list[int], chunk_size: int

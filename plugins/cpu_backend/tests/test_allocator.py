@@ -3,7 +3,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from lmcache_kit_cpu_backend import allocator as allocator_module
@@ -122,11 +122,14 @@ class AllocatorAgainstBitmap(RuleBasedStateMachine):
 
 TestAllocatorAgainstBitmap = AllocatorAgainstBitmap.TestCase
 TestAllocatorAgainstBitmap.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32), st.integers(4, 20))
 def test_with_many_blocks_the_windows_around_large_holes_make_room_too(
     seed: int, needed_pages: int
