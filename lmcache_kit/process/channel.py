@@ -16,6 +16,7 @@ import selectors
 import socket
 import threading
 import time
+import weakref
 from typing import TypeAlias
 
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable, ProtocolError
@@ -27,6 +28,7 @@ GIVE_UP_S = 30.0
 MAX_OUTBOX_BYTES = 64 * 1024 * 1024
 _RECEIVE_BYTES = 256 * 1024
 
+_live: weakref.WeakSet[Channel] = weakref.WeakSet()
 _Slot: TypeAlias = "queue.SimpleQueue[Answer | None]"
 
 
@@ -101,10 +103,7 @@ class Channel:
         self._waiting: dict[int, _Slot] = {}
         self._overdue: dict[int, float] = {}
         self._closed = False
-
-    @property
-    def open(self) -> bool:
-        return not self._closed
+        _live.add(self)
 
     def call(self, request: Request, timeout_s: float) -> Answer:
         """Send and wait for the answer. Raises CacheUnavailable, CacheTimeout."""
@@ -262,3 +261,20 @@ class Channel:
                         self.post(protocol.Abandon(tickets))
                 case _:
                     pass
+
+    def _forget(self) -> None:
+        """In a forked child, which has no reader's thread and no say about this connection."""
+        self._lock = threading.Lock()  # who held it stayed behind
+        if not self._closed:
+            self._closed = True
+            self._socket.close()
+            self._wake.close()
+
+
+def _after_fork() -> None:
+    """Close the child's copies: the process at the other end must see when its client dies."""
+    for channel in tuple(_live):
+        channel._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

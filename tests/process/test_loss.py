@@ -247,6 +247,29 @@ def test_a_dead_clients_leases_and_unfinished_stores_are_freed_at_once(
     assert (values["leases"], values["pending"]) == (0, 0)
 
 
+def test_a_dead_client_is_noticed_though_a_forked_child_of_it_lives(
+    connect: Connect, script: Script, eventually: Eventually
+) -> None:
+    client = connect()
+    body = """
+        client = open_client(config, role="worker", wait_ready=True)
+        if os.fork() == 0:
+            try:
+                client.stats()
+            except ConnectionError as error:
+                print(error, flush=True)
+            os.close(1)
+            sys.stdin.readline()
+            os._exit(0)
+        client.stats()
+        time.sleep(60)
+    """
+    parent = script(body, wait_for="the cache process has gone")
+    assert client.stats().values["clients"] == 2
+    parent.kill()
+    eventually(lambda: client.stats().values["clients"] == 1)
+
+
 def test_a_lease_of_an_earlier_process_does_not_release_one_of_the_next(
     connect: Connect, eventually: Eventually
 ) -> None:
