@@ -202,6 +202,7 @@ def test_a_configuration_survives_the_way_to_another_process(config: KitConfig) 
         ("min_retrieve_tokens: 1", r"FILE:2: 'min_retrieve_tokens' stands already in line 1"),
         ("chunk_size: !!python/object/apply:os.getcwd []", r"FILE:2: chunk_size: could not determ"),
         ("chunksize: 1", r"unknown configuration key 'chunksize' \(FILE:2\). Did you mean 'chunk_"),
+        ("locl_disk: x", r"'locl_disk' \(FILE:2\). Did you mean 'local_disk'"),
         ("zzz: 1", r"unknown configuration key 'zzz' \(FILE:2\). 'lmcache-kit show-config' lists"),
     ],
 )
@@ -238,6 +239,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing.yaml"
     with pytest.raises(ConfigError, match=r"cannot read .*missing.yaml.*No such file"):
         load_config(file=missing, environ={})
+
+
+def test_a_file_that_the_environment_names_wrongly_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing.yaml.*LMCACHE_CONFIG_FILE names it"):
+        from_environ(LMCACHE_CONFIG_FILE=str(tmp_path / "missing.yaml"))
 
 
 def test_a_file_that_is_no_text_is_named(file: Path) -> None:

@@ -27,7 +27,7 @@ _UNSERVED_PREFIXES = (
     "remote_",
 )
 
-_UNSERVED = frozenset(
+UNSERVED = frozenset(
     {
         "audit_actual_remote_url",
         "cufile_buffer_size",
@@ -94,7 +94,7 @@ _SERVICE_LINK = re.compile(r"(^|_)(service_(host|port\w*)|port_\d+_(tcp|udp)\w*)
 
 def is_unserved(key: str) -> bool:
     """Whether LMCache knows this key and the kit does not serve it."""
-    return key in _UNSERVED or key.startswith(_UNSERVED_PREFIXES)
+    return key in UNSERVED or key.startswith(_UNSERVED_PREFIXES)
 
 
 def is_configuration(tail: str, value: str) -> bool:

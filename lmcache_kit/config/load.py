@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from lmcache_kit.config.known import ALIASES, is_configuration, is_unserved
+from lmcache_kit.config.known import ALIASES, UNSERVED, is_configuration, is_unserved
 from lmcache_kit.config.model import KitConfig
 from lmcache_kit.errors import ConfigError
 
@@ -62,9 +62,14 @@ def load_config(
 
     Raises ConfigError that names the key, the value and where it stands.
     """
-    file = file or environ.get(f"{ENV_PREFIX}CONFIG_FILE") or None
+    named = environ.get(f"{ENV_PREFIX}CONFIG_FILE")
+    if file:
+        from_file = list(_from_file(Path(file)))
+    else:
+        hint = "LMCACHE_CONFIG_FILE names it"
+        from_file = list(_from_file(Path(named), hint=hint)) if named else []
     sources = [
-        list(_from_file(Path(file))) if file else [],
+        from_file,
         list(_from_environ(environ)),
         list(_from_extra(extra or {})),
     ]
@@ -80,17 +85,16 @@ def load_config(
 
 def nearest(name: str) -> str:
     """The served or known key that is spelt most like ``name``, or an empty string."""
-    known = [*KitConfig.model_fields, *ALIASES]
+    known = [*KitConfig.model_fields, *ALIASES, *sorted(UNSERVED)]
     return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), "")
 
 
-def _from_file(path: Path) -> Iterator[Entry]:
+def _from_file(path: Path, *, hint: str = "") -> Iterator[Entry]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot read the configuration file {str(path)!r}: {error}",
-            hint="LMCACHE_CONFIG_FILE names it",
+            f"cannot read the configuration file {str(path)!r}: {error}", hint=hint
         ) from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
