@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -145,6 +147,17 @@ def test_every_hook_is_documented_with_its_arguments() -> None:
     assert {
         name: arguments.split(", ") if arguments else [] for name, arguments in documented
     } == specs
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if ">>> " in path.read_text()], ids=short
+)
+def test_examples_in_docstrings_run(path: Path) -> None:
+    root = next(parent for parent in path.parents if parent.name == "src" or parent == ROOT)
+    name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted or "doctest: +SKIP" in path.read_text()
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ class Plugins:
     does not work and why; each was logged once as a warning.
 
     >>> plugins = Plugins.load(environ={"LMCACHE_KIT_PLUGINS": "cpu_backend"})
-    >>> plugins.spec("backend", "LocalCPUBackend").summary
-    'host memory in one shared slab'
+    >>> plugins.spec("backend", "LocalCPUBackend").target
+    'lmcache_kit_cpu_backend.backend:LocalCPUBackend'
     """
 
     def __init__(self, discovery: Discovery) -> None:
