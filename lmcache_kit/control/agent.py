@@ -91,7 +91,8 @@ class Agent:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._engine.unsubscribe(self)
+        with contextlib.suppress(ValueError):  # an engine that is closed has forgotten us
+            self._engine.unsubscribe(self)
         self._stopping = True
         self._wake()
         thread.join(_STOP_S)

@@ -48,6 +48,37 @@ MAX_LOCATIONS = 8
 MAX_WORKERS = 1024
 MAX_NAMESPACES = 64
 MAX_NAME = 256
+COUNTERS = (
+    "batches_repeated_total",
+    "batches_total",
+    "commands_late_total",
+    "digest_mismatches_total",
+    "fenced_total",
+    "gaps_total",
+    "goodbyes_total",
+    "keys_added_total",
+    "keys_removed_total",
+    "lookup_hit_tokens_total",
+    "lookup_hits_total",
+    "lookup_tokens_total",
+    "lookups_total",
+    "messages_failed_total",
+    "messages_malformed_total",
+    "messages_total",
+    "messages_unregistered_total",
+    "processes_forgotten_total",
+    "processes_lost_total",
+    "reconnections_total",
+    "registrations_refused_total",
+    "registrations_total",
+    "results_unasked_total",
+    "resyncs_total",
+    "snapshot_parts_late_total",
+    "snapshots_broken_total",
+    "snapshots_total",
+)
+"""All that is counted, so that each is there to see before it first happens."""
+
 HEARTBEAT_RANGE_S = (0.05, 60.0)
 
 
@@ -96,7 +127,7 @@ class Registry:
         max_processes: int = MAX_PROCESSES,
     ) -> None:
         self.index = KeyIndex()
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._clock = clock
         self._wall = wall
         self._forget_after_s = forget_after_s

@@ -1,0 +1,250 @@
+"""One location's stream, both ends by hand: what is lost, and how it is healed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from lmcache_kit.control.announcer import Announcer
+from lmcache_kit.control.follower import MAX_BUFFERED, Follower
+from lmcache_kit.control.index import KeyIndex, Owner
+from lmcache_kit.control.wire import Batch, Position, Resync, SnapshotPart, Tail
+from lmcache_kit.errors import ProtocolError
+from tests.control.fakes import chunks_of
+
+KEYS = [bytes([i]) * 16 for i in range(1, 40)]
+A, B, C, D = KEYS[:4]
+
+
+class Ends:
+    """A follower with an index of its own."""
+
+    def __init__(self) -> None:
+        self.index = KeyIndex()
+        self.counts: Counter[str] = Counter()
+        self.follower = Follower(self.index, Owner("a", "ram"), 2.0, self.counts)
+        self.index.show(self.follower.holder)
+
+    @property
+    def visible(self) -> set[bytes]:
+        return {key for key in KEYS if self.index.held(key)}
+
+
+@pytest.fixture
+def ends() -> Ends:
+    return Ends()
+
+
+def batch(seq: int, added: bytes = b"", removed: bytes = b"") -> Batch:
+    return Batch("ram", seq, added, removed)
+
+
+def part(seq: int, number: int, keys: bytes, *, last: bool) -> SnapshotPart:
+    return SnapshotPart("ram", seq, number, last, keys)
+
+
+def test_batches_apply_in_order(ends: Ends) -> None:
+    assert ends.follower.batch(batch(1, A + B), 0) is None
+    assert ends.follower.batch(batch(2, C, A), 0) is None
+    assert ends.visible == {B, C}
+
+
+def test_a_gap_is_asked_for_once_and_nothing_behind_it_is_taken(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    assert ends.follower.batch(batch(3, C), 0) == Resync("ram", 1, snapshot=False)
+    assert ends.follower.batch(batch(4, D), 0.1) is None
+    assert ends.visible == {A}
+    assert ends.follower.batch(batch(5, D), 2.5) == Resync("ram", 1, snapshot=False)
+
+
+def test_a_repeated_batch_changes_nothing(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    ends.follower.batch(batch(2, B, A), 0)
+    assert ends.follower.batch(batch(1, A), 0) is None
+    assert ends.visible == {B}
+
+
+def test_a_heartbeat_ahead_of_the_index_asks_for_the_rest(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    assert ends.follower.check(Position("ram", 3, 1, 0), 0) == Resync("ram", 1, snapshot=False)
+
+
+def test_a_digest_that_differs_asks_for_a_snapshot(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    xor = int.from_bytes(A[:8], "little")
+    assert ends.follower.check(Position("ram", 1, 1, xor), 0) is None
+    assert ends.follower.check(Position("ram", 1, 1, xor ^ 1), 0) == Resync("ram", 1, snapshot=True)
+    assert ends.follower.check(Position("ram", 1, 2, xor), 9) == Resync("ram", 1, snapshot=True)
+
+
+def test_a_heartbeat_behind_the_index_is_late_and_means_nothing(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    assert ends.follower.check(Position("ram", 0, 0, 0), 0) is None
+
+
+def test_a_snapshot_is_seen_only_when_it_is_whole(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    ends.follower.snapshot(part(7, 0, B, last=False), 0)
+    assert ends.visible == {A}
+    ends.follower.snapshot(part(7, 1, C, last=True), 0)
+    assert ends.visible == {B, C}
+    assert ends.follower.seq == 7
+
+
+def test_batches_during_a_snapshot_count_before_and_after_the_swap(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    ends.follower.snapshot(part(1, 0, A, last=False), 0)
+    ends.follower.batch(batch(2, D), 0)
+    assert ends.visible == {A, D}
+    ends.follower.snapshot(part(1, 1, B, last=True), 0)
+    assert ends.visible == {A, B, D}
+    assert ends.follower.seq == 2
+
+
+def test_more_batches_than_are_kept_during_a_snapshot_become_a_gap(ends: Ends) -> None:
+    ends.follower.snapshot(part(1, 0, A, last=False), 0)
+    for seq in range(2, MAX_BUFFERED + 10):
+        ends.follower.batch(batch(seq, B), 0)
+    ends.follower.snapshot(part(1, 1, b"", last=True), 0)
+    last = MAX_BUFFERED + 1
+    assert ends.follower.seq == last
+    asked = ends.follower.batch(batch(last + 20, C), 0)
+    assert asked == Resync("ram", last, snapshot=False)
+
+
+def test_a_lost_part_starts_the_snapshot_over(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    ends.follower.snapshot(part(7, 0, B, last=False), 0)
+    assert ends.follower.snapshot(part(7, 2, D, last=True), 0) == Resync("ram", 1, snapshot=True)
+    assert ends.visible == {A}
+    ends.follower.snapshot(part(8, 0, C, last=True), 0)
+    assert ends.visible == {C}
+
+
+def test_a_snapshot_that_goes_quiet_is_given_up(ends: Ends) -> None:
+    ends.follower.snapshot(part(7, 0, B, last=False), 0)
+    assert ends.follower.check(Position("ram", 9, 1, 1), 1.0) is None
+    assert ends.follower.check(Position("ram", 9, 1, 1), 3.0) == Resync("ram", 0, snapshot=True)
+    assert ends.index.holders == 1
+
+
+def test_an_old_snapshot_does_not_bring_back_what_is_gone(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    ends.follower.batch(batch(2, B, A), 0)
+    ends.follower.snapshot(part(1, 0, A, last=True), 0)
+    assert ends.visible == {B}
+
+
+@pytest.mark.parametrize(
+    "tail", [Tail(b"", A, 1), Tail(A, b"short", 1), Tail(A, B, 0), Tail(A, B, -3)]
+)
+def test_an_impossible_tail_is_refused_whole(ends: Ends, tail: Tail) -> None:
+    with pytest.raises(ProtocolError, match="no partial chunk"):
+        ends.follower.batch(Batch("ram", 1, A, b"", (tail,)), 0)
+    assert (ends.visible, ends.follower.seq) == (set(), 0)
+
+
+def test_a_blob_that_is_no_whole_number_of_keys_is_refused_whole(ends: Ends) -> None:
+    with pytest.raises(ProtocolError, match="a blob of 17 bytes"):
+        ends.follower.batch(batch(1, A, A + b"x"), 0)
+    assert ends.follower.seq == 0
+
+
+# The announcing end.
+
+
+def send_all(announcer: Announcer) -> list[Batch | SnapshotPart]:
+    sent = []
+    while (message := announcer.next_message()) is not None:
+        sent.append(message)
+        announcer.sent()
+    return sent
+
+
+CHUNKS = chunks_of(list(range(42)))
+
+
+def test_changes_of_one_moment_are_one_batch_and_the_last_one_counts() -> None:
+    announcer = Announcer("ram")
+    first, second, *_ = CHUNKS
+    announcer.added(first)
+    announcer.added(second)
+    announcer.removed(first.key)
+    announcer.flush()
+    assert send_all(announcer) == [Batch("ram", 1, second.key, first.key)]
+    xor = int.from_bytes(second.key[:8], "little")
+    assert announcer.position() == Position("ram", 1, 1, xor)
+
+
+def test_a_partial_chunk_is_announced_as_a_tail() -> None:
+    announcer = Announcer("ram")
+    announcer.added(CHUNKS[-1])
+    announcer.flush()
+    (sent,) = send_all(announcer)
+    assert sent.tails == (Tail(CHUNKS[-1].key, CHUNKS[-1].parent, 2),)
+
+
+def test_large_changes_are_split() -> None:
+    announcer = Announcer("ram", keys_per_message=4)
+    for chunk in CHUNKS[:10]:
+        announcer.added(chunk)
+    announcer.flush()
+    sent = send_all(announcer)
+    assert [(message.seq, len(message.added) // 16) for message in sent] == [(1, 4), (2, 4), (3, 2)]
+
+
+def test_the_past_is_sent_again_from_where_the_other_end_stands() -> None:
+    announcer = Announcer("ram", keys_per_message=2)
+    for chunk in CHUNKS[:6]:
+        announcer.added(chunk)
+    announcer.flush()
+    send_all(announcer)
+    announcer.resume(1)
+    assert [message.seq for message in send_all(announcer)] == [2, 3]
+
+
+def test_a_past_that_is_forgotten_becomes_a_snapshot() -> None:
+    announcer = Announcer("ram", keys_per_message=2, max_past_keys=20)
+    for chunk in CHUNKS[:6]:
+        announcer.added(chunk)
+    announcer.flush()
+    announcer.resume(0)
+    assert send_all(announcer) == []
+    assert announcer.wants_snapshot
+    assert announcer.position() is None
+    announcer.snapshot_is(CHUNKS[:3])
+    announcer.start_snapshot()
+    sent = send_all(announcer)
+    assert [(each.seq, each.part, each.last) for each in sent] == [(4, 0, False), (4, 1, True)]
+    assert announcer.position().seq == 4
+
+
+def test_notes_beyond_the_bound_are_dropped_and_become_a_snapshot() -> None:
+    announcer = Announcer("ram", max_notes=3)
+    for chunk in CHUNKS[:9]:
+        announcer.added(chunk)
+    announcer.flush()
+    assert announcer.wants_snapshot
+    assert announcer.dropped_notes > 0
+    announcer.snapshot_is(CHUNKS[:9])
+    announcer.start_snapshot()
+    announcer.added(CHUNKS[9])
+    announcer.flush()
+    assert [type(message) for message in send_all(announcer)] == [SnapshotPart, Batch]
+
+
+def test_an_empty_cache_sends_an_empty_snapshot() -> None:
+    announcer = Announcer("ram")
+    announcer.want_snapshot()
+    announcer.snapshot_is([])
+    announcer.start_snapshot()
+    assert send_all(announcer) == [SnapshotPart("ram", 1, 0, True, b"")]
+
+
+def test_what_lay_there_before_is_told_by_a_snapshot() -> None:
+    announcer = Announcer("ram")
+    announcer.begin_with(CHUNKS[:2])
+    announcer.resume(0)
+    assert announcer.next_message() is None
+    assert announcer.wants_snapshot
