@@ -1,0 +1,177 @@
+"""Liveness, incarnations and bounds, with a clock that the test moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lmcache_kit.control.registry import Registry
+from lmcache_kit.control.wire import (
+    Batch,
+    Fenced,
+    Goodbye,
+    Heartbeat,
+    Refused,
+    Register,
+    Registered,
+    WhoAreYou,
+)
+from lmcache_kit.errors import UnknownName
+from tests.control.fakes import NAMESPACE, FakeClock, chunks_of
+
+KEY = chunks_of([1, 2, 3, 4])[0].key
+
+
+class World:
+    """A registry, its clock, and messages to it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = FakeClock()
+        self.registry = Registry(clock=self.clock, wall=self.clock, **options)
+
+    def register(self, connection: str, name: str = "a", life: int = 1, **changes: Any) -> object:
+        fields: dict[str, Any] = {
+            "instance_id": name,
+            "incarnation": life.to_bytes(16, "big"),
+            "started": float(life),
+            "host": f"host{life}",
+            "heartbeat_s": 1.0,
+            "locations": ("ram",),
+            "workers": (),
+            "namespaces": (NAMESPACE,),
+        }
+        self.sent = self.registry.handle(connection, Register(**{**fields, **changes}))
+        return dict(self.sent).get(connection)
+
+    def say(self, connection: str, message: Any) -> list[Any]:
+        return [answer for _, answer in self.registry.handle(connection, message)]
+
+    def holds(self) -> int:
+        self.registry.expire()
+        return self.registry.index.held(KEY).bit_count()
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def holding(world: World) -> World:
+    """Instance a, on connection c1, holds the key."""
+    world.register("c1")
+    world.say("c1", Batch("ram", 1, KEY, b""))
+    assert world.holds() == 1
+    return world
+
+
+def test_three_missed_heartbeats_hide_and_the_next_message_shows(holding: World) -> None:
+    holding.clock.now += 2.9
+    assert holding.holds() == 1
+    holding.clock.now += 0.2
+    assert holding.holds() == 0
+    assert not holding.registry.find("a").alive
+    holding.say("c1", Heartbeat(()))
+    assert holding.holds() == 1
+
+
+def test_any_message_counts_as_a_sign_of_life(holding: World) -> None:
+    for seq in range(2, 12):
+        holding.clock.now += 1.0
+        holding.say("c1", Batch("ram", seq, b"", b""))
+    assert holding.holds() == 1
+
+
+def test_the_namespaces_of_the_silent_are_not_asked_for(holding: World) -> None:
+    assert list(holding.registry.namespaces()) == [NAMESPACE]
+    holding.clock.now += 5
+    assert list(holding.registry.namespaces()) == []
+    holding.say("c1", Heartbeat(()))
+    assert list(holding.registry.namespaces()) == [NAMESPACE]
+
+
+def test_goodbye_removes_at_once(holding: World) -> None:
+    assert holding.say("c1", Goodbye()) == []
+    assert holding.holds() == 0
+    with pytest.raises(UnknownName, match=r"unknown instance 'a'\. Known: none"):
+        holding.registry.find("a")
+
+
+def test_the_long_silent_are_forgotten_and_their_memory_taken_back(holding: World) -> None:
+    holding.clock.now += 119
+    holding.registry.expire()
+    assert holding.registry.processes()
+    holding.clock.now += 2
+    assert holding.registry.processes() == []
+    assert holding.say("c1", Heartbeat(())) == [WhoAreYou()]
+    while holding.registry.index.sweep():
+        pass
+    assert (len(holding.registry.index), holding.registry.index.holders) == (0, 0)
+
+
+def test_a_later_life_takes_over_and_the_earlier_one_is_told_by_whom(holding: World) -> None:
+    assert holding.register("c2", life=2) == Registered((("ram", 0),))
+    assert ("c1", Fenced("host2")) in holding.sent
+    assert holding.holds() == 0
+    assert holding.say("c1", Batch("ram", 2, KEY, b"")) == [WhoAreYou()]
+    assert holding.holds() == 0
+    assert holding.registry.counts["messages_unregistered_total"] == 1
+
+
+def test_an_earlier_life_is_fenced_while_the_later_one_lives(holding: World) -> None:
+    holding.register("c2", life=2)
+    assert holding.register("c1", life=1) == Fenced("host2")
+    assert holding.register("c3", life=1) == Fenced("host2")
+    assert holding.registry.find("a").connection == "c2"
+
+
+def test_an_earlier_life_takes_over_from_a_silent_one_until_that_is_back(holding: World) -> None:
+    holding.register("c2", life=2)
+    holding.clock.now += 5
+    assert holding.register("c1", life=1) == Registered((("ram", 0),))
+    assert holding.say("c2", Heartbeat(())) == [WhoAreYou()]
+    assert holding.register("c2", life=2) == Registered((("ram", 0),))
+    assert ("c1", Fenced("host2")) in holding.sent
+
+
+def test_the_same_life_on_a_new_connection_goes_on_where_it_was(holding: World) -> None:
+    assert holding.register("c2") == Registered((("ram", 1),))
+    assert holding.holds() == 1
+    assert holding.say("c1", Goodbye()) == []
+    assert holding.holds() == 1
+
+
+def test_a_location_that_is_no_longer_named_is_gone(holding: World) -> None:
+    assert holding.register("c1", locations=("disk",)) == Registered((("disk", 0),))
+    assert holding.holds() == 0
+    assert holding.registry.index.holders == 1
+
+
+def test_a_connection_speaks_for_one_instance(holding: World) -> None:
+    holding.register("c1", name="b")
+    assert [process.instance_id for process in holding.registry.processes()] == ["b"]
+    assert holding.holds() == 0
+
+
+def test_there_is_no_room_for_one_more_unless_somebody_is_silent() -> None:
+    world = World(max_processes=2)
+    world.register("c1", "a")
+    world.register("c2", "b")
+    assert isinstance(world.register("c3", "c"), Refused)
+    world.clock.now += 5
+    world.say("c2", Heartbeat(()))
+    assert isinstance(world.register("c3", "c"), Registered)
+    assert [process.instance_id for process in world.registry.processes()] == ["b", "c"]
+
+
+def test_a_thousand_restarts_leave_nothing_behind(world: World) -> None:
+    for life in range(1, 1001):
+        world.register(f"c{life}", life=life)
+        world.say(f"c{life}", Batch("ram", 1, KEY, b""))
+        while world.registry.index.sweep():
+            pass
+    index = world.registry.index
+    assert (index.holders, len(index), len(index._owners)) == (1, 1, 2)
+    assert len(world.registry._connections) == 1
+    assert sum(world.registry._namespaces.values()) == 1
