@@ -96,17 +96,17 @@ class Allocator:
         needed = pages(nbytes)
         if len(self._ending_at) > _WALK_ALL_BLOCKS:
             largest = [offset for _, offset in self._by_size[-_HOLES_TO_TRY:]]
-            around = [self._around(offset, needed, movable) for offset in largest]
+            around = [self._around(offset, needed) for offset in largest]
             found = [window for blocks in around if (window := _cheapest(blocks, needed, movable))]
             if found:
                 return min(found)[1]
         window = _cheapest(self._upwards(0), needed, movable)
         return window[1] if window else None
 
-    def _around(self, hole: int, needed: int, movable: Callable[[Region], bool]) -> list[_Block]:
+    def _around(self, hole: int, needed: int) -> list[_Block]:
         """Blocks that a window with this hole in it could have."""
-        left = _reach(self._downwards(hole), needed, movable)
-        return [*reversed(left), *_reach(self._upwards(hole), needed, movable)]
+        left = _reach(self._downwards(hole), needed)
+        return [*reversed(left), *_reach(self._upwards(hole), needed)]
 
     def _upwards(self, offset: int) -> Iterator[_Block]:
         while offset < self.capacity_bytes:
@@ -137,16 +137,14 @@ class Allocator:
         return size
 
 
-def _reach(
-    blocks: Iterable[_Block], needed: int, movable: Callable[[Region], bool]
-) -> list[_Block]:
-    """The first blocks, up to ``needed`` bytes of them or one that cannot move."""
+def _reach(blocks: Iterable[_Block], needed: int) -> list[_Block]:
+    """The first blocks, ``needed`` bytes of them."""
     reached: list[_Block] = []
-    for size, region in blocks:
-        if needed <= 0 or (region and not movable(region)):
+    for block in blocks:
+        if needed <= 0:
             break
-        reached.append((size, region))
-        needed -= size
+        reached.append(block)
+        needed -= block[0]
     return reached
 
 
