@@ -83,7 +83,13 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         if self.worker_side is None:
             return
         try:
-            self.worker_side.serve(self._open_pages(kv_caches))
+            pages = self._open_pages(kv_caches)
+            self.worker_side.serve(pages)
+            layout = pages.layout
+            _log.info(
+                "lmcache_kit caches the KV of this model: %d layers of %d x %d in %s",
+                layout.layers, layout.kv_heads, layout.head_dim, layout.dtype,
+            )  # fmt: skip
         except UnsupportedModel as error:
             _log.error("this model is served without lmcache_kit: %s", error)
             self.worker_side.refuse(str(error))

@@ -42,6 +42,17 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [generator.randrange(100, 40_000) for _ in range(length)]
 
 
+class ModulesButLlvmlite:
+    """Stands for ``sys`` in vLLM's kernel registry, which looks through the attributes of every
+    module as an engine starts, and trips over llvmlite's where numba was imported before. Engines
+    have processes of their own and import numba later; the tests of pages come first in this one.
+    """
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        return {name: module for name, module in sys.modules.items() if "llvmlite" not in name}
+
+
 class Reply:
     def __init__(self, output: Any) -> None:
         self.tokens = list(output.outputs[0].token_ids)
@@ -86,7 +97,14 @@ class Engine:
         )
         asked = [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts]
         outputs = self.llm.generate(asked, parameters, use_tqdm=False)
+        self.settle()
         return [Reply(output) for output in outputs]
+
+    def settle(self) -> None:
+        """The empty steps with which an engine process tells its workers of finished requests."""
+        for _ in range(3):
+            self.llm.llm_engine.step()
+        assert not self.core.scheduler.has_requests()
 
     def one(self, tokens: Any, **more: Any) -> Reply:
         (reply,) = self.generate(tokens, **more)
@@ -191,8 +209,11 @@ def reference(vllm_site: Path) -> Iterator[Reference]:
 @pytest.fixture(scope="session")
 def session_engine(vllm_site: Path, reference: Reference) -> Iterator[Engine]:
     from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+    from vllm.triton_utils import dispatcher
 
-    engine = Engine(vllm_site)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher, "sys", ModulesButLlvmlite())
+        engine = Engine(vllm_site)
     yield engine
     engine.llm.llm_engine.engine_core.shutdown()
     ensure_kv_transfer_shutdown()

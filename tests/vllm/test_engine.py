@@ -187,9 +187,6 @@ def test_generated_tokens_are_saved_when_asked_for(
 ) -> None:
     tokens = prompt(CHUNK - 8, seed=21)
     answer = saving_decodes.one(tokens, max_tokens=20).tokens
-    saving_decodes.one(
-        [5], forget=False
-    )  # the tail of a finished request is saved in the next step
     longer = [*tokens, *answer, 7]
     reply = saving_decodes.one(longer)
     # The last sampled token was never computed, so there is no KV of it.
@@ -205,9 +202,7 @@ def test_an_aborted_request_leaves_nothing_behind(engine: Engine, reference: Ref
     core.add_request("gone", {"prompt_token_ids": tokens}, SamplingParams(max_tokens=50))
     core.step()  # 128 of its 300 tokens
     core.abort_request(["gone"])
-    while core.has_unfinished_requests():
-        core.step()
-    engine.one([5])
+    engine.settle()
     reply = engine.one(tokens)
     assert reply.cached == 128 // CHUNK * CHUNK
     assert reply.tokens == reference(tokens)
