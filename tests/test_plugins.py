@@ -178,6 +178,17 @@ def test_broken_metadata_is_a_failure_and_harms_nobody(site: FakeSite) -> None:
     assert plugins.failures[0].stage == "metadata"
 
 
+def test_a_distribution_without_metadata_is_a_failure_and_harms_nobody(site: FakeSite) -> None:
+    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-rest")
+    (site.folder / "acme_rest-1.2.dist-info" / "METADATA").unlink()
+    plugins = load()
+    assert names(plugins) == ["acme_shelf"]
+    (failure,) = plugins.failures
+    assert failure.stage == "metadata"
+    assert str(site.folder) in failure.distribution
+
+
 # Names.
 
 
@@ -210,7 +221,7 @@ def test_a_distribution_that_lies_on_the_path_twice_counts_once(
     site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
     second = tmp_path / "second"
     second.mkdir()
-    type(site)(second).install("acme-shelf", BACKEND.format(module="acme_shelf"), version="9")
+    type(site)(second).install("Acme_Shelf", BACKEND.format(module="acme_shelf"), version="9")
     monkeypatch.syspath_prepend(str(second))
     plugins = load()
     assert [info.version for info in plugins.loaded] == ["9"]
@@ -247,6 +258,8 @@ def test_one_implementation_that_raises_loses_only_its_own_offers(site: FakeSite
     [
         ("None", "TypeError: 'NoneType' object is not iterable"),
         ("[CodecSpec('c', 'm:a', 's')]", "is no BackendSpec"),
+        ("[BackendSpec(5, 'm:a', 's')]", "has no name"),
+        ("[BackendSpec('Shelf', None, 's')]", "TypeError"),
         ("['Shelf']", "'Shelf' is no BackendSpec"),
         ("[BackendSpec('', 'm:a', 's')]", "has no name"),
         (

@@ -32,6 +32,14 @@ class Candidate(NamedTuple):
     entry_point: importlib_metadata.EntryPoint
 
 
+class Described(NamedTuple):
+    """What a distribution says about itself: its entry points of our groups, by group."""
+
+    name: str
+    version: str
+    groups: dict[str, list[importlib_metadata.EntryPoint]]
+
+
 @dataclass
 class Discovery:
     """What a scan found. ``manager`` holds the plugins of ``loaded``, and no others."""
@@ -59,27 +67,29 @@ def _scan(failures: list[Failure]) -> Iterator[Candidate]:
     """Entry points of our groups; of a distribution that lies on the path twice, the first."""
     seen = set()
     for distribution in importlib_metadata.distributions():
-        groups = attempt(partial(_by_group, distribution))
-        if isinstance(groups, Raised):
-            failures.append(Failure("?", str(distribution), "metadata", str(groups)))
+        described = attempt(partial(_describe, distribution))
+        if isinstance(described, Raised):
+            where = f"a distribution in {distribution.locate_file('')}"
+            failures.append(Failure("?", where, "metadata", str(described)))
             continue
-        if not groups or distribution.name in seen:
+        if described is None or _plain(described.name) in seen:
             continue
-        name = distribution.name
-        seen.add(name)
-        own = groups.pop(hookspecs.ENTRY_POINT_GROUP, [])
+        seen.add(_plain(described.name))
+        own = described.groups.pop(hookspecs.ENTRY_POINT_GROUP, [])
         for entry_point in own:
-            yield Candidate(PluginInfo(entry_point.name, name, distribution.version), entry_point)
+            info = PluginInfo(entry_point.name, described.name, described.version)
+            yield Candidate(info, entry_point)
         if not own:
-            failures += _other_versions(name, groups)
+            failures += _other_versions(described.name, described.groups)
 
 
-def _by_group(distribution: Any) -> dict[str, list[importlib_metadata.EntryPoint]]:
+def _describe(distribution: Any) -> Described | None:
+    """None when it has no entry point of ours. Raises whatever broken metadata may cause."""
     groups: dict[str, list[importlib_metadata.EntryPoint]] = defaultdict(list)
     for entry_point in distribution.entry_points:
         if _GROUP.fullmatch(entry_point.group):
             groups[entry_point.group].append(entry_point)
-    return groups
+    return Described(distribution.name, distribution.version, groups) if groups else None
 
 
 def _other_versions(

@@ -162,8 +162,8 @@ class Plugins:
         for hook, (kind, spec_type) in _REGISTRATIONS.items():
             for plugin, specs in self._results(hook, collect=list):
                 for spec in specs:
-                    if problem := _malformed(spec, spec_type):
-                        self._fail_hook(plugin, hook, problem)
+                    if problem := attempt(partial(_malformed, spec, spec_type)):
+                        self._fail_hook(plugin, hook, str(problem))
                     else:
                         offer = Offer(kind, spec, self._infos[plugin])
                         self._offers[kind, spec.name].append(offer)
@@ -253,7 +253,7 @@ def _malformed(spec: object, expected: type[Spec]) -> str:
     """What is wrong with a declaration; empty if nothing."""
     if not isinstance(spec, expected):
         return f"{spec!r} is no {expected.__name__}"
-    if not spec.name:
+    if not isinstance(spec.name, str) or not spec.name:
         return f"{spec!r} has no name"
     for path in (spec.target, spec.config or spec.target, spec.probe or spec.target):
         if not _TARGET.fullmatch(path):
