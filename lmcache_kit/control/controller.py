@@ -195,9 +195,8 @@ class Controller:
     async def _serve(self, port: int, incoming: zmq.asyncio.Socket) -> None:
         turn_ends = time.monotonic() + _TURN_S
         while True:
-            frames = await incoming.recv_multipart(copy=False)
             try:
-                self._receive(port, frames)
+                self._receive(port, await incoming.recv_multipart(copy=False))
             except ProtocolError as error:
                 self._counts["messages_malformed_total"] += 1
                 log.debug("dropped a message: %s", error)
@@ -205,6 +204,7 @@ class Controller:
                 # Whatever one message does must not end the service for all others.
                 self._counts["messages_failed_total"] += 1
                 log.exception("a message could not be handled and was dropped")
+                await asyncio.sleep(_TURN_S)
             # A future that is done already gives no turn to anybody else.
             if time.monotonic() > turn_ends:
                 await asyncio.sleep(0)

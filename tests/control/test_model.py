@@ -299,7 +299,7 @@ class Network(RuleBasedStateMachine):
 
 
 def naive_credit(keys: set[bytes], namespace, tokens: list[int]) -> int:
-    """Tokens from the first on, chunk after chunk, then the longest stored beginning of the next."""
+    """Tokens from the first on, chunk by chunk, then the longest beginning of the next one."""
     size = namespace.chunk_size
     credit = 0
     for end in range(size, len(tokens) + 1, size):
