@@ -21,6 +21,7 @@ from lmcache_kit.control.wire import (
     MAX_FRAME_BYTES,
     Command,
     FromController,
+    Register,
     Result,
     decode_from_agent,
     encode,
@@ -220,7 +221,8 @@ class Controller:
             self._registry.hear(peer)
             self._answered(peer, message)
             return
-        for connection, answer in self._registry.handle(peer, message, _address(frames[1])):
+        ip = _address(frames[1]) if isinstance(message, Register) else ""
+        for connection, answer in self._registry.handle(peer, message, ip):
             if isinstance(connection, _Peer):
                 self._send(connection, answer)
 
