@@ -262,6 +262,38 @@ def test_a_flood_of_rubbish_leaves_room_for_others(
         thread.join()
 
 
+async def test_messages_that_never_stop_leave_turns_for_others() -> None:
+    class Endless:
+        left = 20_000
+
+        async def recv_multipart(self, copy: bool) -> list[zmq.Frame]:
+            self.left -= 1
+            if not self.left:
+                raise asyncio.CancelledError
+            return [zmq.Frame(b"peer"), zmq.Frame(b"rubbish")]
+
+    endless = Endless()
+    serving = asyncio.create_task(Controller("localhost", [])._serve(0, endless))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert endless.left > 0
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+
+
+def test_a_message_that_breaks_the_controller_is_dropped_and_the_next_one_works(
+    controller: Running, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = controller.controller._registry
+    with monkeypatch.context() as broken:
+        broken.setattr(registry, "handle", lambda *_: 1 / 0)
+        connection = dial(controller)
+        connection.send(wire.encode(register()))
+        eventually(lambda: controller.counters()["messages_failed_total"] == 1)
+    connection.send(wire.encode(register()))
+    assert isinstance(hear(connection), wire.Registered)
+
+
 def test_a_taken_port_is_named_with_the_flag_to_change_it(
     start_controller: StartController,
 ) -> None:
