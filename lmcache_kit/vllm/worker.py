@@ -113,8 +113,6 @@ class WorkerSide:
         for namespace, saves in by_namespace.items():
             try:
                 self._save(namespace, saves)
-            except CacheUnavailable as error:
-                self._count_error("save", error)
             # The last line of defence of a running engine: a save that fails is only a miss.
             except Exception as error:  # noqa: BLE001
                 self._count_error("save", error)
@@ -144,8 +142,6 @@ class WorkerSide:
                 if chunk.end > at and at < load.end:
                     self._load_chunk(load, chunk, at)
                     at = min(chunk.end, load.end)
-        except CacheUnavailable as error:
-            self._count_error("load", error)
         # The last line of defence of a running engine: what cannot be loaded is computed.
         except Exception as error:  # noqa: BLE001
             self._count_error("load", error)
