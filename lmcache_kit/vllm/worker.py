@@ -77,6 +77,10 @@ class WorkerSide:
     def serve(self, pages: Pages) -> None:
         """Begin to move KV between these pages and the cache."""
         self._pages = pages
+        incarnation = self._client.incarnation
+        memory = self._client.memory(incarnation) if incarnation else None
+        if incarnation and memory is not None:  # pinning it takes a while: not in a request's time
+            pages.use_memory(incarnation, memory)
 
     def refuse(self, reason: str) -> None:
         """These pages cannot be served: nothing will be stored, and loads fail."""
