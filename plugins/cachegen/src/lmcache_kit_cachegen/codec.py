@@ -162,7 +162,9 @@ class CacheGenCodec(Codec):
             )
         if not profile.fits(header.chunk):
             raise BlobMismatch(f"profile {profile.name.hex()} is not of the blob's model")
-        return self._cut(profile, header.chunk, header.level)
+        first = header.chunk.first_head
+        last = first + header.chunk.layout.kv_heads
+        return self._cut(profile, first, last, header.level)
 
     def _each(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
         if self._pool is None:
@@ -170,8 +172,8 @@ class CacheGenCodec(Codec):
         return list(self._pool.map(function, items))
 
 
-def _cut_profile(profile: Profile, chunk: ChunkInfo, level: int) -> SliceProfile:
-    return profile.of(chunk, level)
+def _cut_profile(profile: Profile, first: int, last: int, level: int) -> SliceProfile:
+    return profile.of(slice(first, last), level)
 
 
 def _is_quantisable(layout: KVLayout) -> bool:

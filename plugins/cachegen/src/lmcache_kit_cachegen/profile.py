@@ -81,10 +81,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
             and same_rotation(chunk.rope, self.rope)
         )
 
-    def of(self, chunk: ChunkInfo, level: int) -> SliceProfile:
-        """All slices of a chunk that it fits."""
+    def of(self, heads: slice, level: int) -> SliceProfile:
+        """All slices of a rank that has these heads."""
         steps, means, tables = self._arrays
-        heads = slice(chunk.first_head, chunk.first_head + chunk.layout.kv_heads)
         slices = 2 * self.layers
 
         def cut(array: npt.NDArray[S]) -> npt.NDArray[S]:
