@@ -6,15 +6,20 @@ heartbeats one way, commands with correlation ids the other way. A message is on
 
 Index events are numbered per location from 1; a :class:`Batch` names only keys whose state
 changed, as one blob of 16-byte keys. A gap is healed by replay or by a snapshot.
+
+Orders are named by the id of their event: :class:`Begin` is repeated until it is answered and
+:class:`Ended` until it is acknowledged, over as many connections as it takes, and either of them
+takes effect once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
 from lmcache_kit.errors import ProtocolError
+from lmcache_kit.interfaces.operations import Accepted, Order, Outcome, Progress
 from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
 
 VERSION = 1
@@ -106,6 +111,43 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
     values: dict[str, int | float | str] = {}
 
 
+class Began(msgspec.Struct, frozen=True, tag="began"):
+    """Answer to a :class:`Begin`."""
+
+    event_id: str
+    accepted: Accepted
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """Answer to a :class:`Begin` that cannot be carried out; nothing was done.
+
+    ``why``: "unknown" for a ``name`` of a ``kind`` that is not among ``known``, "invalid",
+    "refused", or "failed" for a defect on this side.
+    """
+
+    event_id: str
+    why: Literal["unknown", "invalid", "refused", "failed"]
+    message: str
+    hint: str = ""
+    kind: str = ""
+    name: str = ""
+    known: tuple[str, ...] = ()
+
+
+class Progressed(msgspec.Struct, frozen=True, tag="progressed"):
+    """How far an order has come; only the last one matters."""
+
+    event_id: str
+    progress: Progress
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """How an order ended. Said again until :class:`Settled` comes."""
+
+    event_id: str
+    outcome: Outcome
+
+
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
     """This cache process ends on purpose."""
 
@@ -152,8 +194,31 @@ class Command(msgspec.Struct, frozen=True, tag="command"):
     values: dict[str, int | float | str] = {}
 
 
-FromAgent: TypeAlias = Register | Batch | SnapshotPart | Heartbeat | Result | Goodbye
-FromController: TypeAlias = Registered | WhoAreYou | Resync | Fenced | Refused | Command
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """Carry an order out within ``deadline_s`` seconds. Said again until it is answered."""
+
+    event_id: str
+    deadline_s: float
+    order: Order
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop the order of this event. Answered by :class:`Ended`, also when it never came."""
+
+    event_id: str
+
+
+class Settled(msgspec.Struct, frozen=True, tag="settled"):
+    """The end of this event is known; forget it."""
+
+    event_id: str
+
+
+AboutOrders: TypeAlias = Began | Rejected | Progressed | Ended
+FromAgent: TypeAlias = Register | Batch | SnapshotPart | Heartbeat | Result | AboutOrders | Goodbye
+FromController: TypeAlias = (
+    Registered | WhoAreYou | Resync | Fenced | Refused | Command | Begin | Cancel | Settled
+)
 
 _M = TypeVar("_M")
 
