@@ -84,5 +84,5 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     before = set(sys.modules)
     yield FakeSite(tmp_path)
     for name in set(sys.modules) - before:
-        if name.startswith(("acme", "lmcache_kit_cachegen")):
+        if name.startswith(("acme", "lmcache_kit_acme")):
             del sys.modules[name]

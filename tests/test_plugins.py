@@ -16,6 +16,8 @@ from lmcache_kit.plugins import BUILTIN_POLICIES, FIRST_PARTY, Failure, Plugins
 if TYPE_CHECKING:
     from tests.conftest import FakeSite
 
+ROOT = Path(__file__).parent.parent
+
 BACKEND = """
 @hookimpl
 def register_backends():
@@ -33,7 +35,7 @@ def make_eviction_policy(name):
 
 def load(selection: str = "") -> Plugins:
     """All plugins but this repository's own, if they happen to be installed."""
-    own = "-cpu_backend,-http_api"
+    own = ",".join(f"-{folder.name}" for folder in (ROOT / "plugins").iterdir())
     return Plugins.load(environ={"LMCACHE_KIT_PLUGINS": f"{selection},{own}"})
 
 
@@ -337,10 +339,18 @@ def test_an_allowed_plugin_that_is_not_installed_is_reported(site: FakeSite) -> 
 # Asked for.
 
 
-def test_a_missing_first_party_backend_comes_with_the_pip_command() -> None:
-    with pytest.raises(PluginNotFound, match="no codec 'cachegen' is installed") as caught:
-        load().spec("codec", "cachegen")
-    assert caught.value.hint == "pip install lmcache-kit-cachegen"
+@pytest.fixture
+def acme_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the codec ``acme`` were in a distribution of this repository."""
+    ours = {("codec", "acme"): "lmcache-kit-acme"}
+    monkeypatch.setattr("lmcache_kit.plugins.facade.FIRST_PARTY", ours)
+
+
+@pytest.mark.usefixtures("acme_is_ours")
+def test_what_one_of_our_distributions_provides_comes_with_the_pip_command() -> None:
+    with pytest.raises(PluginNotFound, match="no codec 'acme' is installed") as caught:
+        load().spec("codec", "acme")
+    assert caught.value.hint == "pip install lmcache-kit-acme"
 
 
 def test_an_unknown_name_lists_the_known_ones_and_what_failed(site: FakeSite) -> None:
@@ -359,11 +369,12 @@ def test_a_blocked_provider_is_said_to_be_blocked() -> None:
         load().spec("frontend", "http")
 
 
+@pytest.mark.usefixtures("acme_is_ours")
 def test_a_provider_that_fails_to_load_is_broken_and_not_missing(site: FakeSite) -> None:
-    site.install("lmcache-kit-cachegen", "1 / 0", plugin="acme_cachegen")
+    site.install("lmcache-kit-acme", "1 / 0")
     with pytest.raises(PluginBroken, match="ZeroDivisionError: division by zero") as caught:
-        load().spec("codec", "cachegen")
-    assert "pip install --force-reinstall lmcache-kit-cachegen" in caught.value.hint
+        load().spec("codec", "acme")
+    assert "pip install --force-reinstall lmcache-kit-acme" in caught.value.hint
 
 
 def test_a_target_that_cannot_be_imported_names_plugin_distribution_and_cause(

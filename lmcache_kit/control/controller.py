@@ -25,6 +25,7 @@ from lmcache_kit.control.wire import (
     Ended,
     FromController,
     Progressed,
+    Register,
     Rejected,
     Result,
     decode_from_agent,
@@ -230,9 +231,8 @@ class Controller:
     async def _serve(self, port: int, incoming: zmq.asyncio.Socket) -> None:
         turn_ends = time.monotonic() + _TURN_S
         while True:
-            frames = await incoming.recv_multipart(copy=False)
             try:
-                self._receive(port, frames)
+                self._receive(port, await incoming.recv_multipart(copy=False))
             except ProtocolError as error:
                 self._counts["messages_malformed_total"] += 1
                 log.debug("dropped a message: %s", error)
@@ -240,6 +240,7 @@ class Controller:
                 # Whatever one message does must not end the service for all others.
                 self._counts["messages_failed_total"] += 1
                 log.exception("a message could not be handled and was dropped")
+                await asyncio.sleep(_TURN_S)
             # A future that is done already gives no turn to anybody else.
             if time.monotonic() > turn_ends:
                 await asyncio.sleep(0)
@@ -255,7 +256,8 @@ class Controller:
             self._registry.hear(peer)
             self._answered(peer, message)
             return
-        for connection, answer in self._registry.handle(peer, message, _address(frames[1])):
+        ip = _address(frames[1]) if isinstance(message, Register) else ""
+        for connection, answer in self._registry.handle(peer, message, ip):
             self._send(connection, answer)
         if isinstance(message, (Began, Rejected, Progressed, Ended)) and self._registry.on(peer):
             self._operations.handle(peer, message)

@@ -168,9 +168,8 @@ class KeyIndex:
             if not self._dead:
                 return False
             self._sweeping, self._next_shard = self._dead, 0
-        shard, gone = self._shards[self._next_shard], self._sweeping
-        for key, held in [item for item in shard.items() if item[1] & gone]:
-            self._put(shard, key, held & ~gone)
+        gone = self._sweeping
+        self._shards[self._next_shard] = self._without(gone, self._shards[self._next_shard])
         self._next_shard += 1
         if self._next_shard == _SHARDS:
             # Only bits that were dead before the first part was swept are clean everywhere.
@@ -179,6 +178,19 @@ class KeyIndex:
             for bit in bits(gone):
                 heappush(self._free, bit)
         return bool(self._dead)
+
+    def _without(self, gone: int, shard: dict[ChunkKey, int]) -> dict[ChunkKey, int]:
+        """A new dictionary: one that only loses keys keeps its memory."""
+        kept = {key: held for key, held in shard.items() if not held & gone}
+        if len(kept) == len(shard):
+            return shard
+        for key, held in shard.items():
+            if held & gone:
+                if rest := held & ~gone:
+                    kept[key] = self._share(rest)
+                elif key in self._tail_of:
+                    self._forget_tail(key)
+        return kept
 
     def _put(self, shard: dict[ChunkKey, int], key: ChunkKey, held: int) -> None:
         if held:

@@ -20,6 +20,7 @@ from typing import TypeAlias
 from lmcache_kit.control.follower import Follower
 from lmcache_kit.control.index import KeyIndex, Owner
 from lmcache_kit.control.wire import (
+    MAX_NAMESPACES,
     Batch,
     Fenced,
     FromAgent,
@@ -46,7 +47,6 @@ FORGET_AFTER_S = 120.0
 MAX_PROCESSES = 4096
 MAX_LOCATIONS = 8
 MAX_WORKERS = 1024
-MAX_NAMESPACES = 64
 MAX_NAME = 256
 COUNTERS = (
     "batches_repeated_total",

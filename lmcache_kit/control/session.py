@@ -20,6 +20,7 @@ from lmcache_kit.cache.records import ChangeListener, StoredChunk
 from lmcache_kit.control.announcer import Announcer
 from lmcache_kit.control.jobs import Jobs
 from lmcache_kit.control.wire import (
+    MAX_NAMESPACES,
     Begin,
     Cancel,
     Command,
@@ -131,10 +132,14 @@ class Session:
             self._ranks.add(rank)
 
     def register_namespace(self, namespace: Namespace) -> None:
-        """Chunks are stored under this base namespace."""
+        """Chunks are stored under this base namespace. Only the latest few are kept: a cache
+        that outlives many models goes on being found by the last ones."""
         with self._lock:
             self._changed |= namespace not in self._namespaces
+            self._namespaces.pop(namespace, None)
             self._namespaces[namespace] = None
+            if len(self._namespaces) > MAX_NAMESPACES:
+                del self._namespaces[next(iter(self._namespaces))]
 
     def restart(self) -> None:
         """A connection that knows nothing of us begins."""

@@ -25,6 +25,7 @@ from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
 VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 MAX_KEYS_PER_MESSAGE = 16_384
+MAX_NAMESPACES = 64
 
 
 class Tail(NamedTuple):

@@ -12,7 +12,8 @@ from lmcache_kit.interfaces.operations import Order, PinInfo, Progress
 
 
 class LookupQuery(msgspec.Struct, frozen=True):
-    """Who holds the KV of these tokens? ``None`` means any; ``cache_salt`` is exact."""
+    """Who holds the KV of these tokens? ``None`` means any; ``cache_salt`` is exact. Tokens in an
+    ``array("I")`` are looked up fastest."""
 
     tokens: Sequence[int]
     model: str | None = None
@@ -141,11 +142,13 @@ class ControllerAPI(Protocol):
     """
 
     def lookup(self, query: LookupQuery) -> LookupAnswer:
-        """Answer from the index, without asking any worker."""
+        """Answer from the index, without asking any worker. Raises UnknownName for an unknown
+        instance and InvalidQuery for a token that is none."""
         ...
 
     async def health(self, instance_id: str) -> dict[int, int]:
-        """Ask each worker; 0 means well. Raises UnknownName, NoWorker or DeadlineExceeded."""
+        """Ask each worker; 0 means well, 1 that it reports an error. Empty while no rank has
+        connected. Raises UnknownName, NoWorker or DeadlineExceeded."""
         ...
 
     def workers(

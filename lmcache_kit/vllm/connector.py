@@ -65,7 +65,8 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         try:
             model = describe(vllm_config, kv_cache_config, config.chunk_size)
         except UnsupportedModel as error:
-            _log.error("this model is served without lmcache_kit: %s", error)
+            if role == KVConnectorRole.SCHEDULER:  # workers come to the same end; once will do
+                _log.error("this model is served without lmcache_kit: %s", error)
             return
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler_side = _scheduler_side(config, model, transfer)
@@ -91,8 +92,9 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
                 layout.layers, layout.kv_heads, layout.head_dim, layout.dtype,
             )  # fmt: skip
         except UnsupportedModel as error:
-            _log.error("this model is served without lmcache_kit: %s", error)
             self.worker_side.refuse(str(error))
+            if self._vllm_config.parallel_config.rank == 0:
+                _log.error("this model is served without lmcache_kit: %s", error)
 
     def start_load_kv(self, forward_context: ForwardContext, **_: Any) -> None:
         if self.worker_side is not None:

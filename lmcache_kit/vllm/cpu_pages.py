@@ -73,6 +73,16 @@ class CPUPages(Pages):
         self._layers = [self._flat(cache) for cache in caches]
         self._line = np.empty(max(self._block, self._dim), np.uint64)
         self._square = np.empty(self._block * self._dim // 4, np.uint64)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile each kernel now instead of in the first request: the first block, back and forth.
+        A whole page and a part of one take different ways."""
+        for tokens in (self._block, self._block - 1):
+            payload = memoryview(bytearray(self.layout.payload_bytes(tokens)))
+            piece = Piece([0], 0, tokens, payload, tokens)
+            self.gather([piece])
+            self.scatter(piece)
 
     def _flat(self, cache: torch.Tensor) -> _Layer:
         extent = 1 + sum(

@@ -142,7 +142,7 @@ class SchedulerSide:
         if not isinstance(report, Report):
             return
         if report.passive and not self._passive:
-            _log.error("serving goes on without the KV cache: %s", report.passive)
+            _log.info("no more lookups, since workers cannot cache: %s", report.passive)
             self._passive = report.passive
         if report.failures > self._failures_seen:
             self._failures_seen = report.failures

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any, Protocol, TypeVar
 
@@ -35,11 +36,14 @@ class Running:
         self.url = self.controller.endpoints[0]
         self.port = int(self.url.rpartition(":")[2])
 
-    def run(self, work: Awaitable[T], timeout_s: float = 20.0) -> T:
+    def begin(self, work: Awaitable[T]) -> Future[T]:
         async def wrapped() -> T:
             return await work
 
-        return asyncio.run_coroutine_threadsafe(wrapped(), self.loop).result(timeout_s)
+        return asyncio.run_coroutine_threadsafe(wrapped(), self.loop)
+
+    def run(self, work: Awaitable[T], timeout_s: float = 20.0) -> T:
+        return self.begin(work).result(timeout_s)
 
     def call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """On the controller's loop, as frontends do."""

@@ -175,6 +175,18 @@ def test_workers_and_namespaces_that_come_later_are_told(
     assert engine.snapshots == 0
 
 
+def test_a_cache_that_outlives_many_models_is_found_by_the_last_ones(
+    controller: Running, start_agent: StartAgent
+) -> None:
+    agent, engine = start_agent(controller.url, namespaces=())
+    for number in range(100):
+        agent.register_namespace(Namespace(f"model{number}", LAYOUT, 4))
+    last = Namespace("model99", LAYOUT, 4)
+    engine.store(chunks_of(PROMPT, last))
+    eventually(lambda: controller.held(PROMPT) == {"a": 12})
+    assert controller.counters()["namespaces"] == 64
+
+
 def test_goodbye_hides_at_once(controller: Running, start_agent: StartAgent) -> None:
     agent, engine = start_agent(controller.url, heartbeat_s=60.0)
     engine.store(chunks_of(PROMPT))
@@ -259,9 +271,11 @@ def test_an_agent_that_never_started_stops() -> None:
     Agent(FakeEngine(), url="localhost:1", instance_id="a", incarnation=b"i" * 16).stop()
 
 
-@pytest.mark.parametrize("wrong", ["", "localhost", "localhost:port", "http://x:1", ":9", "x:99999"])
+@pytest.mark.parametrize(
+    "wrong", ["", "localhost", "localhost:port", "http://x:1", ":9", "x:99999"]
+)
 def test_an_address_that_cannot_be_one_is_refused(wrong: str) -> None:
-    with pytest.raises(ConfigError, match="controller_url .* is not an address"):
+    with pytest.raises(ConfigError, match=r"controller_url .* is not an address"):
         connect_url(wrong)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -210,19 +212,19 @@ def test_nobody_speaks_for_another_connection(controller: Running, dial: Dial) -
 def test_only_the_one_who_was_asked_may_answer(
     start_controller: StartController, dial: Dial
 ) -> None:
-    controller = start_controller(health_timeout_s=0.5)
+    controller = start_controller(health_timeout_s=1.0)
     asked, liar = dial(controller), dial(controller)
     for name, connection in (("asked", asked), ("liar", liar)):
         connection.send(wire.encode(register(instance_id=name)))
         hear(connection)
-    for correlation in range(5):
-        liar.send(wire.encode(wire.Result(correlation)))
-    with pytest.raises(DeadlineExceeded):
-        controller.run(controller.controller.health("asked"))
+    waiting = controller.begin(controller.controller.health("asked"))
     command = hear(asked)
     assert isinstance(command, wire.Command)
+    liar.send(wire.encode(wire.Result(command.correlation)))
+    with pytest.raises(DeadlineExceeded):
+        waiting.result(10)
     asked.send(wire.encode(wire.Result(command.correlation)))
-    eventually(lambda: controller.counters()["results_unasked_total"] == 6)
+    eventually(lambda: controller.counters()["results_unasked_total"] == 2)
     assert controller.counters()["commands_waiting"] == 0
 
 
@@ -230,7 +232,7 @@ def test_a_worker_that_reports_an_error_is_not_well(controller: Running, dial: D
     connection = dial(controller)
     connection.send(wire.encode(register()))
     hear(connection)
-    asked = asyncio.run_coroutine_threadsafe(controller.controller.health("a"), controller.loop)
+    asked = controller.begin(controller.controller.health("a"))
     command = hear(connection)
     assert isinstance(command, wire.Command)
     connection.send(wire.encode(wire.Result(command.correlation, "no memory")))
@@ -240,20 +242,56 @@ def test_a_worker_that_reports_an_error_is_not_well(controller: Running, dial: D
 def test_a_flood_of_rubbish_leaves_room_for_others(
     controller: Running, dial: Dial, start_agent: StartAgent
 ) -> None:
-    flood = dial(controller)
-    flood.setsockopt(zmq.SNDTIMEO, 20)
-    start_agent(controller.url)[1].store(chunks_of(PROMPT))
-    ends = time.monotonic() + 1.0
-    answered = 0
-    while time.monotonic() < ends:
-        for _ in range(500):
-            try:
-                flood.send(b"rubbish")
-            except zmq.Again:
-                break
-        answered += controller.held(PROMPT) == {"a": 12}
-    assert answered
-    assert controller.counters()["messages_malformed_total"] > 500
+    connection = dial(controller)
+    connection.setsockopt(zmq.SNDTIMEO, 20)
+    over = threading.Event()
+
+    def flood() -> None:
+        while not over.is_set():
+            with contextlib.suppress(zmq.Again):
+                connection.send(b"rubbish")
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        eventually(lambda: controller.counters()["messages_malformed_total"] > 5000)
+        start_agent(controller.url)[1].store(chunks_of(PROMPT))
+        eventually(lambda: controller.held(PROMPT) == {"a": 12})
+    finally:
+        over.set()
+        thread.join()
+
+
+async def test_messages_that_never_stop_leave_turns_for_others() -> None:
+    class Endless:
+        left = 20_000
+
+        async def recv_multipart(self, copy: bool) -> list[zmq.Frame]:
+            self.left -= 1
+            if not self.left:
+                raise asyncio.CancelledError
+            return [zmq.Frame(b"peer"), zmq.Frame(b"rubbish")]
+
+    endless = Endless()
+    serving = asyncio.create_task(Controller("localhost", [])._serve(0, endless))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert endless.left > 0
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+
+
+def test_a_message_that_breaks_the_controller_is_dropped_and_the_next_one_works(
+    controller: Running, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = controller.controller._registry
+    with monkeypatch.context() as broken:
+        broken.setattr(registry, "handle", lambda *_: 1 / 0)
+        connection = dial(controller)
+        connection.send(wire.encode(register()))
+        eventually(lambda: controller.counters()["messages_failed_total"] == 1)
+    connection.send(wire.encode(register()))
+    assert isinstance(hear(connection), wire.Registered)
 
 
 def test_a_taken_port_is_named_with_the_flag_to_change_it(

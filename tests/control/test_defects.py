@@ -155,7 +155,7 @@ def test_3_a_stopped_worker_costs_one_deadline_and_the_next_request_works(
     controller.controller._health_timeout_s = 0.5
     stuck.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match="'stuck' did not answer 'ping' within 0.5 s"):
+    with pytest.raises(DeadlineExceeded, match=r"'stuck' did not answer 'ping' within 0\.5 s"):
         controller.run(controller.controller.health("stuck"))
     assert time.monotonic() - began < 5
     assert controller.run(controller.controller.health("well")) == {0: 0}

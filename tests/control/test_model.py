@@ -265,17 +265,26 @@ class Network(RuleBasedStateMachine):
             answer = lookup(self.registry, LookupQuery(longer))
             assert {each.instance_id: each.best.tokens for each in answer.instances} == expected
 
-    def teardown(self) -> None:
-        """The network behaves again: after a while the index is right."""
-        for life in self.lives:
-            life.stopped = False
-        for _ in range(200):
+    def settle(self, rounds: int) -> None:
+        for _ in range(rounds):
             for life in self.lives:
                 self.run_turn(life, 9)
             for life in self.lives:
                 self.deliver_all(life)
             self.clock.now += 0.2
             self.registry.expire()
+
+    def teardown(self) -> None:
+        """The network behaves again: after a while the index is right."""
+        for life in self.lives:
+            life.stopped = False
+        self.settle(rounds=200)
+        asked = self.registry.counts["resyncs_total"]
+        for life in self.lives:
+            life.engine.store(CHUNKS[:2])
+            life.engine.evict([CHUNKS[1].key])
+        self.settle(rounds=30)
+        assert self.registry.counts["resyncs_total"] == asked
         latest = {}
         for life in self.lives:
             if (
@@ -299,7 +308,7 @@ class Network(RuleBasedStateMachine):
 
 
 def naive_credit(keys: set[bytes], namespace, tokens: list[int]) -> int:
-    """Tokens from the first on, chunk after chunk, then the longest stored beginning of the next."""
+    """Tokens from the first on, chunk by chunk, then the longest beginning of the next one."""
     size = namespace.chunk_size
     credit = 0
     for end in range(size, len(tokens) + 1, size):

@@ -248,3 +248,15 @@ def test_what_lay_there_before_is_told_by_a_snapshot() -> None:
     announcer.resume(0)
     assert announcer.next_message() is None
     assert announcer.wants_snapshot
+
+
+def test_notes_that_a_snapshot_holds_already_are_not_told_again() -> None:
+    announcer = Announcer("ram")
+    announcer.want_snapshot()
+    announcer.added(CHUNKS[0])
+    announcer.snapshot_is(CHUNKS[:1])
+    announcer.start_snapshot()
+    announcer.flush()
+    assert len(send_all(announcer)) == 1
+    xor = int.from_bytes(CHUNKS[0].key[:8], "little")
+    assert announcer.position() == Position("ram", 1, 1, xor)

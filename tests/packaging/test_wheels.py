@@ -20,12 +20,12 @@ import pytest
 pytestmark = pytest.mark.wheels
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {
-    "lmcache_kit": ROOT,
-    "lmcache_kit_cpu_backend": ROOT / "plugins" / "cpu_backend" / "src",
-    "lmcache_kit_http_api": ROOT / "plugins" / "http_api" / "src",
+SOURCES = {"lmcache_kit": ROOT} | {
+    f"lmcache_kit_{path.parent.name}": path.parent / "src"
+    for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))
 }
-PACKAGES = tuple(SOURCES)
+"""Package name to the folder that holds it."""
+INSTALLED = ("lmcache_kit_cpu_backend", "lmcache_kit_http_api")
 OLDEST_PLUGGY = "pluggy==1.6.0"
 WAIT_S = 60
 MAX_IMPORT_S = 0.3
@@ -120,13 +120,13 @@ def life(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> L
     seen = Life(environment)
     environment.pip("install", str(wheels["lmcache_kit"]), OLDEST_PLUGGY)
     _look_at_the_core(seen)
-    plugins = [str(wheels[name]) for name in PACKAGES[1:]]
+    plugins = [str(wheels[name]) for name in INSTALLED]
     environment.pip("install", *plugins)
     seen.installed = environment.plugins()
     seen.consistent = environment.run("python", "-m", "pip", "check").returncode
     seen.torch = environment.python("import importlib.util as u; print(u.find_spec('torch'))")
     seen.healthz = _controller_health(environment)
-    environment.pip("uninstall", "--yes", "lmcache-kit-cpu-backend", "lmcache-kit-http-api")
+    environment.pip("uninstall", "--yes", *INSTALLED)
     seen.uninstalled = environment.plugins()
     seen.last_controller = environment.run("lmcache_controller").stderr
     return seen
@@ -276,7 +276,7 @@ def test_uninstalled_plugins_are_gone(life: Life) -> None:
 # The wheels themselves.
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", SOURCES)
 def test_a_wheel_holds_its_package_and_nothing_else(wheels: dict[str, Path], package: str) -> None:
     with zipfile.ZipFile(wheels[package]) as wheel:
         names = set(wheel.namelist())
@@ -294,7 +294,7 @@ def test_a_wheel_holds_its_package_and_nothing_else(wheels: dict[str, Path], pac
     assert f"{package}/py.typed" in expected
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", SOURCES)
 def test_a_distribution_is_called_like_its_package(wheels: dict[str, Path], package: str) -> None:
     with zipfile.ZipFile(wheels[package]) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]

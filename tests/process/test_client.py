@@ -30,6 +30,20 @@ ROOT = NAMESPACE[:16]
 TOKENS = pack_tokens(range(12))
 
 
+def take_request(end: socket.socket) -> tuple[int, Request]:
+    header = receive(end, HEADER.size)
+    return protocol.decode_request(receive(end, protocol.body_length(header)))
+
+
+def receive(end: socket.socket, nbytes: int) -> bytes:
+    data = b""
+    while len(data) < nbytes:
+        more = end.recv(nbytes - len(data))
+        assert more, "the client closed"
+        data += more
+    return data
+
+
 class FakeServer:
     """The other end of a client, played by the test."""
 
@@ -45,10 +59,7 @@ class FakeServer:
         return theirs
 
     def take(self) -> tuple[int, Request]:
-        end = self.ends[-1]
-        header = end.recv(HEADER.size, socket.MSG_WAITALL)
-        body = end.recv(protocol.body_length(header), socket.MSG_WAITALL)
-        return protocol.decode_request(body)
+        return take_request(self.ends[-1])
 
     def give(self, request_id: int, answer: Answer) -> None:
         self.ends[-1].sendall(protocol.encode(request_id, answer))
@@ -351,23 +362,17 @@ def test_many_calls_wait_together(
 
 def test_what_a_full_socket_does_not_take_is_sent_later_in_order() -> None:
     ours, theirs = socket.socketpair()
+    ours.settimeout(20)
     channel = Channel(theirs)
+    requests = [protocol.Lookup(NAMESPACE, 256, bytes(50_000), number) for number in range(1, 51)]
+    for request in requests[:-1]:
+        channel.post(request)
+    assert take_request(ours) == (1, requests[0])  # there is room again, but not for the last one
+    channel.post(requests[-1])
     reader = threading.Thread(target=channel.run)
     reader.start()
-    for number in range(1, 2001):
-        channel.post(protocol.Lookup(NAMESPACE, 256, bytes(1000), number))
-    received = bytearray()
-    ours.settimeout(20)
-    for number in range(1, 2001):
-        while len(received) < HEADER.size or len(received) < HEADER.size + protocol.body_length(
-            bytes(received[: HEADER.size])
-        ):
-            received += ours.recv(1 << 16)
-        end = HEADER.size + protocol.body_length(bytes(received[: HEADER.size]))
-        request_id, request = protocol.decode_request(bytes(received[HEADER.size : end]))
-        del received[:end]
-        assert isinstance(request, protocol.Lookup)
-        assert (request_id, request.world_size) == (number, number)
+    for number, request in enumerate(requests[1:], 2):
+        assert take_request(ours) == (number, request)
     channel.close()
     reader.join()
     ours.close()

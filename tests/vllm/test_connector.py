@@ -11,7 +11,9 @@ import pytest
 from lmcache_kit.errors import ConfigError, UnsupportedModel
 
 
-def new_connector(extra: dict[str, Any], *, groups: int = 1, policy: str = "fail") -> Any:
+def new_connector(
+    extra: dict[str, Any], *, groups: int = 1, policy: str = "fail", role: str = "WORKER"
+) -> Any:
     import torch
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -38,7 +40,7 @@ def new_connector(extra: dict[str, Any], *, groups: int = 1, policy: str = "fail
     )
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
     cache = SimpleNamespace(kv_cache_groups=[group] * groups)
-    return LMCacheKitConnector(config, KVConnectorRole.WORKER, cache)
+    return LMCacheKitConnector(config, KVConnectorRole[role], cache)
 
 
 def attached(folder: Path) -> dict[str, Any]:
@@ -72,13 +74,19 @@ def test_a_key_that_nobody_knows_ends_the_start() -> None:
         new_connector({"lmcache.chunk_sise": 16})
 
 
-def test_an_unsupported_model_is_served_without_the_cache(
+def test_the_scheduler_says_why_a_model_is_served_without_the_cache(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    for role in ("WORKER", "SCHEDULER"):
+        new_connector({}, groups=2, role=role)
+    assert caplog.text.count("served without lmcache_kit: it has 2 KV cache groups") == 1
+
+
+@pytest.mark.parametrize("role", ["WORKER", "SCHEDULER"])
+def test_an_unsupported_model_is_served_without_the_cache(role: str) -> None:
     from lmcache_kit.vllm.step import Step
 
-    connector = new_connector({}, groups=2)
-    assert "served without lmcache_kit: it has 2 KV cache groups" in caplog.text
+    connector = new_connector({}, groups=2, role=role)
     assert connector.get_num_new_matched_tokens(SimpleNamespace(), 0) == (0, False)
     assert connector.build_connector_meta(SimpleNamespace()) == Step()
     assert connector.request_finished_all_groups(SimpleNamespace(), ([], [])) == (False, None)

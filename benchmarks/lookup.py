@@ -1,0 +1,213 @@
+"""Lookup of a long chain in the controller's index, in process, with many keys and instances.
+
+One instance of many, the last, holds the whole chain; every instance holds other keys. Everything
+goes through the real messages: encoded, decoded, handled by the registry. Shown are the medians of
+a whole lookup, of its parts, of the same with fewer instances and with as many dead ones, the
+memory of the index per key, and how many keys it takes in per second. LMCache's own registry is
+asked in the same run where `make peer` has installed it.
+
+    python benchmarks/lookup.py [--keys 1000000] [--instances 1000] [--chunks 128] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import peer
+
+from lmcache_kit.control.index import KeyIndex, Owner
+from lmcache_kit.control.lookup import lookup, pack
+from lmcache_kit.control.matching import match
+from lmcache_kit.control.registry import Registry
+from lmcache_kit.control.wire import Batch, Register, decode_from_agent, encode
+from lmcache_kit.interfaces.frontend import LookupQuery
+from lmcache_kit.keys import Namespace, chain
+from lmcache_kit.layout import KVLayout
+
+LAYOUT = KVLayout("bfloat16", layers=32, kv_heads=8, head_dim=128)
+BATCH_KEYS = 4096
+BYTES_PER_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def median_us(work: Callable[[], object], seconds: float = 0.5) -> float:
+    """Of single calls, over about that long."""
+    work()
+    spent = []
+    ends = time.perf_counter() + seconds
+    while (begun := time.perf_counter()) < ends or len(spent) < 9:
+        work()
+        spent.append(time.perf_counter() - begun)
+    return round(statistics.median(spent) * 1e6, 1)
+
+
+def memory_bytes() -> int:
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * BYTES_PER_PAGE
+
+
+class World:
+    """A registry with ``instances``, filled by messages; the last one holds the chain."""
+
+    def __init__(self, namespace: Namespace, instances: int) -> None:
+        self.registry = Registry()
+        self.names = [f"instance{number:05}" for number in range(instances)]
+        self._seqs = dict.fromkeys(self.names, 0)
+        for number, name in enumerate(self.names):
+            said = Register(
+                instance_id=name,
+                incarnation=number.to_bytes(16, "big"),
+                started=1.0,
+                host="",
+                heartbeat_s=60.0,
+                locations=("LocalCPUBackend",),
+                workers=(),
+                namespaces=(namespace,),
+            )
+            self.registry.handle(name, said)
+
+    def put(self, name: str, blob: bytes) -> None:
+        for start in range(0, len(blob), BATCH_KEYS * 16):
+            self._seqs[name] += 1
+            batch = Batch(
+                "LocalCPUBackend", self._seqs[name], blob[start : start + BATCH_KEYS * 16], b""
+            )
+            self.registry.handle(name, decode_from_agent(encode(batch)))
+
+    def die(self, names: list[str]) -> None:
+        """Their heartbeats stop, as far as the index can tell."""
+        for name in names:
+            for follower in self.registry.find(name).followers.values():
+                self.registry.index.hide(follower.holder)
+
+
+def measure_fill(keys: int, instances: int) -> tuple[World, Namespace, dict[str, float]]:
+    """Ingest and memory, with random keys spread evenly."""
+    namespace = Namespace("some/model", LAYOUT, chunk_size=256)
+    world = World(namespace, instances)
+    share = keys // instances
+    blobs = [random.randbytes(16 * share) for _ in world.names]
+    before = memory_bytes()
+    begun = time.perf_counter()
+    for name, blob in zip(world.names, blobs, strict=True):
+        world.put(name, blob)
+    spent = time.perf_counter() - begun
+    figures = {
+        "keys": len(world.registry.index),
+        "index_bytes_per_key": round((memory_bytes() - before) / (share * instances), 1),
+        "ingest_keys_per_s": round(share * instances / spent),
+    }
+    return world, namespace, figures
+
+
+def measure_lookup(world: World, chunk_size: int, chunks: int) -> dict[str, Any]:
+    """One lookup and its parts; the chain is put in first."""
+    namespace = Namespace(f"model{chunk_size}", LAYOUT, chunk_size)
+    last = world.names[-1]
+    said = world.registry.find(last).said
+    fields = {name: getattr(said, name) for name in said.__struct_fields__}
+    world.registry.handle(last, Register(**{**fields, "namespaces": (namespace,)}))
+    tokens = [random.randrange(128_000) for _ in range(chunk_size * chunks)]
+    packed = pack(tokens)
+    keys = [chunk.key for chunk in chain(namespace.digest, packed, chunk_size)]
+    world.put(last, b"".join(keys))
+    index, digest = world.registry.index, namespace.digest
+    plain = LookupQuery(tokens, model=namespace.model)
+    quick = LookupQuery(array("I", tokens), model=namespace.model)
+    (found,) = lookup(world.registry, plain).instances
+    assert (found.instance_id, found.best.tokens) == (last, len(tokens))
+    return {
+        "chunk_tokens": chunk_size,
+        "tokens": len(tokens),
+        "lookup_us": median_us(lambda: lookup(world.registry, plain)),
+        "lookup_of_array_us": median_us(lambda: lookup(world.registry, quick)),
+        "pack_list_us": median_us(lambda: pack(tokens)),
+        "match_us": median_us(lambda: match(index, digest, packed, chunk_size, -1)),
+        "hash_us": median_us(lambda: [None for _ in chain(digest, packed, chunk_size)]),
+        "index_only_us": median_us(lambda: [index.held(key) for key in keys]),
+    }
+
+
+def measure_sweep(keys: int) -> dict[str, float]:
+    """How long a dead holder of many keys takes, and the longest single step of it."""
+    index = KeyIndex()
+    holder = index.open(Owner("a", "LocalCPUBackend"))
+    blob = random.randbytes(16 * keys)
+    index.add(holder, [blob[at : at + 16] for at in range(0, len(blob), 16)])
+    index.show(holder)
+    begun = time.perf_counter()
+    index.close(holder)
+    closed = time.perf_counter() - begun
+    steps = []
+    while True:
+        begun = time.perf_counter()
+        more = index.sweep()
+        steps.append(time.perf_counter() - begun)
+        if not more:
+            break
+    return {
+        "close_us": round(closed * 1e6, 1),
+        "sweep_ms": round(sum(steps) * 1e3, 1),
+        "longest_step_ms": round(max(steps) * 1e3, 2),
+    }
+
+
+def measure_cold(keys: int, instances: int, chunks: int) -> dict[str, Any]:
+    """A world of its own, for one lookup."""
+    world, _, _ = measure_fill(keys, instances)
+    return {"instances": instances, **measure_lookup(world, 256, chunks)}
+
+
+def run(keys: int, instances: int, chunks: int) -> dict[str, Any]:
+    random.seed(1)
+    world, _, filled = measure_fill(keys, instances)
+    results: dict[str, Any] = {"instances": instances, "chunks": chunks, **filled}
+    results["lookups"] = [measure_lookup(world, size, chunks) for size in (16, 256)]
+    world.die(world.names[: instances // 2])
+    results["half_of_them_dead"] = [measure_lookup(world, size, chunks) for size in (16, 256)]
+    del world
+    counts = (1, max(1, instances // 100), max(1, instances // 10))
+    results["fewer_instances"] = [measure_cold(keys, count, chunks) for count in counts]
+    results["a_holder_of_all_keys_dies"] = measure_sweep(keys)
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    for name, value in results.items():
+        rows = value if isinstance(value, list) else [value]
+        for row in rows:
+            if isinstance(row, dict):
+                print(f"{name}: " + "  ".join(f"{key}={each}" for key, each in row.items()))
+            else:
+                print(f"{name}: {row}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keys", type=int, default=1_000_000)
+    parser.add_argument("--instances", type=int, default=1000)
+    parser.add_argument("--chunks", type=int, default=128, help="of the chain that is looked up")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    results = run(asked.keys, asked.instances, asked.chunks)
+    if not asked.json:
+        show(results)
+    theirs = peer.measure("lookup", asked.instances, asked.keys, asked.chunks)
+    if theirs and not asked.json:
+        show({"lmcache": theirs})
+    if asked.json:
+        json.dump({**results, "lmcache": theirs}, sys.stdout, indent=2)
+
+
+if __name__ == "__main__":
+    main()
