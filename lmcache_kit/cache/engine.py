@@ -5,19 +5,28 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from lmcache_kit.cache import checks
-from lmcache_kit.cache.entries import Entry, Space
+from lmcache_kit.cache.entries import Entry, Part, Space
 from lmcache_kit.cache.leases import Leases
-from lmcache_kit.cache.records import ChangeListener, Grant, Match, StoredChunk, StoreItem
+from lmcache_kit.cache.pins import Pins
+from lmcache_kit.cache.records import (
+    ChangeListener,
+    Grant,
+    Match,
+    Selected,
+    StoredChunk,
+    StoreItem,
+)
 from lmcache_kit.cache.shelf import Shelf
 from lmcache_kit.cache.stores import Stores
 from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
 
 if TYPE_CHECKING:
     from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend
+    from lmcache_kit.interfaces.operations import PinInfo
 
 _COUNTERS = (
     "abandoned_total",
@@ -28,6 +37,7 @@ _COUNTERS = (
     "evicted_for_space_total",
     "expired_leases_total",
     "expired_pending_total",
+    "expired_pins_total",
     "hit_tokens_total",
     "lookup_tokens_total",
     "lookups_total",
@@ -73,6 +83,7 @@ class CacheEngine:
         *,
         location: str,
         lease_ttl_s: float = 120.0,
+        max_pinned_share: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.location = location
@@ -81,6 +92,7 @@ class CacheEngine:
         self._ttl_s = lease_ttl_s
         self._shelf = Shelf(backend, policy)
         self._leases = Leases(lease_ttl_s, clock)
+        self._pins = Pins(int(self._shelf.capacity_bytes * max_pinned_share), clock)
         self._counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
         self._stores = Stores(self._shelf, self._counters, clock)
         self._closed = False
@@ -164,7 +176,7 @@ class CacheEngine:
         checks.check_shape(namespace, chunk_size, world_size)
         checks.check_store(items, rank, world_size, chunk_size)
         with self._lock:
-            self._expire_leases()
+            self._expire_holds()
             space = self._shelf.space(namespace, chunk_size, world_size)
             space = space or Space(namespace, chunk_size, world_size)
             return self._stores.allocate(space, rank, items, owner)
@@ -180,6 +192,85 @@ class CacheEngine:
         with self._lock:
             return sum([self._stores.abandon(ticket, owner) for ticket in tickets])
 
+    # What operators ask for. ``namespaces`` are digests, None for all; ``tokens`` are packed, and
+    # mean the chunks of their longest stored prefix, or with None all chunks.
+
+    def select(self, namespaces: Collection[bytes] | None, tokens: bytes | None) -> Selected:
+        """What there is of ``tokens``."""
+        with self._lock:
+            return _selected(self._shelf.select(namespaces, tokens))
+
+    def pin(
+        self,
+        namespaces: Collection[bytes] | None,
+        tokens: bytes | None,
+        pin_id: str,
+        *,
+        owner: str = "",
+        ttl_s: float | None = None,
+    ) -> tuple[Selected, Selected]:
+        """Keep chunks until :meth:`unpin`, or for ``ttl_s``: what there is, and what of that is
+        pinned now, the first chunks that fit into the budget. A pin of the same id ends.
+
+        Raises ValueError when there are too many pins.
+        """
+        with self._lock:
+            self._expire_holds()
+            there = self._shelf.select(namespaces, tokens)
+            return _selected(there), _selected(self._pins.add(pin_id, owner, ttl_s, there))
+
+    def unpin(
+        self,
+        namespaces: Collection[bytes] | None,
+        tokens: bytes | None,
+        pin_id: str | None = None,
+    ) -> Selected:
+        """End the pin of this id; without one, the pins that hold nothing but first tokens of
+        ``tokens``, or all. Returns what they held."""
+        with self._lock:
+            self._expire_holds()
+            within = self._pins.within(namespaces, tokens)
+            return _selected(self._pins.remove(within if pin_id is None else [pin_id]))
+
+    def pins(self) -> list[PinInfo]:
+        """All pins, the oldest first."""
+        with self._lock:
+            self._expire_holds()
+            return self._pins.infos(self.location)
+
+    @property
+    def pin_budget_bytes(self) -> int:
+        """What all pinned chunks may weigh."""
+        return self._pins.budget_bytes
+
+    def clear(
+        self,
+        namespaces: Collection[bytes] | None = None,
+        tokens: bytes | None = None,
+        *,
+        force: bool = False,
+    ) -> tuple[Selected, Selected]:
+        """Forget chunks: those that went, and those that stay because they are pinned, unless
+        ``force``. Memory in use is freed when it is released.
+
+        Of ``tokens``, a chunk goes when it holds only these, or also what follows the last of
+        them; not one that goes on otherwise. Without tokens, stores under way are given up too.
+        """
+        with self._lock:
+            self._expire_holds()
+            if tokens is None:
+                there = [part.entry for part in self._shelf.select(namespaces, None)]
+                there += self._shelf.pending.values() if namespaces is None else ()
+            else:
+                there = self._shelf.holding(namespaces, tokens)
+            gone = [entry for entry in there if force or not entry.pins]
+            kept = [entry for entry in there if entry.pins and not force]
+            for entry in gone:
+                self._shelf.unlink(entry)
+            cleared = _selected([Part(entry, entry.tokens) for entry in gone if entry.complete])
+            self._counters["cleared_chunks_total"] += cleared.chunks
+            return cleared, _selected([Part(entry, entry.tokens) for entry in kept])
+
     # The end of things.
 
     def drop_owner(self, owner: Hashable) -> None:
@@ -191,21 +282,12 @@ class CacheEngine:
     def expire(self) -> int:
         """End leases that have outlived their time; returns how many.
 
-        Chunks that some rank stored and another never began to, for as long, go too.
+        So do pins. Chunks that some rank stored and another never began to, for as long, go too.
         """
         with self._lock:
-            ended = self._expire_leases()
+            ended = self._expire_holds()
             self._stores.expire(self._clock() - self._ttl_s)
             return ended
-
-    def clear(self) -> int:
-        """Forget every chunk; returns how many. Memory in use is freed when it is released."""
-        with self._lock:
-            complete = sum(1 for entry in self._shelf.entries.values() if entry.complete)
-            for entry in list(self._shelf.entries.values()):
-                self._shelf.unlink(entry)
-            self._counters["cleared_chunks_total"] += complete
-            return complete
 
     def stats(self) -> dict[str, float]:
         """Counters, whose names end in ``_total``, and gauges."""
@@ -218,6 +300,8 @@ class CacheEngine:
                 "pending": pending,
                 "leases": len(self._leases),
                 "writers": len(self._stores),
+                "pins": len(self._pins),
+                "pinned_bytes": self._pins.pinned_bytes,
                 "namespaces": len(self._shelf.spaces),
                 "capacity_bytes": usage.capacity_bytes,
                 "requested_bytes": usage.requested_bytes,
@@ -236,7 +320,8 @@ class CacheEngine:
                     self._shelf.unlink(entry)
                 self._shelf.memory.close()
 
-    def _expire_leases(self) -> int:
+    def _expire_holds(self) -> int:
+        self._counters["expired_pins_total"] += self._pins.expire()
         ended, entries = self._leases.release_expired()
         self._counters["expired_leases_total"] += ended
         self._settle(entries)
@@ -245,3 +330,11 @@ class CacheEngine:
     def _settle(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._shelf.settle(entry)
+
+
+def _selected(parts: Sequence[Part]) -> Selected:
+    return Selected(
+        tokens=sum([part.tokens for part in parts]),
+        chunks=len(parts),
+        nbytes=sum([part.entry.nbytes for part in parts]),
+    )

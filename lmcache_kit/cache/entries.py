@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lmcache_kit.cache.records import Extent, StoredChunk
 from lmcache_kit.interfaces.backend import Region
@@ -49,6 +51,7 @@ class Entry:
     nbytes: int = 0
     writers: int = 0
     leases: int = 0
+    pins: int = 0
     linked: bool = True
 
     @property
@@ -77,6 +80,13 @@ class Entry:
         self.nbytes = sum(region.nbytes for region in self.regions)
 
 
+class Part(NamedTuple):
+    """A chunk, and how many of its first tokens somebody means."""
+
+    entry: Entry
+    tokens: int
+
+
 class Children:
     """The complete chunks that follow one parent, sorted by their tokens."""
 
@@ -88,6 +98,9 @@ class Children:
 
     def __len__(self) -> int:
         return len(self._orders)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
 
     def add(self, entry: Entry) -> None:
         at = bisect_left(self._orders, entry.order)

@@ -56,6 +56,14 @@ class Grant(NamedTuple):
     offset: int = 0
 
 
+class Selected(NamedTuple):
+    """How much some chunks are. ``tokens`` are those meant, which may be the first of a chunk's."""
+
+    tokens: int = 0
+    chunks: int = 0
+    nbytes: int = 0
+
+
 class StoredChunk(NamedTuple):
     """A chunk that all ranks have stored, as the control plane learns of it."""
 

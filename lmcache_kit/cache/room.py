@@ -27,9 +27,9 @@ class Room:
     """Takes memory for one batch, and evicts for it what must go.
 
     A chunk leaves only after all that follow it have left, because they could not be found
-    without it; among those that may leave the policy's order holds. Nothing in use, pending or in
-    ``keep`` leaves, and nothing at all for a request that cannot be granted. ``wanted_bytes`` is
-    what the whole batch may need: victims are looked for once.
+    without it; among those that may leave the policy's order holds. Nothing in use, pinned,
+    pending or in ``keep`` leaves, and nothing at all for a request that cannot be granted.
+    ``wanted_bytes`` is what the whole batch may need: victims are looked for once.
     """
 
     def __init__(self, shelf: Shelf, keep: Set[ChunkKey], wanted_bytes: int) -> None:
@@ -105,7 +105,8 @@ class Room:
         self._shelf.unlink(entry)
 
     def _may_leave(self, entry: Entry) -> bool:
-        return entry.linked and entry.complete and not entry.in_use and entry.key not in self._keep
+        held = entry.in_use or entry.pins
+        return entry.linked and entry.complete and not held and entry.key not in self._keep
 
     def _movable(self, region: Region) -> bool:
         entry = self._shelf.owner_of(region)

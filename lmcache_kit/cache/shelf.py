@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lmcache_kit.cache.entries import Children, Entry, Space, big_endian
+from lmcache_kit.cache.entries import Children, Entry, Part, Space, big_endian
 from lmcache_kit.cache.records import Located
-from lmcache_kit.keys import TOKEN_BYTES
+from lmcache_kit.keys import TOKEN_BYTES, chain
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lmcache_kit.cache.records import ChangeListener, StoredChunk
     from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region
     from lmcache_kit.keys import ChunkKey
@@ -69,6 +71,34 @@ class Shelf:
             if usable < space.chunk_size:
                 break
             parent = entry.key
+        return found
+
+    def select(self, digests: Iterable[bytes] | None, tokens: bytes | None) -> list[Part]:
+        """The longest stored prefix of packed ``tokens`` in each of these namespaces, or in all
+        (None); without tokens, all complete chunks there."""
+        spaces = self._named(digests)
+        if tokens is not None:
+            walks = [self.walk(space, tokens) for space in spaces]
+            return [Part(entry, located.usable) for walk in walks for located, entry in walk]
+        return [
+            Part(entry, entry.tokens)
+            for entry in self.entries.values()
+            if entry.complete and entry.space in spaces
+        ]
+
+    def holding(self, digests: Iterable[bytes] | None, tokens: bytes) -> list[Entry]:
+        """Complete chunks, also behind holes, that hold only KV of packed ``tokens`` or that of
+        the last of them and then more; not those that go on otherwise."""
+        found: list[Entry] = []
+        for space in self._named(digests):
+            for link in chain(space.digest, tokens, space.chunk_size):
+                order = big_endian(tokens[link.start * TOKEN_BYTES : link.end * TOKEN_BYTES])
+                found += [
+                    entry
+                    for entry in self.children.get(link.parent, ())
+                    if entry.space is space
+                    and (order.startswith(entry.order) or entry.order.startswith(order))
+                ]
         return found
 
     def put(self, entry: Entry) -> None:
@@ -136,6 +166,11 @@ class Shelf:
         children = self.children.get(key)
         stored = len(children) if children else 0
         return stored + self._pending_children.get(key, 0)
+
+    def _named(self, digests: Iterable[bytes] | None) -> list[Space]:
+        if digests is None:
+            return list(self.spaces.values())
+        return [self.spaces[digest] for digest in digests if digest in self.spaces]
 
     def _no_longer_pending(self, entry: Entry) -> None:
         del self.pending[entry.key]

@@ -124,6 +124,15 @@ class KitConfig(BaseModel):
         default=120.0, gt=0, description="seconds after which a forgotten lease ends"
     )
 
+    max_pinned_share: Number = Field(
+        default=0.5, ge=0, le=1, description="share of the memory that pinned chunks may fill"
+    )
+    pin_timeout_sec: Number | None = Field(
+        default=None,
+        ge=0,
+        description="seconds that a pin without a time of its own lasts; 0: ever",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.enable_controller and not self.controller_url:
