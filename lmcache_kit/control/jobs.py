@@ -17,7 +17,7 @@ from typing import TypeAlias
 import msgspec
 
 from lmcache_kit.control.wire import AboutOrders, Began, Begin, Ended, Progressed, Rejected
-from lmcache_kit.errors import InvalidQuery, KitError, UnknownName
+from lmcache_kit.errors import ControlError, InvalidQuery, KitError, UnknownName
 from lmcache_kit.interfaces.operations import Accepted, Job, Operator, Outcome, Progress
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,11 @@ class Jobs:
         """To be begun at the next turn; one that is known is answered again."""
         entry = self._entries.get(message.event_id)
         if entry is None:
-            self._add(_Entry(message.event_id, begin=message))
+            full = len(self._entries) >= MAX_JOBS
+            entry = self._add(_Entry(message.event_id, begin=None if full else message))
+            if full:
+                busy = ControlError(f"{MAX_JOBS} orders are under way", hint="Wait for them to end")
+                entry.answer = _rejection(message.event_id, busy)
         elif entry.accepted is not None:
             entry.answer = Began(message.event_id, entry.accepted)
             entry.end_told = 0.0
@@ -151,9 +155,7 @@ class Jobs:
 
         try:
             if self._operator is None:
-                raise KitError("this cache process carries out no orders")
-            if len(self._entries) > MAX_JOBS:
-                raise KitError(f"{MAX_JOBS} orders are under way", hint="Wait for them to end")
+                raise ControlError("this cache process carries out no orders")
             entry.job = self._operator.begin(
                 begin.order, deadline_s=begin.deadline_s, report=report, finish=finish
             )
