@@ -41,11 +41,13 @@ class Match(NamedTuple):
 
 
 class StoreItem(NamedTuple):
-    """A chunk to store: its parent's key, its packed tokens and its rank's payload size."""
+    """A chunk to store: its parent's key, its packed tokens and its rank's payload size.
+    ``start``: position of its first token in the sequence."""
 
     parent: ChunkKey
     tokens: bytes
     nbytes: int
+    start: int = 0
 
 
 class Grant(NamedTuple):

@@ -2,7 +2,7 @@
 
 from lmcache_kit.interfaces.backend import MemoryBackend, Region, Usage
 from lmcache_kit.interfaces.cache import CacheInfo
-from lmcache_kit.interfaces.codec import Codec
+from lmcache_kit.interfaces.codec import BlobInfo, ChunkInfo, Codec, Rope
 from lmcache_kit.interfaces.eviction import EvictionPolicy
 from lmcache_kit.interfaces.frontend import (
     ControllerAPI,
@@ -16,7 +16,9 @@ from lmcache_kit.interfaces.frontend import (
 from lmcache_kit.interfaces.transport import Transport
 
 __all__ = [
+    "BlobInfo",
     "CacheInfo",
+    "ChunkInfo",
     "Codec",
     "ControllerAPI",
     "EvictionPolicy",
@@ -27,6 +29,7 @@ __all__ = [
     "LookupQuery",
     "MemoryBackend",
     "Region",
+    "Rope",
     "Transport",
     "Usage",
     "WorkerInfo",

@@ -3,23 +3,104 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeAlias
+from typing import Literal, TypeAlias
+
+import msgspec
 
 from lmcache_kit.layout import KVLayout
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
+class Rope(msgspec.Struct, frozen=True):
+    """The rotary embedding in K, as far as a codec needs it: which pairs turn, and how fast.
+
+    The first ``rotary_dim`` values of a head are turned. ``"neox"`` pairs value ``i`` with
+    ``i + rotary_dim / 2``, ``"gptj"`` pairs ``2i`` with ``2i + 1``. Pair ``i`` turns by
+    ``frequencies[i]`` radians a token: ``inv_freq`` where it is given, and so for every scaling
+    (linear, llama3, yarn), else ``base ** (-2i / rotary_dim)``. A constant factor on the whole
+    of K (yarn's) is no rotation, and a codec need not know it. A rotation that depends on the
+    length of the sequence has no record: use None.
+    """
+
+    rotary_dim: int
+    base: float = 10000.0
+    style: Literal["neox", "gptj"] = "neox"
+    inv_freq: tuple[float, ...] = ()
+
+    @property
+    def frequencies(self) -> tuple[float, ...]:
+        if self.inv_freq:
+            return self.inv_freq
+        pairs = range(0, self.rotary_dim, 2)
+        return tuple(float(self.base ** (-pair / self.rotary_dim)) for pair in pairs)
+
+
+class ChunkInfo(msgspec.Struct, frozen=True):
+    """What a payload is. ``start`` is the position of its first token in the sequence, ``rope``
+    the rotation in its K (None: there is none, or it is not known), ``first_head`` the number of
+    this rank's first KV head in the whole model."""
+
+    layout: KVLayout
+    tokens: int
+    start: int = 0
+    rope: Rope | None = None
+    first_head: int = 0
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.layout.payload_bytes(self.tokens)
+
+
+class BlobInfo(msgspec.Struct, frozen=True):
+    """What a codec says about bytes that it wrote, from their header alone."""
+
+    format_version: int
+    level: int
+    raw_bytes: int
+    blob_bytes: int
+    profile: str = ""
+    """Name of the side information that decoding needs; empty when it needs none."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the blob is."""
+        return self.raw_bytes / self.blob_bytes
+
+
 class Codec(ABC):
-    """Turns the payload of a raw chunk into fewer bytes and back, in host memory."""
+    """Turns the payload of a raw chunk into fewer bytes and back, in host memory.
+
+    Thread-safe: one instance serves several threads at a time, and holds the GIL only briefly.
+
+    >>> blob = codec.encode(payload, chunk)          # at most codec.max_blob_bytes(chunk) bytes
+    >>> codec.decode(blob, chunk, out)               # out: writable, chunk.payload_bytes long
+    """
 
     format_version: int
     """Version of the bytes that :meth:`encode` writes; stored with each entry."""
 
     @abstractmethod
-    def encode(self, payload: Buffer, layout: KVLayout, tokens: int) -> bytes:
-        """Encode one chunk. ``payload`` has ``layout.payload_bytes(tokens)`` bytes."""
+    def encode(self, payload: Buffer, chunk: ChunkInfo) -> bytes:
+        """Encode one chunk. What the codec cannot hold within its declared error, it keeps bit by
+        bit. Raises ValueError for a payload that is not ``chunk.payload_bytes`` long."""
 
     @abstractmethod
-    def decode(self, blob: Buffer, layout: KVLayout, tokens: int, out: Buffer) -> None:
-        """Decode into ``out``. Raises ValueError, before writing, for a blob that is not intact."""
+    def decode(self, blob: Buffer, chunk: ChunkInfo, out: Buffer) -> None:
+        """Decode into ``out``, all of it.
+
+        ``chunk`` is what was given to encode. Nothing is written for a blob that was damaged
+        (CorruptBlob), of another version (UnknownVersion), made with a profile that is not at
+        hand (UnknownProfile), or of another chunk (BlobMismatch): all are ValueErrors.
+        """
+
+    @abstractmethod
+    def describe(self, blob: Buffer) -> BlobInfo:
+        """Read the header, and no more. Raises as decode does."""
+
+    @abstractmethod
+    def max_blob_bytes(self, chunk: ChunkInfo) -> int:
+        """The most that encode returns for this chunk."""
+
+    def warm_up(self) -> None:  # noqa: B027 - most codecs have nothing to prepare
+        """Do now, off the serving path, what the first calls would otherwise wait for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.records import Selected
 from lmcache_kit.errors import ControlError, InvalidQuery, UnknownName
 from lmcache_kit.interfaces.operations import (
     Accepted,
@@ -23,7 +24,6 @@ from lmcache_kit.interfaces.operations import (
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.cache.records import Selected
     from lmcache_kit.keys import Namespace
     from lmcache_kit.plugins import Plugins
 
@@ -96,8 +96,8 @@ class EngineOperator(Operator):
             case Clear():
                 return self._clear(order, namespaces)
             case ListPins():
-                there = self._engine.select([], None)
-                return there, Outcome("done", pins=tuple(self._engine.pins()))
+                pins = tuple(self._engine.pins())
+                return Selected(), Outcome("done", pins=pins)
             case _:
                 raise AssertionError(order)
 
