@@ -34,6 +34,16 @@ def _address(value: Any) -> Any:
     return value
 
 
+def _mapping(value: Any) -> Any:
+    """A mapping, or one written as JSON, as a variable has it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
 def _number(value: Any) -> Any:
     """Booleans are ints to Python; ``chunk_size: true`` is a mistake all the same."""
     if isinstance(value, bool):
@@ -131,6 +141,10 @@ class KitConfig(BaseModel):
         default=None,
         ge=0,
         description="seconds that a pin without a time of its own lasts; 0: ever",
+    )
+
+    codec_options: Annotated[dict[str, dict[str, Any]], BeforeValidator(_mapping)] = Field(
+        default={}, description="options of codecs, by their names"
     )
 
     @model_validator(mode="after")

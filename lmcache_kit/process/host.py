@@ -34,6 +34,7 @@ LOCATION = "LocalCPUBackend"
 _SETTINGS = {
     "cache_linger_s",
     "cache_policy",
+    "codec_options",
     "controller_url",
     "enable_controller",
     "lease_ttl_s",
@@ -84,15 +85,19 @@ class Host:
     def __init__(self, config: KitConfig, *, linger_s: float | None = None) -> None:
         # Deferred: plugins and the engine take time to import, and clients need none of them.
         from lmcache_kit.interfaces import CacheInfo
+        from lmcache_kit.process.codecs import Codecs
         from lmcache_kit.process.operations import EngineOperator
         from lmcache_kit.process.server import CacheServer
 
         self.config = config
         self.incarnation = secrets.token_hex(16)
         self._plugins, self.memory, self.engine = _compose(config)
+        self.operator: EngineOperator | None = None
         try:
             self.operator = EngineOperator(
-                self.engine, self._plugins, pin_ttl_s=config.pin_timeout_sec or None
+                self.engine,
+                Codecs(self._plugins, config.codec_options),
+                pin_ttl_s=config.pin_timeout_sec or None,
             )
             self._agent = _agent(config, self.engine, self.operator, self.incarnation)
         except BaseException:
@@ -146,6 +151,8 @@ class Host:
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
+        if self.operator is not None:
+            self.operator.close()
         self.engine.close()
 
     async def _serve(
@@ -160,7 +167,7 @@ class Host:
         await self._server.serve(listener, on_ready)
 
     def _register(self, hello: Hello) -> None:
-        if hello.namespace is not None:
+        if hello.namespace is not None and self.operator is not None:
             self.operator.register_namespace(hello.namespace)
         if self._agent is None:
             return

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.checks import check_lookup
 from lmcache_kit.cache.records import Selected
-from lmcache_kit.errors import ControlError, InvalidQuery, UnknownName
+from lmcache_kit.errors import InvalidQuery, UnknownName
 from lmcache_kit.interfaces.operations import (
     Accepted,
     Clear,
@@ -21,12 +26,15 @@ from lmcache_kit.interfaces.operations import (
     Progress,
     Unpin,
 )
+from lmcache_kit.process.jobs import RecodeJob
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.keys import Namespace
-    from lmcache_kit.plugins import Plugins
+    from lmcache_kit.cache.packing import Recoded
+    from lmcache_kit.keys import ChunkKey, Namespace
+    from lmcache_kit.process.codecs import Codecs
 
+MAX_WORKERS = 4
 Report = Callable[[Progress], None]
 Finish = Callable[[Outcome], None]
 
@@ -48,16 +56,25 @@ class EngineOperator(Operator):
     """
 
     def __init__(
-        self, engine: CacheEngine, plugins: Plugins, *, pin_ttl_s: float | None = None
+        self, engine: CacheEngine, codecs: Codecs, *, pin_ttl_s: float | None = None
     ) -> None:
         self._engine = engine
+        self._codecs = codecs
         self._pin_ttl_s = pin_ttl_s
-        self._plugins = plugins
+        self._width = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
+        self._pool = ThreadPoolExecutor(self._width, thread_name_prefix="lmcache-kit-order")
+        self._jobs: weakref.WeakSet[RecodeJob] = weakref.WeakSet()
         self._namespaces: dict[Namespace, None] = {}
 
     def register_namespace(self, namespace: Namespace) -> None:
         """Chunks are stored under this base namespace."""
         self._namespaces = {**self._namespaces, namespace: None}
+
+    def close(self) -> None:
+        """Cancel what runs, and wait for the chunks at work. To be called before the engine's."""
+        for job in list(self._jobs):
+            job.cancel()
+        self._pool.shutdown(cancel_futures=True)
 
     def begin(self, order: Order, *, deadline_s: float, report: Report, finish: Finish) -> Job:
         """See :class:`~lmcache_kit.interfaces.operations.Operator`."""
@@ -65,6 +82,7 @@ class EngineOperator(Operator):
             raise UnknownName("location", order.location, [self._engine.location])
         namespaces = self._chosen(order)
         try:
+            check_lookup(order.tokens or b"")
             if isinstance(order, Compress | Decompress):
                 return self._recode(order, namespaces, deadline_s, report, finish)
             selected, outcome = self._at_once(order, namespaces)
@@ -102,12 +120,15 @@ class EngineOperator(Operator):
                 raise AssertionError(order)
 
     def _pin(self, order: Pin, namespaces: list[bytes] | None) -> tuple[Selected, Outcome]:
+        ttl_s = self._pin_ttl_s if order.ttl_s is None else order.ttl_s
+        if ttl_s is not None and not ttl_s > 0:
+            raise ValueError(f"ttl_s is {ttl_s}; it must be over 0")
         there, pinned = self._engine.pin(
             namespaces,
             order.tokens,
             order.pin_id,
             owner=order.owner,
-            ttl_s=self._pin_ttl_s if order.ttl_s is None else order.ttl_s,
+            ttl_s=ttl_s,
         )
         message = "" if there.chunks else "nothing of this is stored"
         if pinned.chunks < there.chunks:
@@ -136,10 +157,23 @@ class EngineOperator(Operator):
         report: Report,
         finish: Finish,
     ) -> Job:
-        known = sorted({offer.spec.name for offer in self._plugins.specs("codec")})
-        if order.method not in known:
-            raise UnknownName("method", order.method, known)
-        raise ControlError("compress and decompress are not served yet")
+        method = order.method
+        if method not in self._codecs.names:
+            raise UnknownName("method", method, self._codecs.names)
+        encodes = isinstance(order, Compress)
+        job = RecodeJob(
+            self._engine.keys(namespaces, order.tokens),
+            partial(self._pack if encodes else self._engine.unpack, method=method),
+            done_word=f"encoded with {method}" if encodes else "raw",
+            report=report,
+            finish=finish,
+        )
+        self._jobs.add(job)
+        job.start(self._pool, self._width, deadline_s)
+        return job
+
+    def _pack(self, key: ChunkKey, method: str) -> Recoded:
+        return self._engine.pack(key, method, self._codecs.get(method))
 
 
 def _done(selected: Selected, message: str) -> Outcome:

@@ -13,14 +13,16 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from lmcache_kit.cache.entries import Form
 from lmcache_kit.errors import KitError, ProtocolError
 from lmcache_kit.process import paths, protocol
 from lmcache_kit.process.protocol import HEADER, Failed, Hello, Stats, Welcome
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
+    from lmcache_kit.cache.lookups import Search
     from lmcache_kit.interfaces import MemoryBackend
 
 logger = logging.getLogger(__name__)
@@ -113,8 +115,7 @@ class CacheServer:
     def stop_from_thread(self) -> None:
         """End :meth:`serve`; from any thread, at any time."""
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: it ended by itself
-                self._loop.call_soon_threadsafe(self.stop)
+            _soon(self._loop, self.stop)
 
     def welcome(self, connection: _Connection, hello: Hello) -> Welcome | Failed:
         """Answer to a Hello."""
@@ -193,6 +194,13 @@ class CacheServer:
             await asyncio.sleep(EXPIRE_EVERY_S)
             if expired := self.engine.expire():
                 logger.warning("%d leases reached their time to live", expired)
+
+
+_Simple: TypeAlias = (
+    protocol.Hello | protocol.Allocate | protocol.Commit | protocol.Abandon | protocol.Release
+    | protocol.ReportCorrupt | protocol.GetStats
+)  # fmt: skip
+"""Requests that are answered at once."""
 
 
 class _Connection(asyncio.Protocol):
@@ -282,15 +290,55 @@ class _Connection(asyncio.Protocol):
                 raise ProtocolError(f"{type(request).__name__} came before Hello")
             self._greet(request_id, request)
             return
+        answer: protocol.Answer | None
         try:
-            answer = self._serve(request, self._hello)
+            if isinstance(request, protocol.Lookup):
+                answer = self._look_up(request_id, request)
+            else:
+                answer = self._serve(request, self._hello)
         except (KitError, ValueError) as error:
             answer = Failed(str(error))
         except Exception as error:  # a request must not end the process that serves all others
             self._server.counters["internal_errors_total"] += 1
             logger.exception("%s: %s failed", self._name, type(request).__name__)
             answer = Failed(f"internal error: {type(error).__name__}")
-        self._transport.write(protocol.encode(request_id, answer))
+        if answer is not None:
+            self._transport.write(protocol.encode(request_id, answer))
+
+    def _look_up(self, request_id: int, request: protocol.Lookup) -> protocol.Found | None:
+        """None when the answer comes later: when all is decoded, or the time is over."""
+        engine = self._server.engine
+        loop = asyncio.get_running_loop()
+        search = engine.begin_lookup(
+            request.namespace,
+            request.tokens,
+            request.chunk_size,
+            request.world_size,
+            self,
+            lambda: _soon(loop, answer),
+        )
+        if not search.waiting or not request.wait_s:
+            return self._found(search)
+        timer: asyncio.TimerHandle | None = None
+
+        def answer() -> None:
+            nonlocal timer
+            if timer:  # the first of the two calls
+                timer.cancel()
+                timer = None
+                self._answer_late(request_id, search)
+
+        timer = loop.call_later(request.wait_s, answer)
+        return None
+
+    def _answer_late(self, request_id: int, search: Search) -> None:
+        found = self._found(search)
+        if not self._transport.is_closing():
+            self._transport.write(protocol.encode(request_id, found))
+
+    def _found(self, search: Search) -> protocol.Found:
+        match = self._server.engine.finish_lookup(search)
+        return protocol.Found(match.lease, self._server.incarnation, match.chunks)
 
     def _greet(self, request_id: int, hello: Hello) -> None:
         answer = self._server.welcome(self, hello)
@@ -309,19 +357,10 @@ class _Connection(asyncio.Protocol):
             socket.send_fds(raw, [frame], [self._server.memory.fd])
         logger.debug("%s has come", self._name)
 
-    def _serve(self, request: protocol.Request, hello: Hello) -> protocol.Answer:
+    def _serve(self, request: _Simple, hello: Hello) -> protocol.Answer:
         engine = self._server.engine
         answer: protocol.Answer
         match request:
-            case protocol.Lookup():
-                found = engine.lookup(
-                    request.namespace,
-                    request.tokens,
-                    request.chunk_size,
-                    request.world_size,
-                    self,
-                )
-                answer = protocol.Found(found.lease, self._server.incarnation, found.chunks)
             case protocol.Allocate():
                 grants = engine.allocate(
                     request.namespace,
@@ -330,6 +369,7 @@ class _Connection(asyncio.Protocol):
                     request.chunk_size,
                     request.items,
                     self,
+                    Form(hello.layout, hello.rope, hello.first_head) if hello.layout else None,
                 )
                 answer = protocol.Allocated(tuple(grants))
             case protocol.Commit():
@@ -351,3 +391,9 @@ class _Connection(asyncio.Protocol):
         self._server.counters["protocol_errors_total"] += 1
         logger.warning("%s closed: %s", self._name, why)
         self._transport.abort()
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Have ``call`` called on the loop's thread, unless it has closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
