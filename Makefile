@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-SOURCES := lmcache_kit $(wildcard plugins/*/src)
+SOURCES := lmcache_kit tools $(wildcard plugins/*/src)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model test lint format demo peer wheels clean distclean

@@ -10,6 +10,11 @@
  |    +-- ``CacheTimeout``      (TimeoutError)     it did not answer in time
  +-- ``ProtocolError``          (ValueError)    bytes from a peer do not mean anything
  +-- ``UnsupportedModel``       (ValueError)    this model's KV cannot be cached
+ +-- ``CodecError``             (ValueError)    encoded bytes cannot be decoded here
+ |    +-- ``CorruptBlob``                       they are damaged
+ |    +-- ``BlobMismatch``                      they are of another chunk
+ |    +-- ``UnknownVersion``    (LookupError)   they are of another version of the format
+ |    +-- ``UnknownProfile``    (LookupError)   the profile they were made with is not at hand
  +-- ``ControlError``           (RuntimeError)  a control operation cannot be done
       +-- ``InvalidQuery``     (ValueError)    what was asked for makes no sense
       +-- ``UnknownName``       (LookupError)   no such instance, location, event ...
@@ -70,6 +75,26 @@ class ProtocolError(KitError, ValueError):
 
 class UnsupportedModel(KitError, ValueError):
     """This model's KV layout cannot be cached by this version."""
+
+
+class CodecError(KitError, ValueError):
+    """Encoded bytes cannot be decoded here."""
+
+
+class CorruptBlob(CodecError):
+    """The bytes are not what an encoder wrote: cut short, or changed."""
+
+
+class BlobMismatch(CodecError):
+    """The bytes are intact, and of a chunk of another shape or place."""
+
+
+class UnknownVersion(CodecError, LookupError):
+    """The bytes are of a version of the format that this one does not read."""
+
+
+class UnknownProfile(CodecError, LookupError):
+    """The profile that the bytes were made with is not at hand."""
 
 
 class ControlError(KitError, RuntimeError):

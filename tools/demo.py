@@ -52,7 +52,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.monitor_port != 9001:
         settings["LMCACHE_CONTROLLER_URL"] = f"localhost:{options.monitor_port}"
     vllm = stack.vllm_server(
-        logs / "vllm.log", port=options.vllm_port, config_file=CONFIG, more=more, **settings
+        logs / "vllm.log",
+        port=options.vllm_port,
+        config_file=CONFIG,
+        more=more,
+        environment=settings,
     )
     console.print(
         f"Commands are shown as you would type them in {stack.ROOT} with .venv/bin on PATH.\n"

@@ -15,11 +15,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -137,9 +138,9 @@ def vllm_server(
     *,
     port: int,
     config_file: Path,
+    environment: Mapping[str, str],
     model: Path = MODEL,
     more: tuple[str, ...] = (),
-    **env: str,
 ) -> Program:
     """``vllm serve`` as the walk-throughs have it; ``more`` are further flags."""
     transfer = json.dumps({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"})
@@ -157,7 +158,7 @@ def vllm_server(
         "CUDA_VISIBLE_DEVICES": "0",
         "LMCACHE_CONFIG_FILE": str(config_file),
     }
-    return Program("vllm", command, log, {**settings, **VLLM_ENVIRONMENT, **env})
+    return Program("vllm", command, log, {**settings, **VLLM_ENVIRONMENT, **environment})
 
 
 def controller(log: Path, *, port: int, monitor_port: int) -> Program:
@@ -209,7 +210,7 @@ def stream_completion(base_url: str, prompt: str, *, max_tokens: int = 10) -> Co
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    text, first_s, usage = "", 0.0, {}
+    text, first_s, usage = "", 0.0, dict[str, Any]()
     begin = time.perf_counter()
     with urllib.request.urlopen(request, timeout=300) as reply:  # noqa: S310
         for event in _events(reply):
@@ -245,7 +246,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _events(reply: http.client.HTTPResponse) -> Iterator[dict[str, object]]:
+def _events(reply: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     for raw in reply:
         line = raw.decode().strip()
         if line.startswith("data: ") and line != "data: [DONE]":

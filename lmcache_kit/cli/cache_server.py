@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 
 import click
 
-from lmcache_kit.cli.output import print_json, print_table
+from lmcache_kit.cli.output import print_json, print_table, silenced
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.process.paths import socket_path
 
@@ -55,14 +56,10 @@ def _serve(config: KitConfig) -> None:
 def _show_status(config: KitConfig, *, as_json: bool) -> None:
     from lmcache_kit.process.life import open_client
 
-    logging.getLogger("lmcache_kit").setLevel(logging.ERROR)
     attached = config.model_copy(update={"cache_process": "attach"})
-    client = open_client(attached, role="tool")
-    try:
+    with silenced("lmcache_kit"), closing(open_client(attached, role="tool")) as client:
         client.wait_ready(STATUS_TIMEOUT_S)
         stats = client.stats()
-    finally:
-        client.close()
     about = {
         "instance_id": stats.instance_id,
         "pid": stats.pid,

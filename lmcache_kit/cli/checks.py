@@ -78,11 +78,11 @@ def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
         yield Check("ok", "frontend http", "installed")
     except KitError as error:
         yield Check("warn", "frontend http", f"{error.message}; no controller here", error.hint)
+    for line in found.headers():
+        yield Check("ok", "plugin", line)
     for failure in found.failures:
         remedy = "Repair or uninstall it, or block it with LMCACHE_KIT_PLUGINS"
         yield Check("warn", f"plugin {failure.plugin}", str(failure), remedy)
-    for line in found.headers():
-        yield Check("ok", "plugin", line)
 
 
 def shared_memory() -> Iterator[Check]:

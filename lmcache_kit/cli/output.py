@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -55,7 +56,19 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Keep warnings of this logger back while a command gathers what it shows itself."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def quiet_plugins() -> Plugins:
     """All plugins; their failures are for the command to show, not for the log."""
-    logging.getLogger("lmcache_kit.plugins").setLevel(logging.ERROR)
-    return Plugins.load()
+    with silenced("lmcache_kit.plugins"):
+        return Plugins.load()

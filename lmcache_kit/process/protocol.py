@@ -163,6 +163,9 @@ Request: TypeAlias = (
 )
 Answer: TypeAlias = Welcome | Found | Allocated | Done | Stats | Failed
 
+# msgspec lets the last two through, for bad UTF-8 and for nesting without end.
+_UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(tuple[int, Request])
 _answers = msgspec.msgpack.Decoder(tuple[int, Answer])
@@ -180,7 +183,7 @@ def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
     """Raises ProtocolError for anything but a request."""
     try:
         return _requests.decode(body)
-    except msgspec.MsgspecError as error:
+    except _UNDECODABLE as error:
         raise ProtocolError(f"not a request: {error}") from error
 
 
@@ -188,7 +191,7 @@ def decode_answer(body: bytes | memoryview) -> tuple[int, Answer]:
     """Raises ProtocolError for anything but an answer."""
     try:
         return _answers.decode(body)
-    except msgspec.MsgspecError as error:
+    except _UNDECODABLE as error:
         raise ProtocolError(f"not an answer: {error}") from error
 
 

@@ -223,7 +223,12 @@ def open_pages(
 def _scheduler_side(config: KitConfig, model: Model, transfer: Any) -> SchedulerSide:
     from lmcache_kit.process.life import open_client
 
-    client = open_client(config, role="scheduler", world_size=model.world_size, wait_ready=True)
+    client = open_client(
+        config,
+        role="scheduler",
+        world_size=model.world_size,
+        wait_ready=config.cache_process != "attach",
+    )
     policy = Policy(
         saving=SavePolicy(config.chunk_size, config.save_decode_cache, config.save_unfull_chunk),
         load=transfer.is_kv_consumer,
@@ -248,7 +253,7 @@ def _worker_side(config: KitConfig, model: Model, rank: int) -> WorkerSide:
         world_size=model.world_size,
         namespace=model.namespace,
         form=Form(model.layout, loaded_rotation(), first_head),
-        wait_ready=True,
+        wait_ready=config.cache_process != "attach",
     )
     return WorkerSide(
         client,

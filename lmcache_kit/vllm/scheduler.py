@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lmcache_kit.errors import CacheUnavailable
+from lmcache_kit.errors import KitError
 from lmcache_kit.vllm.step import Load, Report, Save, Step
 from lmcache_kit.vllm.tracker import Hit, SavePolicy, Tracked, track, whole_tokens
 
@@ -199,7 +199,7 @@ class SchedulerSide:
             found = self._client.lookup(
                 tracked.namespace, tracked.packed(), self._policy.saving.chunk_size
             )
-        except CacheUnavailable as error:
+        except KitError as error:
             self.counts["lookups_failed"] += 1
             _log.debug("a lookup failed, which counts as a miss: %s", error)
             return None

@@ -107,7 +107,8 @@ def track(request: Request, base: Namespace) -> Tracked | None:
     """None for a request that the cache must not touch.
 
     Multimodal inputs and prompt embeddings are not in the token ids that name chunks; pooling
-    models need every token computed; a streaming session takes tokens back.
+    models need every token computed; a streaming session takes tokens back; ids that no vocabulary
+    has cannot be packed.
     """
     if (
         request.mm_features
@@ -116,6 +117,10 @@ def track(request: Request, base: Namespace) -> Tracked | None:
         or request.pooling_params is not None
         or request.resumable
     ):
+        return None
+    try:
+        pack_tokens(request.prompt_token_ids)
+    except OverflowError:
         return None
     wishes: dict[str, Any] = request.kv_transfer_params or {}
     lora = request.lora_request

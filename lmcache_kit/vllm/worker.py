@@ -77,6 +77,10 @@ class WorkerSide:
     def serve(self, pages: Pages) -> None:
         """Begin to move KV between these pages and the cache."""
         self._pages = pages
+        incarnation = self._client.incarnation
+        memory = self._client.memory(incarnation) if incarnation else None
+        if incarnation and memory is not None:  # pinning it takes a while: not in a request's time
+            pages.use_memory(incarnation, memory)
 
     def refuse(self, reason: str) -> None:
         """These pages cannot be served: nothing will be stored, and loads fail."""
@@ -113,8 +117,6 @@ class WorkerSide:
         for namespace, saves in by_namespace.items():
             try:
                 self._save(namespace, saves)
-            except CacheUnavailable as error:
-                self._count_error("save", error)
             # The last line of defence of a running engine: a save that fails is only a miss.
             except Exception as error:  # noqa: BLE001
                 self._count_error("save", error)
@@ -144,8 +146,6 @@ class WorkerSide:
                 if chunk.end > at and at < load.end:
                     self._load_chunk(load, chunk, at)
                     at = min(chunk.end, load.end)
-        except CacheUnavailable as error:
-            self._count_error("load", error)
         # The last line of defence of a running engine: what cannot be loaded is computed.
         except Exception as error:  # noqa: BLE001
             self._count_error("load", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -152,6 +153,14 @@ def test_plugins_are_plain_columns_in_a_pipe() -> None:
 def test_a_terminal_gets_colours_unless_it_wants_none() -> None:
     assert "\x1b[" in script("plugins", FORCE_COLOR="1").stdout
     assert "\x1b[3" not in script("plugins", FORCE_COLOR="1", NO_COLOR="1").stdout
+
+
+def test_a_command_leaves_the_logging_of_its_process_as_it_was(site: FakeSite) -> None:
+    site.install("acme-broken", "1 / 0")
+    assert kit("plugins").exit_code == 0
+    assert kit("cache-server", "--status", LMCACHE_CACHE_SOCKET=f"{site.folder}/c.sock").exit_code
+    names = ("lmcache_kit", "lmcache_kit.plugins")
+    assert [logging.getLogger(name).level for name in names] == [logging.NOTSET] * 2
 
 
 # validate

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 NAMESPACE = bytes(32)
 
 
+def frame(body: bytes) -> bytes:
+    return HEADER.pack(len(body)) + body
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -32,6 +36,8 @@ NAMESPACE = bytes(32)
         ("other msgpack", HEADER.pack(1) + b"\x90"),
         ("call before Hello", protocol.encode(1, protocol.GetStats())),
         ("answer as a request", protocol.encode(1, protocol.Done())),
+        ("bad UTF-8", frame(b"\x92\x01\x82\xa4type\xa5hello\xabinstance_id\xa2\xff\xff")),
+        ("nested without end", frame(b"\x92\x01\x81\xa1x" + b"\x91" * 60_000)),
     ],
 )
 def test_what_is_no_hello_ends_only_its_own_connection(

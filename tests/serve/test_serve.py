@@ -53,10 +53,10 @@ class Site:
     def new_vllm(self) -> stack.Program:
         more = ("--no-enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager")
         log = self.folder / "vllm.log"
+        environment = {**self.settings, "OMP_NUM_THREADS": "1"}
         return stack.vllm_server(
-            log, port=self.vllm_port, config_file=self.config, more=more,
-            **self.settings, OMP_NUM_THREADS="1",
-        )  # fmt: skip
+            log, port=self.vllm_port, config_file=self.config, more=more, environment=environment
+        )
 
     def new_controller(self) -> stack.Program:
         log = self.folder / "controller.log"

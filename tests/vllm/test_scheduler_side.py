@@ -181,6 +181,7 @@ def test_a_request_that_wants_no_cached_prefix_does_not_ask(client: FakeClient) 
         {"prompt_token_ids": None},
         {"pooling_params": object()},
         {"resumable": True},
+        {"prompt_token_ids": [5, -1], "all_token_ids": [5, -1]},
     ],
     ids=lambda more: next(iter(more)),
 )

@@ -24,6 +24,10 @@ class FakePages(Pages):
     def __init__(self) -> None:
         self.written: list[tuple[int, int]] = []
         self.breaks = False
+        self.memory_of: list[str] = []
+
+    def use_memory(self, incarnation: str, memory: memoryview) -> None:
+        self.memory_of.append(incarnation)
 
     def gather(self, pieces: Sequence[Piece]) -> list[int]:
         if self.breaks:
@@ -265,3 +269,7 @@ def test_reports_of_several_ranks_add_up_to_the_worst() -> None:
 
     assert Report(1).aggregate(Report(3, "odd")) == Report(3, "odd")
     assert Report(3, "odd").aggregate(Report(1)) == Report(3, "odd")
+
+
+def test_memory_is_prepared_before_the_first_request(side: Any, pages: FakePages) -> None:
+    assert pages.memory_of == ["life-1"]

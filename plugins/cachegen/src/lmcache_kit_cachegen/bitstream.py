@@ -1,0 +1,208 @@
+"""The bytes of a blob: a header with a directory, then the streams it lists.
+
+All integers are little-endian. The header ends with a CRC-32 of itself; the directory has one of
+each stream; the lengths in it add up to the blob's. So every change of a bit and every cut is
+noticed before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgspec
+
+from lmcache_kit.errors import BlobMismatch, CorruptBlob, UnknownVersion
+from lmcache_kit.interfaces import ChunkInfo, Rope
+from lmcache_kit.layout import DTYPE_BYTES, KVLayout
+from lmcache_kit_cachegen.tables import TABLE_SET
+
+FORMAT_VERSION = 1
+MAGIC = b"LKCG"
+NO_PROFILE = bytes(16)
+MAX_DIMENSION = 1 << 24
+"""Of layers, heads, head size and tokens; a header that says more is refused."""
+
+_DTYPES = tuple(DTYPE_BYTES)
+_KINDS = ("kv", "mla")
+_STYLES = ("neox", "gptj")
+# magic, version, header bytes, level, dtype, kind, sink tokens, slices a stream, streams,
+# layers, kv heads, head size, tokens, start, table set, profile
+_FIXED = struct.Struct("<4sHIBBBBHIIIIIQ8s16s")
+_ROPE = struct.Struct("<BIdI")  # style, turned values of a head, base, listed frequencies
+_NO_ROPE = 255
+_ENTRY = struct.Struct("<BII")  # coder, bytes, CRC-32
+_CRC = struct.Struct("<I")
+_SMALLEST = _FIXED.size + _ROPE.size + _CRC.size
+
+
+class Coder(IntEnum):
+    """How a stream is coded."""
+
+    RAW = 0
+    PLANES = 1
+    RANS = 2
+    ZSTD = 3
+
+
+class Stream(NamedTuple):
+    """One stream: its coder and its bytes."""
+
+    coder: Coder
+    data: memoryview | bytes
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What stands before the streams. ``profile``: 16 bytes, zero if none is needed."""
+
+    chunk: ChunkInfo
+    level: int
+    sink_tokens: int
+    slices_per_stream: int
+    profile: bytes = NO_PROFILE
+
+
+class Blob(NamedTuple):
+    """An intact blob, taken apart."""
+
+    header: Header
+    streams: list[Stream]
+
+
+def header_bytes(rope: Rope | None, streams: int) -> int:
+    """Size of a header."""
+    listed = len(rope.inv_freq) if rope else 0
+    return _SMALLEST + 8 * listed + streams * _ENTRY.size
+
+
+def join(header: Header, streams: list[Stream]) -> bytes:
+    """Put a blob together."""
+    chunk, layout = header.chunk, header.chunk.layout
+    fixed = _FIXED.pack(
+        MAGIC,
+        FORMAT_VERSION,
+        header_bytes(chunk.rope, len(streams)),
+        header.level,
+        _DTYPES.index(layout.dtype),
+        _KINDS.index(layout.kind),
+        header.sink_tokens,
+        header.slices_per_stream,
+        len(streams),
+        layout.layers,
+        layout.kv_heads,
+        layout.head_dim,
+        chunk.tokens,
+        chunk.start,
+        TABLE_SET,
+        header.profile,
+    )
+    entries = [_ENTRY.pack(s.coder, len(s.data), zlib.crc32(s.data)) for s in streams]
+    head = b"".join([fixed, _pack_rope(chunk.rope), *entries])
+    return b"".join([head, _CRC.pack(zlib.crc32(head)), *(s.data for s in streams)])
+
+
+def read_header(blob: bytes | bytearray | memoryview) -> Header:
+    """The header alone. Raises CorruptBlob or UnknownVersion."""
+    return _read(memoryview(blob).cast("B"))[0]
+
+
+def take_apart(blob: bytes | bytearray | memoryview) -> Blob:
+    """Header and streams, every checksum verified. Raises CorruptBlob or UnknownVersion."""
+    view = memoryview(blob).cast("B")
+    header, entries, at = _read(view)
+    if at + sum(nbytes for _, nbytes, _ in entries) != len(view):
+        raise CorruptBlob(f"the blob has {len(view)} bytes; its directory does not add up to that")
+    streams = []
+    for number, (coder, nbytes, crc) in enumerate(entries):
+        data = view[at : at + nbytes]
+        at += nbytes
+        if zlib.crc32(data) != crc:
+            raise CorruptBlob(f"the checksum of stream {number} is wrong")
+        streams.append(Stream(coder, data))
+    return Blob(header, streams)
+
+
+def check_chunk(header: Header, chunk: ChunkInfo) -> None:
+    """Raises BlobMismatch for a blob of another chunk."""
+    found = header.chunk
+    if (found.layout, found.tokens, found.start) != (chunk.layout, chunk.tokens, chunk.start):
+        raise BlobMismatch(
+            f"the blob has {found.tokens} tokens from {found.start} on as {found.layout}; "
+            f"expected {chunk.tokens} from {chunk.start} on as {chunk.layout}"
+        )
+
+
+def _read(view: memoryview) -> tuple[Header, list[tuple[Coder, int, int]], int]:
+    if len(view) < _SMALLEST or bytes(view[:4]) != MAGIC:
+        raise CorruptBlob(f"{len(view)} bytes that do not begin like a blob of cachegen")
+    (
+        _,
+        version,
+        nbytes,
+        level,
+        dtype,
+        kind,
+        sinks,
+        slices,
+        count,
+        *shape,
+        tokens,
+        start,
+        tables,
+        profile,
+    ) = _FIXED.unpack_from(view)
+    if version != FORMAT_VERSION:
+        raise UnknownVersion(
+            f"the blob has version {version} of the format", hint=f"Known: {FORMAT_VERSION}"
+        )
+    if not _SMALLEST <= nbytes <= len(view):
+        raise CorruptBlob(f"the header should have {nbytes} bytes; the blob has {len(view)}")
+    head = view[: nbytes - _CRC.size]
+    if _CRC.unpack_from(view, len(head))[0] != zlib.crc32(head):
+        raise CorruptBlob("the checksum of the header is wrong")
+    if tables != TABLE_SET:
+        raise UnknownVersion(
+            f"the blob needs table set {tables.hex()}", hint=f"Known: {TABLE_SET.hex()}"
+        )
+    known = dtype < len(_DTYPES) and kind < len(_KINDS) and level <= 3
+    sizes = (*shape, tokens, slices)
+    if not known or min(sizes) < 1 or max(sizes) > MAX_DIMENSION or sinks > tokens:
+        raise CorruptBlob("the header describes no chunk")
+    rope, at = _unpack_rope(head, _FIXED.size)
+    if at + count * _ENTRY.size != len(head):
+        raise CorruptBlob("the directory does not fit the header")
+    if any(coder not in set(Coder) for coder, _, _ in _ENTRY.iter_unpack(head[at:])):
+        raise CorruptBlob("a stream has a coder that this version does not know")
+    entries = [(Coder(coder), size, crc) for coder, size, crc in _ENTRY.iter_unpack(head[at:])]
+    layers, kv_heads, head_dim = shape
+    layout = KVLayout(_DTYPES[dtype], layers, kv_heads, head_dim, _KINDS[kind])  # type: ignore[arg-type]
+    chunk = ChunkInfo(layout, tokens, start, rope)
+    return Header(chunk, level, sinks, slices, profile), entries, nbytes
+
+
+def _pack_rope(rope: Rope | None) -> bytes:
+    if rope is None:
+        return _ROPE.pack(_NO_ROPE, 0, 0.0, 0)
+    listed = rope.inv_freq
+    fixed = _ROPE.pack(_STYLES.index(rope.style), rope.rotary_dim, rope.base, len(listed))
+    return fixed + struct.pack(f"<{len(listed)}d", *listed)
+
+
+def _unpack_rope(head: memoryview, at: int) -> tuple[Rope | None, int]:
+    style, rotary_dim, base, count = _ROPE.unpack_from(head, at)
+    at += _ROPE.size
+    if style == _NO_ROPE:
+        return None, at
+    fits = at + 8 * count <= len(head) and rotary_dim <= MAX_DIMENSION
+    if style >= len(_STYLES) or not fits or count not in (0, rotary_dim // 2):
+        raise CorruptBlob("the header describes no rotary embedding")
+    listed = struct.unpack_from(f"<{count}d", head, at)
+    return Rope(rotary_dim, base, _STYLES[style], listed), at + 8 * count  # type: ignore[arg-type]
+
+
+def digest(data: bytes) -> bytes:
+    """The name of a profile: 16 bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()

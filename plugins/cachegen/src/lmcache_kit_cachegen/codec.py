@@ -1,0 +1,223 @@
+"""The codec ``cachegen``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+
+from lmcache_kit.errors import BlobMismatch, CorruptBlob, UnknownProfile
+from lmcache_kit.interfaces import BlobInfo, ChunkInfo, Codec
+from lmcache_kit.interfaces.codec import Buffer
+from lmcache_kit.layout import KVLayout
+from lmcache_kit_cachegen import bitstream, lossless, quantised
+from lmcache_kit_cachegen.bitstream import NO_PROFILE, Coder, Header, Stream
+from lmcache_kit_cachegen.levels import LOSSLESS, SINK_TOKENS
+from lmcache_kit_cachegen.options import CacheGenOptions
+from lmcache_kit_cachegen.profile import Profile, SliceProfile, load_profile
+from lmcache_kit_cachegen.rope import cosines_and_sines
+from lmcache_kit_cachegen.slices import Plan
+from lmcache_kit_cachegen.words import ROUNDING, Bits, bits_dtype
+
+S = TypeVar("S")
+T = TypeVar("T")
+_VALUES_PER_STREAM = 1 << 14
+
+
+class _Job(NamedTuple):
+    """A stream to be: its slices without the sink tokens, and the number of the first."""
+
+    slices: Bits
+    first: int
+
+
+class CacheGenCodec(Codec):
+    """KV in a fifth of the memory, after CacheGen (Liu et al., SIGCOMM 2024), without its deltas.
+
+    Each layer's K and V is a slice: the rotation of K is undone, every channel's mean taken off,
+    and the rest rounded to one uniform step per slice, or to the steps of a profile. The steps
+    are coded with static tables by interleaved rANS, or by zstd. The first token of a sequence is
+    kept as it is. Every value of a slice is within half a step (K: times the root of two, for the
+    rotation; both: and a rounding to the dtype) of what it was: the encoder checks that on the
+    values that a decoder will see, and where it does not hold, the slice's stream is stored
+    losslessly. So are fp8, MLA and level 0.
+
+    >>> codec = CacheGenCodec()
+    >>> blob = codec.encode(payload, chunk)
+    >>> codec.describe(blob).ratio
+    5.7
+    """
+
+    format_version = bitstream.FORMAT_VERSION
+
+    def __init__(
+        self, options: CacheGenOptions | None = None, *, profiles: Sequence[Profile] = ()
+    ) -> None:
+        """``profiles`` come before those that the options name. Raises ConfigError for a profile
+        that cannot be read."""
+        self.options = options or CacheGenOptions()
+        loaded = [*profiles, *map(load_profile, self.options.profiles)]
+        self._profiles = {profile.name: profile for profile in loaded}
+        self._coder = Coder.ZSTD if self.options.coder == "zstd" else Coder.RANS
+        self._cut = lru_cache(maxsize=16)(_cut_profile)
+        threads = self.options.threads
+        self._pool = ThreadPoolExecutor(threads, "cachegen") if threads > 1 else None
+
+    def encode(self, payload: Buffer, chunk: ChunkInfo) -> bytes:
+        words = _words(payload, chunk, "payload")
+        level = self.options.level if _is_quantisable(chunk.layout) else LOSSLESS
+        profile = next((p for p in self._profiles.values() if level and p.fits(chunk)), None)
+        header = Header(
+            chunk=chunk,
+            level=level,
+            sink_tokens=_sink_tokens(chunk) if level else 0,
+            slices_per_stream=_slices_per_stream(chunk),
+            profile=profile.name if profile else NO_PROFILE,
+        )
+        plan = self._plan(header)
+        streams = self._each(lambda job: _encode(job, plan), _jobs(words, header))
+        if header.sink_tokens:
+            streams.insert(0, lossless.encode(words[:, : header.sink_tokens]))
+        return bitstream.join(header, streams)
+
+    def decode(self, blob: Buffer, chunk: ChunkInfo, out: Buffer) -> None:
+        header, streams = bitstream.take_apart(blob)
+        bitstream.check_chunk(header, chunk)
+        words = _words(out, chunk, "out")
+        if not words.flags.writeable:
+            raise ValueError("out is not writable")
+        plan = self._plan(_with_head(header, chunk))
+        jobs = _jobs(words, header)
+        if len(streams) != len(jobs) + (header.sink_tokens > 0):
+            raise CorruptBlob(f"{len(streams)} streams do not make up the chunk")
+        if header.sink_tokens:
+            sinks = words[:, : header.sink_tokens]
+            sinks[:] = lossless.decode(streams.pop(0), words.dtype, sinks.size).reshape(sinks.shape)
+        pairs = list(zip(streams, jobs, strict=True))
+        self._each(lambda pair: _decode(pair[0], pair[1], plan), pairs)
+
+    def describe(self, blob: Buffer) -> BlobInfo:
+        header = bitstream.read_header(blob)
+        return BlobInfo(
+            format_version=bitstream.FORMAT_VERSION,
+            level=header.level,
+            raw_bytes=header.chunk.payload_bytes,
+            blob_bytes=memoryview(blob).nbytes,
+            profile="" if header.profile == NO_PROFILE else header.profile.hex(),
+        )
+
+    def max_blob_bytes(self, chunk: ChunkInfo) -> int:
+        streams = -(-_slice_count(chunk) // _slices_per_stream(chunk)) + 1
+        return chunk.payload_bytes + bitstream.header_bytes(chunk.rope, streams)
+
+    def warm_up(self) -> None:
+        """Compile, or load what an earlier process compiled: seconds once per machine."""
+        from lmcache_kit_cachegen.warming import exercise
+
+        exercise(self.options)
+
+    def _plan(self, header: Header) -> Plan:
+        chunk, layout = header.chunk, header.chunk.layout
+        rope = chunk.rope if header.level else None
+        cosines = sines = None
+        if rope is not None:
+            cosines, sines = cosines_and_sines(
+                rope, chunk.start + header.sink_tokens, chunk.tokens - header.sink_tokens
+            )
+        return Plan(
+            dtype=layout.dtype,
+            level=header.level,
+            coder=self._coder,
+            tokens=chunk.tokens - header.sink_tokens,
+            columns=layout.kv_heads * layout.head_dim,
+            head_dim=layout.head_dim,
+            cosines=cosines,
+            sines=sines,
+            near=rope is not None and rope.style == "gptj",
+            profile=self._side_information(header),
+        )
+
+    def _side_information(self, header: Header) -> SliceProfile | None:
+        if header.profile == NO_PROFILE:
+            return None
+        profile = self._profiles.get(header.profile)
+        if profile is None:
+            known = ", ".join(name.hex() for name in self._profiles) or "none"
+            raise UnknownProfile(
+                f"the blob needs profile {header.profile.hex()}", hint=f"Known: {known}"
+            )
+        if not profile.fits(header.chunk):
+            raise BlobMismatch(f"profile {profile.name.hex()} is not of the blob's model")
+        return self._cut(profile, header.chunk, header.level)
+
+    def _each(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+        if self._pool is None:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
+
+
+def _cut_profile(profile: Profile, chunk: ChunkInfo, level: int) -> SliceProfile:
+    return profile.of(chunk, level)
+
+
+def _is_quantisable(layout: KVLayout) -> bool:
+    return layout.kind == "kv" and layout.dtype in ROUNDING
+
+
+def _sink_tokens(chunk: ChunkInfo) -> int:
+    return max(0, min(SINK_TOKENS - chunk.start, chunk.tokens))
+
+
+def _slice_count(chunk: ChunkInfo) -> int:
+    return chunk.layout.layers * (2 if chunk.layout.kind == "kv" else 1)
+
+
+def _slices_per_stream(chunk: ChunkInfo) -> int:
+    """Short chunks put several slices into one stream, to pay for its head once."""
+    values = chunk.tokens * chunk.layout.kv_heads * chunk.layout.head_dim
+    return max(1, min(_VALUES_PER_STREAM // max(1, values), _slice_count(chunk)))
+
+
+def _words(data: Buffer, chunk: ChunkInfo, name: str) -> Bits:
+    """``[slices, tokens, columns]``."""
+    layout = chunk.layout
+    if memoryview(data).nbytes != chunk.payload_bytes or not chunk.payload_bytes:
+        raise ValueError(
+            f"{name} has {memoryview(data).nbytes} bytes; a chunk of {chunk.tokens} tokens as "
+            f"{layout} has {chunk.payload_bytes}, and at least 1"
+        )
+    words = np.frombuffer(data, bits_dtype(layout.dtype))
+    return words.reshape(_slice_count(chunk), chunk.tokens, layout.kv_heads * layout.head_dim)
+
+
+def _jobs(words: Bits, header: Header) -> list[_Job]:
+    if header.sink_tokens == header.chunk.tokens:
+        return []
+    step = header.slices_per_stream
+    rest = words[:, header.sink_tokens :]
+    return [_Job(rest[i : i + step], i) for i in range(0, len(words), step)]
+
+
+def _encode(job: _Job, plan: Plan) -> Stream:
+    stream = quantised.encode(job.slices, job.first, plan) if plan.level else None
+    return stream or lossless.encode(job.slices)
+
+
+def _decode(stream: Stream, job: _Job, plan: Plan) -> None:
+    if stream.coder in (Coder.RAW, Coder.PLANES):
+        words = lossless.decode(stream, job.slices.dtype, job.slices.size)
+        job.slices[:] = words.reshape(job.slices.shape)
+    elif plan.level == LOSSLESS:
+        raise CorruptBlob("a lossless blob has a quantised stream")
+    else:
+        quantised.decode(stream, job.first, job.slices, plan)
+
+
+def _with_head(header: Header, chunk: ChunkInfo) -> Header:
+    """The header's own chunk, but for what does not stand in it."""
+    found = msgspec.structs.replace(header.chunk, first_head=chunk.first_head)
+    return msgspec.structs.replace(header, chunk=found)
