@@ -108,7 +108,7 @@ class CacheEngine:
         self._counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
         self._stores = Stores(self._shelf, self._counters, clock)
         self._loaders = loaders or ThreadPoolExecutor(
-            min(MAX_LOADERS, os.cpu_count() or 1), thread_name_prefix="lmcache-kit-load"
+            min(MAX_LOADERS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-load"
         )
         unpacker = Unpacker(self._shelf, self._counters, self._lock, self._loaders)
         self._lookups = Lookups(self._shelf, self._leases, unpacker, self._counters)

@@ -143,6 +143,9 @@ class KitConfig(BaseModel):
         description="seconds that a pin without a time of its own lasts; 0: ever",
     )
 
+    store_codec: str | None = Field(
+        default=None, min_length=1, description="codec that encodes every chunk once it is stored"
+    )
     codec_options: Annotated[dict[str, dict[str, Any]], BeforeValidator(_mapping)] = Field(
         default={}, description="options of codecs, by their names"
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -14,6 +16,9 @@ from lmcache_kit.interfaces import Codec
 
 if TYPE_CHECKING:
     from lmcache_kit.plugins import Plugins
+
+MAX_THREADS = 4
+_T = TypeVar("_T")
 
 
 class Codecs:
@@ -25,6 +30,7 @@ class Codecs:
         self._plugins = plugins
         self._options = options or {}
         self._made: dict[str, Codec] = {}
+        self._warm: set[str] = set()
         self._making = threading.Lock()
 
     @property
@@ -33,27 +39,34 @@ class Codecs:
         return sorted({offer.spec.name for offer in self._plugins.specs("codec")})
 
     def get(self, name: str) -> Codec:
-        """Import and warm up takes time at the first call. Raises PluginError or ConfigError."""
+        """A codec that is warmed up, which may take seconds. Raises PluginError or ConfigError."""
+        codec = self.make(name)
+        with self._making:
+            if name not in self._warm:
+                self._guarded(name, codec.warm_up)
+                self._warm.add(name)
+        return codec
+
+    def make(self, name: str) -> Codec:
+        """The same without warming up, to see whether it can be had at all."""
         with self._making:
             if name not in self._made:
-                self._made[name] = self._make(name)
+                target = self._plugins.resolve("codec", name)
+                codec = self._guarded(name, partial(target, *self._arguments(name)))
+                if not isinstance(codec, Codec):
+                    raise PluginBroken(f"codec {name!r} cannot be made: {codec!r} is no Codec")
+                self._made[name] = codec
             return self._made[name]
 
-    def _make(self, name: str) -> Codec:
-        target = self._plugins.resolve("codec", name)
-        arguments = self._arguments(name)
+    def _guarded(self, name: str, call: Callable[[], _T]) -> _T:
         try:
-            codec = target(*arguments)
-            if not isinstance(codec, Codec):
-                raise TypeError(f"{codec!r} is no Codec")
-            codec.warm_up()
+            return call()
         except ConfigError:
             raise
         except Exception as error:  # a codec is somebody's plugin: say whose, whatever it raises
             raise PluginBroken(
                 f"codec {name!r} cannot be made: {type(error).__name__}: {error}"
             ) from error
-        return codec
 
     def _arguments(self, name: str) -> list[object]:
         given = self._options.get(name)
@@ -68,3 +81,8 @@ class Codecs:
             detail = error.errors()[0]
             where = ".".join(map(str, [name, *detail["loc"]]))
             raise ConfigError(f"codec_options: {where}: {detail['msg']}") from None
+
+
+def encoding_threads() -> int:
+    """How many threads may encode at a time: half of the cores are left to whoever we serve."""
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))

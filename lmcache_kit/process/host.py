@@ -45,6 +45,7 @@ _SETTINGS = {
     "max_local_cpu_size",
     "max_pinned_share",
     "pin_timeout_sec",
+    "store_codec",
 }
 
 
@@ -85,6 +86,7 @@ class Host:
     def __init__(self, config: KitConfig, *, linger_s: float | None = None) -> None:
         # Deferred: plugins and the engine take time to import, and clients need none of them.
         from lmcache_kit.interfaces import CacheInfo
+        from lmcache_kit.process.background import BackgroundEncoder
         from lmcache_kit.process.codecs import Codecs
         from lmcache_kit.process.operations import EngineOperator
         from lmcache_kit.process.server import CacheServer
@@ -92,13 +94,15 @@ class Host:
         self.config = config
         self.incarnation = secrets.token_hex(16)
         self._plugins, self.memory, self.engine = _compose(config)
-        self.operator: EngineOperator | None = None
+        codecs = Codecs(self._plugins, config.codec_options)
+        self.operator = EngineOperator(
+            self.engine, codecs, pin_ttl_s=config.pin_timeout_sec or None
+        )
+        self._encoder: BackgroundEncoder | None = None
         try:
-            self.operator = EngineOperator(
-                self.engine,
-                Codecs(self._plugins, config.codec_options),
-                pin_ttl_s=config.pin_timeout_sec or None,
-            )
+            if config.store_codec:
+                codecs.make(config.store_codec)
+                self._encoder = BackgroundEncoder(self.engine, codecs, config.store_codec)
             self._agent = _agent(config, self.engine, self.operator, self.incarnation)
         except BaseException:
             self.close()
@@ -151,8 +155,9 @@ class Host:
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
-        if self.operator is not None:
-            self.operator.close()
+        self.operator.close()
+        if self._encoder:
+            self._encoder.close()
         self.engine.close()
 
     async def _serve(
@@ -167,7 +172,7 @@ class Host:
         await self._server.serve(listener, on_ready)
 
     def _register(self, hello: Hello) -> None:
-        if hello.namespace is not None and self.operator is not None:
+        if hello.namespace is not None:
             self.operator.register_namespace(hello.namespace)
         if self._agent is None:
             return
@@ -179,7 +184,8 @@ class Host:
 
     def _more_stats(self) -> dict[str, float]:
         stats = self._agent.stats() if self._agent else {}
-        return {f"agent_{name}": value for name, value in stats.items()}
+        more = {f"agent_{name}": value for name, value in stats.items()}
+        return {**more, **(self._encoder.stats() if self._encoder else {})}
 
 
 def _compose(config: KitConfig) -> tuple[Plugins, MemoryBackend, CacheEngine]:

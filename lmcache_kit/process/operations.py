@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from lmcache_kit.interfaces.operations import (
     Progress,
     Unpin,
 )
+from lmcache_kit.process.codecs import encoding_threads
 from lmcache_kit.process.jobs import RecodeJob
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lmcache_kit.keys import ChunkKey, Namespace
     from lmcache_kit.process.codecs import Codecs
 
-MAX_WORKERS = 4
 Report = Callable[[Progress], None]
 Finish = Callable[[Outcome], None]
 
@@ -61,7 +60,7 @@ class EngineOperator(Operator):
         self._engine = engine
         self._codecs = codecs
         self._pin_ttl_s = pin_ttl_s
-        self._width = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // 2))
+        self._width = encoding_threads()
         self._pool = ThreadPoolExecutor(self._width, thread_name_prefix="lmcache-kit-order")
         self._jobs: weakref.WeakSet[RecodeJob] = weakref.WeakSet()
         self._namespaces: dict[Namespace, None] = {}

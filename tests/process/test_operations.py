@@ -177,7 +177,7 @@ def test_tokens_that_are_no_tokens_are_refused(place: Place) -> None:
 
 @pytest.mark.parametrize("ttl_s", [0.0, -1.0, float("nan")])
 def test_a_pin_for_no_time_is_refused(place: Place, ttl_s: float) -> None:
-    with pytest.raises(InvalidQuery, match="ttl_s is .*; it must be over 0"):
+    with pytest.raises(InvalidQuery, match="it must be over 0"):
         place.begin(pin([1], ttl_s=ttl_s))
 
 
