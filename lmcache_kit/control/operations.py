@@ -222,7 +222,7 @@ class Operations:
         elif event.begin is not None:
             # A little less, so that its own account of what it did comes in time.
             left = event.deadline - now
-            left = max(0.0, left - min(1.0, left / 10))
+            left = max(0.0, left - min(3.0, left / 10))
             self._send(
                 event.process.connection, msgspec.structs.replace(event.begin, deadline_s=left)
             )
