@@ -7,11 +7,23 @@ import logging
 import pytest
 
 from lmcache_kit.control import jobs as module
+from lmcache_kit.control.announcer import Announcer
 from lmcache_kit.control.jobs import Jobs
-from lmcache_kit.control.wire import AboutOrders, Began, Begin, Ended, Progressed, Rejected
+from lmcache_kit.control.session import Identity, Session
+from lmcache_kit.control.wire import (
+    AboutOrders,
+    Began,
+    Begin,
+    Ended,
+    FromAgent,
+    Progressed,
+    Registered,
+    Rejected,
+    Settled,
+)
 from lmcache_kit.errors import ControlError, InvalidQuery, UnknownName
 from lmcache_kit.interfaces.operations import Accepted, Compress, Outcome, PinInfo, Progress
-from tests.control.fakes import FakeClock, FakeOperator
+from tests.control.fakes import FakeClock, FakeEngine, FakeOperator
 
 BEGIN = Begin("e1", 9.0, Compress(location="ram", method="cachegen"))
 BEGAN = Began("e1", Accepted(12, 3))
@@ -89,6 +101,29 @@ def test_a_new_connection_is_told_at_once(side: Side) -> None:
     side.jobs.restart()
     assert side.jobs.wait_s() == 0
     assert side.turn() == [Ended("e1", DONE)]
+
+
+def test_a_session_on_a_new_connection_tells_every_end_again(side: Side) -> None:
+    engine, sent = FakeEngine(), list[FromAgent]()
+    announcer = Announcer(engine.location)
+    session = Session(engine, announcer, Identity("a", b"i" * 16), jobs=side.jobs, clock=side.clock)
+
+    def turn() -> list[FromAgent]:
+        sent.clear()
+        session.turn(lambda message: not sent.append(message))  # type: ignore[func-returns-value]
+        return [message for message in sent if isinstance(message, Ended)]
+
+    side.operator.at_once = DONE
+    session.handle(Registered(()))
+    session.handle(BEGIN)
+    assert turn() == [Ended("e1", DONE)]
+    assert turn() == []
+    session.restart()
+    assert turn() == []
+    session.handle(Registered(()))
+    assert turn() == [Ended("e1", DONE)]
+    session.handle(Settled("e1"))
+    assert side.jobs.stats()["orders"] == 0
 
 
 def test_an_acknowledgement_of_what_goes_on_is_not_believed(side: Side) -> None:

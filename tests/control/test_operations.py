@@ -109,6 +109,16 @@ def test_an_order_that_ends_at_once_has_ended_when_it_is_answered(site: Site) ->
     assert (order.pin_id, order.owner, order.ttl_s) == (taken.event_id, "me", 60.0)
 
 
+def test_an_end_is_told_at_once_and_not_at_the_next_heartbeat(
+    controller: Running, start_agent: StartAgent
+) -> None:
+    site = begin(controller, start_agent, heartbeat_s=60.0)
+    event_id = site.operate(deadline_s=300.0).event_id
+    time.sleep(0.2)  # the agent sleeps as well by now
+    site.job().finish(Outcome("done", 12))
+    assert site.ended(event_id).state == "done"
+
+
 def test_an_end_is_acknowledged_so_that_the_cache_process_forgets_it(
     controller: Running, start_agent: StartAgent
 ) -> None:
@@ -312,6 +322,19 @@ def test_what_runs_in_a_process_that_ends_has_failed(
     ended = site.ended(event_id)
     assert ended.state == "failed"
     assert "'a' ended before it was done" in ended.message
+
+
+def test_an_agent_that_stops_cancels_what_runs_and_tells_so(
+    controller: Running, start_agent: StartAgent
+) -> None:
+    operator = FakeOperator()
+    agent, _ = start_agent(controller.url, "a", operator=operator)
+    eventually(lambda: controller.counters()["instances_alive"] == 1)
+    site = Site(controller, operator)
+    event_id = site.operate().event_id
+    agent.stop()
+    assert operator.jobs[0].cancelled.is_set()
+    assert site.ended(event_id).state == "cancelled"
 
 
 def test_what_runs_in_a_process_that_is_replaced_has_failed(
