@@ -58,10 +58,10 @@ class Lookups:
         if space is None:
             return search
         search.found = found = self._shelf.walk(space, tokens)
-        for located, _ in reversed(found):
-            self._shelf.policy.touched(located.key)
         if any(entry.body.encoding for _, entry in found):
             self._copy_encoded(search)
+        for located, _ in reversed(found):
+            self._shelf.policy.touched(located.key)
         if found:
             bodies = [entry.body for _, entry in found]
             for at, copy in search.copies.items():

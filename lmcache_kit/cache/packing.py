@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lmcache_kit.interfaces.codec import Codec
     from lmcache_kit.keys import ChunkKey
 
+_BUSY = "another operation is at work on it"
+_OVER_PIN_BUDGET = "it is pinned, and would not fit into what may be pinned"
 logger = logging.getLogger(__name__)
 
 
@@ -95,10 +97,8 @@ class Packer:
             encoding = entry.body.encoding
             if encoding is None:
                 return Recoded("already")
-            if encoding.method != method:
-                return Recoded("failed", f"it is encoded with {encoding.method}")
-            if entry.busy:
-                return Recoded("failed", "another operation is at work on it")
+            if why := self._why_not_unpack(entry, encoding, method):
+                return Recoded("failed", why)
             room = Room(self._shelf, self._counters, {key}, 0)
             copy = self._unpacker.copy_of(entry, room)
             if copy is None:
@@ -177,13 +177,24 @@ class Packer:
         return Recoded("done", "", bytes_before, body.nbytes)
 
     def _swap_to_raw(self, entry: Entry, raw: Body) -> Recoded:
-        growth = raw.nbytes - entry.nbytes
-        if entry.pins and self._pins.pinned_bytes + growth > self._pins.budget_bytes:
-            return Recoded("failed", "it is pinned, and would not fit into what may be pinned")
+        if self._over_pin_budget(entry, raw.nbytes):  # it may have been pinned meanwhile
+            return Recoded("failed", _OVER_PIN_BUDGET)
         bytes_before = entry.nbytes
         self._shelf.forsake(entry)
         self._shelf.adopt(entry, raw)
         return Recoded("done", "", bytes_before, raw.nbytes)
+
+    def _why_not_unpack(self, entry: Entry, encoding: Encoding, method: str) -> str:
+        if encoding.method != method:
+            return f"it is encoded with {encoding.method}"
+        if entry.busy:
+            return _BUSY
+        raw_bytes = sum([chunk.payload_bytes for chunk in encoding.chunks])
+        return _OVER_PIN_BUDGET if self._over_pin_budget(entry, raw_bytes) else ""
+
+    def _over_pin_budget(self, entry: Entry, raw_bytes: int) -> bool:
+        growth = raw_bytes - entry.nbytes
+        return bool(entry.pins) and self._pins.pinned_bytes + growth > self._pins.budget_bytes
 
     def _drop_corrupt(self, entry: Entry, why: str) -> None:
         with self._lock:
@@ -195,7 +206,7 @@ class Packer:
 def _not_raw(entry: Entry, method: str) -> Recoded:
     encoding = entry.body.encoding
     if encoding is None:
-        return Recoded("failed", "another operation is at work on it")
+        return Recoded("failed", _BUSY)
     if encoding.method == method:
         return Recoded("already")
     return Recoded("failed", f"it is encoded with {encoding.method}")
