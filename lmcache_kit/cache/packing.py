@@ -106,6 +106,8 @@ class Packer:
             entry.busy = True
             copy.raw.holds += 1
             ours = copy.state == "new"
+            if ours:
+                copy.state = "running"
             ended = Event()
             copy.waiters.append(ended.set)
             if copy.state == "done":

@@ -78,7 +78,6 @@ class Unpacker:
     def run(self, copy: Unpacking) -> None:
         """Decode, if anybody still wants it; then tell who waits."""
         with self._lock:
-            copy.state = "running"
             wanted = copy.raw.holds > 1
         checksums: list[int] = []
         corrupt = False

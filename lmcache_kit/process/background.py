@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,8 @@ class BackgroundEncoder:
 
     def close(self) -> None:
         """End, when the chunks at work are done. To be called before the engine's."""
+        with contextlib.suppress(ValueError):  # an engine that is closed has forgotten us
+            self._engine.unsubscribe(self)
         self._pool.shutdown(cancel_futures=True)
 
     def _warm_up(self) -> None:

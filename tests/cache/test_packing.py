@@ -489,3 +489,24 @@ def test_a_codec_with_a_bug_is_a_miss_for_the_reader_and_no_loss(cache: Cache) -
 def test_a_chunk_that_is_not_there_is_gone(cache: Cache) -> None:
     assert cache.pack(range(4)) == [Recoded("gone")]
     assert cache.unpack(range(4)) == [Recoded("gone")]
+
+
+def test_a_reader_who_comes_while_a_chunk_is_decoded_for_good_shares_the_copy(
+    cache: Cache,
+) -> None:
+    cache.store(range(4))
+    cache.pack(range(4))
+    while cache.codec.begun.acquire(blocking=False):
+        pass
+    cache.codec.gate.clear()
+    unpacking = Thread(target=cache.unpack, args=(range(4),))
+    unpacking.start()
+    assert cache.codec.begun.acquire(timeout=20)
+    reader = Thread(target=cache.hit, args=(range(4),))
+    reader.start()
+    cache.codec.gate.set()
+    unpacking.join()
+    reader.join()
+    assert cache.stat("decoded_chunks_total") == 1
+    assert cache.stat("allocated_bytes") == 100
+    assert cache.hit(range(4), wait_s=0) == 4
