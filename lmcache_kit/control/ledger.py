@@ -35,6 +35,7 @@ KEEP = 1000
 KEEP_S = 3600.0
 MAX_ACTIVE = 1000
 MAX_WAITING_BYTES = 64 * 1024 * 1024
+TAKE_S = 10.0
 QUICK_S = 10.0
 LONG_S = 600.0
 _LONG = {"compress", "decompress"}
@@ -51,7 +52,8 @@ class Event:
     """One order given to one life of a cache process. Only the ledger changes it.
 
     ``begin`` is there until the order was answered. ``answered`` and ``ended`` are set once that
-    is so; ``refusal`` is why it never began. ``deadline`` is on the ledger's clock.
+    is so; ``refusal`` is why it never began. On the ledger's clock it is to be taken on by
+    ``take_by``, and has ended by ``deadline``.
     """
 
     def __init__(self, operation: Operation, process: Process, *, now: float, wall: float) -> None:
@@ -64,6 +66,7 @@ class Event:
         self.fingerprint = _fingerprint(operation) if operation.idempotency_key else b""
         self.deadline_s = operation.deadline_s or default_deadline_s(self.operation)
         self.begin: Begin | None = Begin(self.event_id, self.deadline_s, _named(order, self))
+        self.take_by = now + min(TAKE_S, self.deadline_s)
         self.deadline = now + self.deadline_s
         self.created = wall
         self.ends_by = wall + self.deadline_s
@@ -85,6 +88,11 @@ class Event:
     def listed(self) -> bool:
         """Whether it is an event that people see; asking for pins is none."""
         return self.operation != ListPins.__struct_config__.tag
+
+    @property
+    def due(self) -> float:
+        """It expires here, on the ledger's clock, unless something comes first."""
+        return self.take_by if self.state == "queued" else self.deadline
 
     @property
     def waiting_bytes(self) -> int:
@@ -218,7 +226,10 @@ class Ledger:
 
     def fail(self, event: Event, error: KitError) -> None:
         """Nobody will tell how it ended."""
-        self._end_untold(event, "failed", error)
+        if event.state == "queued":
+            self.refuse(event, error)
+        else:
+            self._end_untold(event, "failed", error)
 
     def finish(self, event: Event, outcome: Outcome) -> None:
         """It has ended; only the first end counts."""
@@ -231,14 +242,9 @@ class Ledger:
     def expire(self) -> list[Event]:
         """End what has come to its deadline, and forget old ones. Returns the former."""
         now = self._clock()
-        late = [event for event in self._active.values() if now >= event.deadline]
+        late = [event for event in self._active.values() if now >= event.due]
         for event in late:
-            error = DeadlineExceeded(
-                f"instance {event.process.instance_id!r} did not finish {event.operation!r} "
-                f"within {event.deadline_s:g} s (event {event.event_id})",
-                hint="Its cache process is busy, stuck or cut off; allow more with deadline_s",
-            )
-            self._end_untold(event, "expired", error)
+            self._end_untold(event, "expired", _too_late(event))
         for event in list(self._finished.values()):
             if len(self._finished) <= self._keep and now - event.ended_on_clock < self._keep_s:
                 break
@@ -269,6 +275,17 @@ class Ledger:
         key = event.idempotency_key
         if key is not None and self._keys.get(key) is event:
             del self._keys[key]
+
+
+def _too_late(event: Event) -> DeadlineExceeded:
+    did, within_s = "finish", event.deadline_s
+    if event.state == "queued":
+        did, within_s = "take on", min(TAKE_S, event.deadline_s)
+    return DeadlineExceeded(
+        f"instance {event.process.instance_id!r} did not {did} {event.operation!r} "
+        f"within {within_s:g} s (event {event.event_id})",
+        hint="Its cache process is busy, stuck or cut off",
+    )
 
 
 def _named(order: Order, event: Event) -> Order:

@@ -99,7 +99,16 @@ def test_one_that_nobody_took_on_in_time_is_refused_as_late(book: Book) -> None:
     book.clock.now += 5
     book.ledger.expire()
     assert isinstance(event.refusal, DeadlineExceeded)
+    assert "did not take on 'compress' within 5 s" in event.refusal.message
     assert event.answered.is_set()
+
+
+def test_one_that_nobody_takes_on_expires_long_before_a_far_deadline(book: Book) -> None:
+    event, taken = book.open(), book.open()
+    book.ledger.accept(taken, Accepted(12, 3))
+    book.clock.now += ledgers.TAKE_S
+    assert book.ledger.expire() == [event]
+    assert "did not take on 'compress' within 10 s" in event.info().message
 
 
 @pytest.mark.parametrize(
@@ -150,6 +159,18 @@ def test_the_key_of_a_refused_order_may_be_tried_again(book: Book) -> None:
     book.ledger.refuse(event, UnknownName("method", "zip", ["cachegen"]))
     assert book.ledger.same(operation(idempotency_key="k")) is None
     assert (event.info().state, event.info().message) == ("failed", "unknown method 'zip'")
+
+
+def test_the_key_of_an_order_whose_process_ended_before_it_began_may_be_tried_again(
+    book: Book,
+) -> None:
+    waiting, begun = book.open(idempotency_key="k"), book.open(idempotency_key="l")
+    book.ledger.accept(begun, Accepted(12, 3))
+    for event in (waiting, begun):
+        book.ledger.fail(event, NoWorker("gone"))
+    assert book.ledger.same(operation(idempotency_key="k")) is None
+    assert book.ledger.same(operation(idempotency_key="l")) is begun
+    assert (waiting.refusal is None, begun.refusal is None) == (False, True)
 
 
 def test_finished_events_are_kept_for_a_time_with_their_keys() -> None:

@@ -265,7 +265,7 @@ def test_an_order_to_a_process_that_takes_nothing_expires(
         eventually(lambda: controller.counters()["instances_alive"] == 1)
         site = Site(controller, FakeOperator())
         with pytest.raises(
-            DeadlineExceeded, match=r"'deaf' did not finish 'compress' within 0\.3 s"
+            DeadlineExceeded, match=r"'deaf' did not take on 'compress' within 0\.3 s"
         ):
             site.operate(instance_id="deaf", deadline_s=0.3)
         (event,) = controller.call(controller.controller.events)

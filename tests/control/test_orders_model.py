@@ -155,7 +155,7 @@ class Network(RuleBasedStateMachine):
                 assert self.ends.setdefault(info.event_id, info) == info
                 assert event.ended.is_set()
             else:
-                assert self.clock.now < event.deadline
+                assert self.clock.now < event.due <= event.deadline
 
     def teardown(self) -> None:
         """Once the network behaves, everything ends and nobody remembers it for nothing."""
