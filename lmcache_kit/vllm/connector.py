@@ -51,6 +51,7 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_like(logging.getLogger("vllm"), logging.getLogger("lmcache_kit"))
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         transfer = vllm_config.kv_transfer_config
@@ -195,6 +196,14 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
 class LMCacheConnectorV1(LMCacheKitConnector):
     """The connector, under the name that LMCache's users configure."""
+
+
+def log_like(theirs: logging.Logger, ours: logging.Logger) -> None:
+    """Let our logger write as vLLM's does, unless somebody has configured it: vLLM configures its
+    own only, and what happens to the cache process would be told in bare lines, or not at all."""
+    if not ours.hasHandlers():
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
 
 
 def open_pages(

@@ -147,6 +147,7 @@ def test_an_interrupt_from_the_terminal_does_not_reach_it(
 ) -> None:
     body = """
         os.setpgrp()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         client = open_client(config, role="worker", wait_ready=True)
         print("ready", flush=True)
         time.sleep(60)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +58,32 @@ def test_failed_loads_are_computed_again_instead_of_failing_requests(tmp_path: P
     connector = new_connector(attached(tmp_path))
     assert connector._kv_transfer_config.kv_load_failure_policy == "recompute"
     connector.shutdown()
+
+
+def test_what_happens_to_the_cache_process_is_logged_as_vllm_logs() -> None:
+    from lmcache_kit.vllm.connector import log_like
+
+    theirs, ours = logging.Logger("theirs", logging.INFO), logging.Logger("ours")
+    lines = io.StringIO()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(logging.Formatter("%(levelname)s of %(name)s: %(message)s"))
+    theirs.addHandler(handler)
+    for _ in range(2):  # both roles may live in one process
+        log_like(theirs, ours)
+    ours.info("connected")
+    ours.debug("more")
+    assert lines.getvalue() == "INFO of ours: connected\n"
+
+
+def test_a_logger_that_somebody_configured_stays_so() -> None:
+    from lmcache_kit.vllm.connector import log_like
+
+    theirs, ours = logging.Logger("theirs", logging.INFO), logging.Logger("ours", logging.ERROR)
+    ours.addHandler(logging.NullHandler())
+    theirs.addHandler(logging.StreamHandler())
+    log_like(theirs, ours)
+    assert [type(handler) for handler in ours.handlers] == [logging.NullHandler]
+    assert ours.level == logging.ERROR
 
 
 def test_a_lost_save_never_holds_up_a_request(tmp_path: Path) -> None:

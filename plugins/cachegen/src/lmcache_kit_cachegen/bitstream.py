@@ -11,6 +11,7 @@ import hashlib
 import struct
 import zlib
 from enum import IntEnum
+from math import isfinite
 from typing import NamedTuple
 
 import msgspec
@@ -34,6 +35,7 @@ _STYLES = ("neox", "gptj")
 _FIXED = struct.Struct("<4sHIBBBBHIIIIIQ8s16s")
 _ROPE = struct.Struct("<BIdI")  # style, turned values of a head, base, listed frequencies
 _NO_ROPE = 255
+_SMALLEST_BASE, _LARGEST_BASE = 1e-3, 1e15
 _ENTRY = struct.Struct("<BII")  # coder, bytes, CRC-32
 _CRC = struct.Struct("<I")
 _SMALLEST = _FIXED.size + _ROPE.size + _CRC.size
@@ -70,6 +72,16 @@ class Blob(NamedTuple):
 
     header: Header
     streams: list[Stream]
+
+
+def is_rotation(rope: Rope | None, head_dim: int) -> bool:
+    """Whether heads of this size can be turned so."""
+    if rope is None:
+        return True
+    turned = rope.rotary_dim
+    fits = 0 < turned <= head_dim and turned % 2 == 0 and rope.style in _STYLES
+    numbers = _SMALLEST_BASE <= rope.base <= _LARGEST_BASE and all(map(isfinite, rope.inv_freq))
+    return fits and numbers and len(rope.inv_freq) in (0, turned // 2)
 
 
 def header_bytes(rope: Rope | None, streams: int) -> int:
@@ -178,6 +190,8 @@ def _read(view: memoryview) -> tuple[Header, list[tuple[Coder, int, int]], int]:
         raise CorruptBlob("a stream has a coder that this version does not know")
     entries = [(Coder(coder), size, crc) for coder, size, crc in _ENTRY.iter_unpack(head[at:])]
     layers, kv_heads, head_dim = shape
+    if not is_rotation(rope, head_dim):
+        raise CorruptBlob("the header describes no rotary embedding")
     layout = KVLayout(_DTYPES[dtype], layers, kv_heads, head_dim, _KINDS[kind])  # type: ignore[arg-type]
     chunk = ChunkInfo(layout, tokens, start, rope)
     return Header(chunk, level, sinks, slices, profile), entries, nbytes
@@ -196,8 +210,7 @@ def _unpack_rope(head: memoryview, at: int) -> tuple[Rope | None, int]:
     at += _ROPE.size
     if style == _NO_ROPE:
         return None, at
-    fits = at + 8 * count <= len(head) and rotary_dim <= MAX_DIMENSION
-    if style >= len(_STYLES) or not fits or count not in (0, rotary_dim // 2):
+    if style >= len(_STYLES) or at + 8 * count > len(head):
         raise CorruptBlob("the header describes no rotary embedding")
     listed = struct.unpack_from(f"<{count}d", head, at)
     return Rope(rotary_dim, base, _STYLES[style], listed), at + 8 * count  # type: ignore[arg-type]

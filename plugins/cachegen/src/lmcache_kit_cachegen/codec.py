@@ -69,6 +69,10 @@ class CacheGenCodec(Codec):
 
     def encode(self, payload: Buffer, chunk: ChunkInfo) -> bytes:
         words = _words(payload, chunk, "payload")
+        if not bitstream.is_rotation(chunk.rope, chunk.layout.head_dim):
+            raise ValueError(
+                f"{chunk.rope} is no rotation of heads of {chunk.layout.head_dim} values"
+            )
         level = self.options.level if _is_quantisable(chunk.layout) else LOSSLESS
         profile = next((p for p in self._profiles.values() if level and p.fits(chunk)), None)
         header = Header(

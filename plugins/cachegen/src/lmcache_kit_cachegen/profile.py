@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -19,14 +19,21 @@ import numpy.typing as npt
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces import ChunkInfo, Rope
 from lmcache_kit_cachegen.bitstream import digest
-from lmcache_kit_cachegen.levels import LEVELS
+from lmcache_kit_cachegen.kernels import best_table
+from lmcache_kit_cachegen.levels import DEFAULT, LEVELS, Level
 from lmcache_kit_cachegen.rope import same_rotation
-from lmcache_kit_cachegen.tables import F32, TABLES, U8
+from lmcache_kit_cachegen.tables import BETWEEN, F32, F64, TABLES, U8
 
 FORMAT = "lmcache-kit-cachegen-profile"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _LOSSY_LEVELS = len(LEVELS) - 1
+_STEP = 0.72
+_EXPONENT = 0.4
+_WEIGHTS = (0.15, 3.0)
+_SIZE_OF_DEVIATION = 0.78
+"""Mean absolute value over standard deviation, between those of normal and logistic values."""
 
 
 class SliceProfile(NamedTuple):
@@ -43,9 +50,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
     1, 2, 3."""
 
     model: str
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: _Count
+    kv_heads: _Count
+    head_dim: _Count
     rope: Rope | None
     steps: bytes
     means: bytes
@@ -93,6 +100,44 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         if not ((tables > 0) & (tables < TABLES)).all():
             raise ValueError("it names tables that do not exist")
         return steps, means, tables
+
+
+def build_profile(
+    model: str, rope: Rope | None, mean: F64, deviation: F64, sensitivity: F64
+) -> Profile:
+    """From what was measured, ``[layers, 2, kv_heads, head_dim]`` each.
+
+    For a given size, the sum of errors times sensitivities is least when steps go with
+    ``sensitivity ** -0.5``. The exponent is less here, since sensitivities are estimates, and no
+    step goes too far from what it would be without a profile.
+    """
+    layers, _, kv_heads, head_dim = mean.shape
+    pooled = np.sqrt(np.square(deviation).mean(axis=(2, 3), keepdims=True))
+    pooled = np.maximum(pooled, np.finfo(np.float32).tiny)
+    known = np.maximum(sensitivity, sensitivity.max() * 1e-12 + np.finfo(np.float64).tiny)
+    weights = known**-_EXPONENT / pooled
+    weights = np.clip(weights / np.exp(np.log(weights).mean()), *_WEIGHTS)
+    steps = (weights * pooled * _STEP).astype("<f4")
+    sizes = deviation * _SIZE_OF_DEVIATION
+    tables = [
+        [best_table(float(size), BETWEEN) for size in _coarse(sizes / steps, level).ravel()]
+        for level in LEVELS[1:]
+    ]
+    return Profile(
+        model=model,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        steps=steps.tobytes(),
+        means=mean.astype("<f4").tobytes(),
+        tables=np.array(tables, np.uint8).tobytes(),
+    )
+
+
+def _coarse(sizes: F64, level: Level) -> F64:
+    """Mean absolute symbols at a level, from mean absolute values in steps of level 2."""
+    return sizes * LEVELS[DEFAULT].step / level.step / (1 << level.shift)
 
 
 def parse_profile(data: bytes) -> Profile:

@@ -1,0 +1,115 @@
+"""The plugin as the kit sees it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numba
+import pytest
+from click.testing import CliRunner
+from lmcache_kit_cachegen import jit, measuring
+from lmcache_kit_cachegen.codec import CacheGenCodec
+from lmcache_kit_cachegen.command import command
+from lmcache_kit_cachegen.options import CacheGenOptions
+from pydantic import ValidationError
+
+from lmcache_kit.errors import ConfigError
+from lmcache_kit.interfaces import ChunkInfo, Codec
+from lmcache_kit.plugins import Plugins
+
+from .conftest import ROPE, layout, payload_of, round_trip
+
+
+def test_the_kit_finds_the_codec_by_name():
+    found = Plugins.load().resolve("codec", "cachegen")
+    assert issubclass(found, Codec)
+    assert isinstance(found(), CacheGenCodec)
+
+
+def test_listing_plugins_imports_nothing_heavy():
+    code = """
+        import sys
+        from lmcache_kit_cachegen import plugin
+        assert plugin.register_codecs()[0].name == "cachegen"
+        heavy = {"numba", "numpy", "torch", "zstandard", "pydantic", "click"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_coding_needs_no_torch():
+    code = """
+        import sys
+        sys.modules["torch"] = None
+        from lmcache_kit_cachegen.codec import CacheGenCodec
+        CacheGenCodec().warm_up()
+        assert not {"transformers", "vllm"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.parametrize("wrong", [{"level": 4}, {"coder": "x"}, {"threads": 0}, {"levels": 1}])
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        CacheGenOptions(**wrong)
+
+
+def test_kernels_work_where_numba_may_not_write_a_cache(monkeypatch):
+    asked = []
+
+    def refusing(function, **options):
+        asked.append(options.get("cache", False))
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(function, **options)
+
+    monkeypatch.setattr(jit, "njit", refusing)
+
+    @jit.jit
+    def twice(x):
+        return 2 * x
+
+    assert twice(4) == 8
+    assert asked == [True, False]
+
+
+def test_one_codec_serves_many_threads(codec_of):
+    chunk = ChunkInfo(layout(layers=4), tokens=100, start=5, rope=ROPE)
+    payloads = [payload_of(chunk, seed) for seed in range(4)]
+    codec = codec_of()
+    wanted = [round_trip(codec, payload, chunk) for payload in payloads]
+    wrong = []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            if round_trip(codec, payloads[number], chunk) != wanted[number]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_show_says_what_a_profile_is_of(profile, tmp_path):
+    path = tmp_path / "made-up.lkcp"
+    path.write_bytes(profile.to_bytes())
+    shown = CliRunner().invoke(command, ["show", str(path)])
+    assert shown.exit_code == 0
+    assert profile.name.hex() in shown.output
+    assert "2 layers, 2 KV heads of 16" in shown.output
+    assert "16 values (neox)" in shown.output
+
+
+@pytest.mark.parametrize("absent", ["torch", "transformers"])
+def test_making_a_profile_says_what_is_missing(monkeypatch, absent):
+    monkeypatch.setitem(sys.modules, absent, None)
+    if absent == "transformers":
+        monkeypatch.setitem(sys.modules, "torch", sys)
+    with pytest.raises(ConfigError, match=rf"needs {absent}.*pip install .*\[profile\]"):
+        measuring.Measuring("model", context=32, ahead=8, rope_style="neox")
