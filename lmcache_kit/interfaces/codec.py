@@ -73,8 +73,31 @@ class Codec(ABC):
 
     Thread-safe: one instance serves several threads at a time, and holds the GIL only briefly.
 
-    >>> blob = codec.encode(payload, chunk)          # at most codec.max_blob_bytes(chunk) bytes
-    >>> codec.decode(blob, chunk, out)               # out: writable, chunk.payload_bytes long
+    >>> import zlib
+    >>> from lmcache_kit.errors import CorruptBlob
+    >>> class Deflate(Codec):
+    ...     format_version = 1
+    ...
+    ...     def encode(self, payload, chunk):
+    ...         return zlib.compress(payload)
+    ...
+    ...     def decode(self, blob, chunk, out):
+    ...         try:
+    ...             out[:] = zlib.decompress(blob)
+    ...         except zlib.error as error:
+    ...             raise CorruptBlob(str(error)) from error
+    ...
+    ...     def describe(self, blob):
+    ...         plain = zlib.decompress(blob)
+    ...         return BlobInfo(1, level=0, raw_bytes=len(plain), blob_bytes=len(blob))
+    ...
+    ...     def max_blob_bytes(self, chunk):
+    ...         return chunk.payload_bytes + chunk.payload_bytes // 1000 + 16
+    >>> chunk = ChunkInfo(KVLayout("float16", layers=1, kv_heads=1, head_dim=64), tokens=4)
+    >>> blob = Deflate().encode(bytes(chunk.payload_bytes), chunk)
+    >>> Deflate().decode(blob, chunk, out := bytearray(chunk.payload_bytes))
+    >>> Deflate().describe(blob).ratio > 50
+    True
     """
 
     format_version: int

@@ -272,9 +272,11 @@ class CacheClient:
 
     def _failed(self, problem: KitError) -> None:
         with self._changed:
-            if str(problem) != str(self._problem) and not self._closing.is_set():
-                logger.warning("no cache process, serving goes on without: %s", problem)
-            self._problem = problem
+            known, self._problem = str(self._problem), problem
+            if str(problem) != known and not self._closing.is_set():
+                # Who waits for a first connection gets a broken one as an error, and may end.
+                goes_on = "" if self._broken else ", serving goes on without"
+                logger.warning("no cache process%s: %s", goes_on, problem)
             self._changed.notify_all()
 
     def _attached(self, link: _Link) -> None:
@@ -288,8 +290,10 @@ class CacheClient:
                 link.channel.close()
             self._changed.notify_all()
         logger.info(
-            "connected to cache process %d (incarnation %s)",
+            "connected to cache process %d: %s of %.2f GiB (incarnation %s)",
             link.welcome.pid,
+            link.welcome.location,
+            link.welcome.memory_bytes / 2**30,
             link.welcome.incarnation,
         )
 

@@ -127,9 +127,9 @@ class _Spawner:
             except CacheUnavailable:
                 if started:
                     raise  # it died at once; the next attempt is not to follow at once
-                started = self._start_unless_started(stop, deadline)
-                if not started:
-                    stop.wait(_POLL_S)
+            started = self._start_unless_started(stop, deadline)
+            if not started:
+                stop.wait(_POLL_S)
         raise CacheTimeout(f"the cache process did not start within {timeout_s:g} s")
 
     def _start_unless_started(self, stop: threading.Event, deadline: float) -> bool:

@@ -306,7 +306,9 @@ def test_a_view_outlives_the_client(
     assert client.memory("ab") is None
 
 
-def test_a_dial_that_can_never_work_is_raised_by_wait_ready() -> None:
+def test_a_dial_that_can_never_work_is_raised_by_wait_ready(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def dial(_: threading.Event) -> socket.socket:
         raise ConfigError("nothing to serve")
 
@@ -316,6 +318,24 @@ def test_a_dial_that_can_never_work_is_raised_by_wait_ready() -> None:
             client.wait_ready(20)
         with pytest.raises(CacheUnavailable, match="nothing to serve"):
             client.stats()
+    assert caplog.messages == ["no cache process: nothing to serve"]
+
+
+def test_a_process_that_is_only_absent_is_told_once_with_the_promise_to_go_on(
+    eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = itertools.count()
+    last = 0
+
+    def dial(_: threading.Event) -> socket.socket:
+        nonlocal last
+        last = next(attempts)
+        raise CacheUnavailable("nobody listens")
+
+    hello = Hello(protocol.VERSION, "worker", "one", os.getpid())
+    with CacheClient(dial, hello, timeout_s=1, reconnect=Reconnect(first_s=0.01)):
+        eventually(lambda: last >= 3)
+    assert caplog.messages == ["no cache process, serving goes on without: nobody listens"]
 
 
 def test_waits_double_up_to_the_longest() -> None:

@@ -143,7 +143,7 @@ def test_escapes_of_any_size_come_back():
     steps = np.array([[0, 16, -16, 63, -64, 64, 8191, -8192, 16000, -16000]], np.int16)
     limits = np.full(10, 15, np.int32)
     symbols, low = np.empty((1, 10), np.uint8), np.zeros((1, 10), np.uint8)
-    escapes = np.empty(40, np.uint8)
+    escapes = np.empty(80, np.uint8)
     one, zero = np.ones(10, np.float32), np.zeros(10, np.float32)
     for shift in (0, 3):
         end = kernels.split(steps, shift, limits, symbols, low, escapes, 0)

@@ -126,14 +126,15 @@ def quantise(values: F32, mean: F32, scale: F32, shift: int, steps: np.ndarray, 
     are not 0, or -1 if one is beyond LARGEST_STEP.
     """
     rows, columns = values.shape
-    half = np.int32((1 << shift) >> 1)
     largest = _f32(LARGEST_STEP)
+    half, part = _f32((1 << shift) >> 1), _f32(1 / (1 << shift))
     inverse = np.empty(columns, np.float32)
     peaks = np.zeros(columns, np.float32)
-    filled = np.zeros(columns, np.int32)
-    sums = np.zeros(columns, np.int32)
+    filled = np.zeros(columns, np.float32)
+    sizes[:] = 0
     for c in range(columns):
         inverse[c] = _f32(1) / scale[c]
+    # All in float32, which holds these integers exactly, to stay in one width.
     for t in range(rows):
         for c in range(columns):
             z = np.rint((values[t, c] - mean[c]) * inverse[c])
@@ -141,12 +142,11 @@ def quantise(values: F32, mean: F32, scale: F32, shift: int, steps: np.ndarray, 
             peaks[c] = size if size > peaks[c] else peaks[c]
             z = min(max(z, -largest), largest)
             values[t, c] = z * scale[c] + mean[c]
-            q = np.int32(z)
-            filled[c] += np.int32(q != 0)
-            steps[t, c] = np.int16(q)
-            sums[c] += np.int32(abs((q + half) >> shift))
+            filled[c] += _f32(1) if z != 0 else _f32(0)
+            steps[t, c] = np.int16(z)
+            sizes[c] += abs(np.floor((z + half) * part))
     for c in range(columns):
-        sizes[c] = _f32(sums[c]) / _f32(rows)
+        sizes[c] /= _f32(rows)
         if peaks[c] > largest:
             return -1
     return int(filled.sum())
@@ -186,6 +186,23 @@ def head_row(tables: U8, between: F32, limit: np.ndarray, symbols: U8) -> tuple[
 
 
 @jit
+def _escape(row, limits, symbols, escapes, at):  # type: ignore[no-untyped-def]
+    """Values without a symbol, as seven bits a byte, the sign lowest."""
+    for c in range(row.shape[0]):
+        coarse = int(row[c])
+        if abs(coarse) > limits[c]:
+            symbols[c] = ESCAPE
+            rest = 2 * coarse if coarse >= 0 else -2 * coarse - 1
+            while rest > 127:
+                escapes[at] = np.uint8(rest & 127 | 128)
+                rest >>= 7
+                at += 1
+            escapes[at] = np.uint8(rest)
+            at += 1
+    return at
+
+
+@jit
 def split(
     steps: np.ndarray, shift: int, limits: np.ndarray, symbols: U8, low: U8, escapes: U8, at: int
 ) -> int:
@@ -198,30 +215,28 @@ def split(
     rows, columns = steps.shape
     half = np.int32((1 << shift) >> 1)
     mask = np.int32((1 << shift) - 1)
+    row = np.empty(columns, np.int16)
+    above = np.empty(columns, np.int16)
+    below = np.empty(columns, np.int16)
+    for c in range(columns):
+        above[c] = np.int16(limits[c])
+        below[c] = np.int16(-limits[c])
     for t in range(rows):
-        beyond = 0
-        for c in range(columns):
-            q = np.int32(steps[t, c]) + half
-            coarse = q >> shift
-            beyond += abs(coarse) > limits[c]
-            symbols[t, c] = np.uint8(coarse + LARGEST)
         if shift:
             for c in range(columns):
+                row[c] = np.int16((np.int32(steps[t, c]) + half) >> shift)
                 low[t, c] = np.uint8((np.int32(steps[t, c]) + half) & mask)
-        if beyond:
-            if at + 3 * beyond > escapes.shape[0]:
-                return -1
+        else:
             for c in range(columns):
-                coarse = (np.int32(steps[t, c]) + half) >> shift
-                if abs(coarse) > limits[c]:
-                    symbols[t, c] = ESCAPE
-                    rest = 2 * coarse if coarse >= 0 else -2 * coarse - 1
-                    while rest > 127:
-                        escapes[at] = np.uint8(rest & 127 | 128)
-                        rest >>= 7
-                        at += 1
-                    escapes[at] = np.uint8(rest)
-                    at += 1
+                row[c] = steps[t, c]
+        beyond = 0
+        for c in range(columns):
+            symbols[t, c] = np.uint8(row[c] + LARGEST)
+            beyond += (row[c] > above[c]) | (row[c] < below[c])
+        if beyond:
+            if at + 3 * columns > escapes.shape[0]:
+                return -1
+            at = _escape(row, limits, symbols[t], escapes, at)
     return at
 
 
@@ -237,13 +252,16 @@ def join(
         return -1
     rows, columns = values.shape
     half = np.int32((1 << shift) >> 1)
+    times = _f32(1 << shift)
     for t in range(rows):
-        escaped = 0
+        escaped = False
         fine = t if shift else 0
         for c in range(columns):
-            q = ((np.int32(symbols[t, c]) - LARGEST) << shift) + np.int32(low[fine, c]) - half
-            values[t, c] = _f32(q) * scale[c] + mean[c]
-            escaped += symbols[t, c] == ESCAPE
+            q = (_f32(symbols[t, c]) - _f32(LARGEST)) * times
+            if shift:
+                q += _f32(low[fine, c]) - _f32(half)
+            values[t, c] = q * scale[c] + mean[c]
+            escaped |= symbols[t, c] == ESCAPE
         if escaped:
             for c in range(columns):
                 if symbols[t, c] != ESCAPE:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,11 +22,12 @@ from lmcache_kit_cachegen.bitstream import digest
 from lmcache_kit_cachegen.kernels import best_table
 from lmcache_kit_cachegen.levels import DEFAULT, LEVELS, Level
 from lmcache_kit_cachegen.rope import same_rotation
-from lmcache_kit_cachegen.tables import BETWEEN, F32, F64, TABLES, U8
+from lmcache_kit_cachegen.tables import BETWEEN, F32, F64, TABLES, U8, expected_sizes
 
 FORMAT = "lmcache-kit-cachegen-profile"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
+S = TypeVar("S", bound=np.generic)
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _LOSSY_LEVELS = len(LEVELS) - 1
 _STEP = 0.72
@@ -37,11 +38,13 @@ _SIZE_OF_DEVIATION = 0.78
 
 
 class SliceProfile(NamedTuple):
-    """Of some layers and sides: ``[slices, columns]`` each. ``steps`` are those of level 2."""
+    """``[slices, columns]`` each. ``steps`` are those of level 2. ``expected``: per slice, the
+    mean size of a symbol."""
 
     steps: F32
     means: F32
     tables: U8
+    expected: F64
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -84,10 +87,12 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         heads = slice(chunk.first_head, chunk.first_head + chunk.layout.kv_heads)
         slices = 2 * self.layers
 
-        def cut(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        def cut(array: npt.NDArray[S]) -> npt.NDArray[S]:
             return np.ascontiguousarray(array[:, :, heads]).reshape(slices, -1)
 
-        return SliceProfile(cut(steps), cut(means), cut(tables[level - 1]))  # type: ignore[arg-type]
+        chosen = cut(tables[level - 1])
+        expected = expected_sizes(chosen).mean(axis=1)
+        return SliceProfile(cut(steps), cut(means), chosen, expected)
 
     @cached_property
     def _arrays(self) -> tuple[F32, F32, U8]:

@@ -79,7 +79,7 @@ def _code(parts: list[Slice], plan: Plan, *, profiled: bool, own: bool) -> Strea
     tables = np.zeros((count, heads + 1, plan.padded), np.uint8)
     mean_low = np.zeros((count, 1, columns), np.uint8)
     low = np.zeros((count, plan.tokens if shift else 1, columns), np.uint8)
-    escapes = np.empty(count * (plan.tokens + 4) * columns // 4 + 64, np.uint8)
+    escapes = np.empty(count * (plan.tokens + 4) * columns // 4 + 3 * columns, np.uint8)
     records, at = [], 0
     for i, part in enumerate(parts):
         if own:
