@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lmcache_kit.cache import checks
+from lmcache_kit.cache.counters import COUNTERS
 from lmcache_kit.cache.entries import Body, Form, Part, Space
 from lmcache_kit.cache.leases import Leases
 from lmcache_kit.cache.lookups import Lookups, Search
@@ -34,29 +35,6 @@ if TYPE_CHECKING:
     from lmcache_kit.interfaces.operations import PinInfo
 
 MAX_LOADERS = 4
-_COUNTERS = (
-    "abandoned_total",
-    "cleared_chunks_total",
-    "corrupt_total",
-    "decode_late_total",
-    "decode_no_room_total",
-    "decoded_chunks_total",
-    "encode_failed_total",
-    "encoded_chunks_total",
-    "evicted_bytes_total",
-    "evicted_chunks_total",
-    "evicted_for_space_total",
-    "expired_leases_total",
-    "expired_pending_total",
-    "expired_pins_total",
-    "hit_tokens_total",
-    "lookup_tokens_total",
-    "lookups_total",
-    "refused_full_total",
-    "refused_too_large_total",
-    "stored_bytes_total",
-    "stored_chunks_total",
-)
 
 
 class CacheEngine:
@@ -105,7 +83,7 @@ class CacheEngine:
         self._shelf = Shelf(backend, policy)
         self._leases = Leases(lease_ttl_s, clock)
         self._pins = Pins(int(self._shelf.capacity_bytes * max_pinned_share), clock)
-        self._counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
+        self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._stores = Stores(self._shelf, self._counters, clock)
         self._loaders = loaders or ThreadPoolExecutor(
             min(MAX_LOADERS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-load"

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lmcache_kit.cache.entries import Form
 from lmcache_kit.errors import KitError, ProtocolError
-from lmcache_kit.process import paths, protocol
+from lmcache_kit.process import paths, protocol, waiting
 from lmcache_kit.process.protocol import HEADER, Failed, Hello, Stats, Welcome
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.cache.lookups import Search
+    from lmcache_kit.cache.records import Match
     from lmcache_kit.interfaces import MemoryBackend
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class CacheServer:
     def stop_from_thread(self) -> None:
         """End :meth:`serve`; from any thread, at any time."""
         if self._loop is not None:
-            _soon(self._loop, self.stop)
+            waiting.soon(self._loop, self.stop)
 
     def welcome(self, connection: _Connection, hello: Hello) -> Welcome | Failed:
         """Answer to a Hello."""
@@ -306,38 +306,16 @@ class _Connection(asyncio.Protocol):
             self._transport.write(protocol.encode(request_id, answer))
 
     def _look_up(self, request_id: int, request: protocol.Lookup) -> protocol.Found | None:
-        """None when the answer comes later: when all is decoded, or the time is over."""
-        engine = self._server.engine
-        loop = asyncio.get_running_loop()
-        search = engine.begin_lookup(
-            request.namespace,
-            request.tokens,
-            request.chunk_size,
-            request.world_size,
-            self,
-            lambda: _soon(loop, answer),
-        )
-        if not search.waiting or not request.wait_s:
-            return self._found(search)
-        timer: asyncio.TimerHandle | None = None
+        """None when the answer comes later."""
 
-        def answer() -> None:
-            nonlocal timer
-            if timer:  # the first of the two calls
-                timer.cancel()
-                timer = None
-                self._answer_late(request_id, search)
+        def answer(match: Match) -> None:
+            if not self._transport.is_closing():
+                self._transport.write(protocol.encode(request_id, self._found(match)))
 
-        timer = loop.call_later(request.wait_s, answer)
-        return None
+        match = waiting.look_up(self._server.engine, request, self, answer)
+        return None if match is None else self._found(match)
 
-    def _answer_late(self, request_id: int, search: Search) -> None:
-        found = self._found(search)
-        if not self._transport.is_closing():
-            self._transport.write(protocol.encode(request_id, found))
-
-    def _found(self, search: Search) -> protocol.Found:
-        match = self._server.engine.finish_lookup(search)
+    def _found(self, match: Match) -> protocol.Found:
         return protocol.Found(match.lease, self._server.incarnation, match.chunks)
 
     def _greet(self, request_id: int, hello: Hello) -> None:
@@ -391,9 +369,3 @@ class _Connection(asyncio.Protocol):
         self._server.counters["protocol_errors_total"] += 1
         logger.warning("%s closed: %s", self._name, why)
         self._transport.abort()
-
-
-def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Have ``call`` called on the loop's thread, unless it has closed."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call)
