@@ -78,11 +78,13 @@ class Unpacker:
     def run(self, copy: Unpacking) -> None:
         """Decode, if anybody still wants it; then tell who waits."""
         with self._lock:
-            wanted = copy.raw.holds > 1
+            if copy.raw.holds == 1:  # said here, so that nobody comes to wait for it after all
+                self._end(copy, [], corrupt=False)
+                return
         checksums: list[int] = []
         corrupt = False
         try:
-            checksums = self._decode(copy) if wanted else []
+            checksums = self._decode(copy)
         except ValueError as error:
             copy.why, corrupt = str(error), True
         # A codec is somebody's plugin: whatever it raises, the chunk is not there for this reader.

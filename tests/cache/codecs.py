@@ -30,7 +30,7 @@ class Zip(Codec):
 
     def decode(self, blob: Buffer, chunk: ChunkInfo, out: Buffer) -> None:
         self.begun.release()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         self._raise()
         try:
             raw = zlib.decompress(blob)

@@ -524,3 +524,11 @@ def test_a_reader_who_comes_while_a_chunk_is_decoded_for_good_shares_the_copy(
     assert cache.stat("decoded_chunks_total") == 1
     assert cache.stat("allocated_bytes") == 100
     assert cache.hit(range(4), wait_s=0) == 4
+
+
+def test_one_who_comes_after_it_was_given_up_has_it_decoded_anew(cache: Cache) -> None:
+    cache.store(range(20))
+    cache.pack(range(20))
+    for _ in range(200):
+        cache.find(range(20), wait_s=0)
+        assert cache.hit(range(20)) == 20
