@@ -16,7 +16,15 @@ from typing import TypeAlias
 
 import msgspec
 
-from lmcache_kit.control.wire import AboutOrders, Began, Begin, Ended, Progressed, Rejected
+from lmcache_kit.control.wire import (
+    MAX_TEXT,
+    AboutOrders,
+    Began,
+    Begin,
+    Ended,
+    Progressed,
+    Rejected,
+)
 from lmcache_kit.errors import ControlError, InvalidQuery, KitError, UnknownName
 from lmcache_kit.interfaces.operations import Accepted, Job, Operator, Outcome, Progress
 
@@ -160,7 +168,7 @@ class Jobs:
                 begin.order, deadline_s=begin.deadline_s, report=report, finish=finish
             )
         except KitError as error:
-            entry.answer = _rejection(begin.event_id, error)
+            entry.answer = _rejection(begin.event_id, error).cut()
         except Exception:
             # The boundary to the operator: its defect must not end the agent's thread.
             log.exception("an order could not be begun: %s", begin.event_id)
@@ -237,7 +245,7 @@ def _bounded(outcome: Outcome) -> Outcome:
     """What fits into one frame."""
     more = len(outcome.pins) - MAX_PINS
     if more <= 0:
-        return outcome
+        return msgspec.structs.replace(outcome, message=outcome.message[:MAX_TEXT])
     return msgspec.structs.replace(
         outcome,
         state="partial",

@@ -18,7 +18,7 @@ import msgspec
 from blake3 import blake3
 
 from lmcache_kit.control.registry import Process
-from lmcache_kit.control.wire import Begin
+from lmcache_kit.control.wire import MAX_TEXT, Begin
 from lmcache_kit.errors import ControlError, DeadlineExceeded, KitError, UnknownName
 from lmcache_kit.interfaces.frontend import EventInfo, EventPart, EventState, Operation
 from lmcache_kit.interfaces.operations import (
@@ -39,7 +39,6 @@ TAKE_S = 10.0
 QUICK_S = 10.0
 LONG_S = 600.0
 _LONG = {"compress", "decompress"}
-_MAX_MESSAGE = 2000
 _MAX_KNOWN = 20
 
 
@@ -236,7 +235,7 @@ class Ledger:
         if event.event_id in self._active:
             event.tokens = outcome.tokens
             event.progress = outcome.progress
-            event.pins = outcome.pins
+            event.pins = () if event.listed else outcome.pins
             self._end(event, outcome.state, outcome.message)
 
     def expire(self) -> list[Event]:
@@ -260,7 +259,7 @@ class Ledger:
     def _end(self, event: Event, state: EventState, message: str) -> None:
         del self._active[event.event_id]
         event.state = state
-        event.message = message[:_MAX_MESSAGE]
+        event.message = message[:MAX_TEXT]
         event.ended_at = self._wall()
         event.ended_on_clock = self._clock()
         event.begin = None

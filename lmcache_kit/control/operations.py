@@ -37,9 +37,11 @@ from lmcache_kit.errors import (
 )
 from lmcache_kit.interfaces.frontend import EventInfo, InstancePin, Operation, PinList
 from lmcache_kit.interfaces.operations import ListPins
+from lmcache_kit.keys import TOKEN_BYTES
 
 Send: TypeAlias = Callable[[Connection, FromController], None]
 
+MAX_TOKENS = 1024 * 1024
 AGAIN_S = 1.0
 CANCEL_S = 2.0
 PINS_S = 5.0
@@ -158,7 +160,7 @@ class Operations:
             case Began():
                 self._ledger.accept(event, message.accepted)
             case Rejected():
-                self._ledger.refuse(event, _error(message))
+                self._ledger.refuse(event, _error(message.cut()))
             case Progressed():
                 if event.state == "running":
                     event.progress = message.progress
@@ -195,6 +197,9 @@ class Operations:
         location = operation.order.location
         if location not in process.said.locations:
             raise UnknownName("location", location, sorted(process.said.locations))
+        tokens = len(operation.order.tokens or b"") // TOKEN_BYTES
+        if tokens > MAX_TOKENS:
+            raise InvalidQuery(f"{tokens} tokens are over the {MAX_TOKENS} that an order may name")
         event = self._ledger.open(operation, process)
         self._say(event)
         return event

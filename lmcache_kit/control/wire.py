@@ -25,6 +25,9 @@ from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
 VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 MAX_KEYS_PER_MESSAGE = 16_384
+MAX_TEXT = 2000
+_MAX_NAME = 256
+_MAX_KNOWN = 100
 MAX_NAMESPACES = 64
 
 
@@ -133,6 +136,18 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     kind: str = ""
     name: str = ""
     known: tuple[str, ...] = ()
+
+    def cut(self) -> Rejected:
+        """The same, no longer than anybody reads."""
+        return Rejected(
+            self.event_id,
+            self.why,
+            self.message[:MAX_TEXT],
+            self.hint[:MAX_TEXT],
+            self.kind[:_MAX_NAME],
+            self.name[:_MAX_NAME],
+            tuple(name[:_MAX_NAME] for name in self.known[:_MAX_KNOWN]),
+        )
 
 
 class Progressed(msgspec.Struct, frozen=True, tag="progressed"):

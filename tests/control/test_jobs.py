@@ -266,6 +266,14 @@ def test_stopping_cancels_what_runs(side: Side) -> None:
     assert side.operator.jobs[0].cancelled.is_set()
 
 
+def test_a_message_without_measure_is_cut(side: Side) -> None:
+    side.operator.at_once = Outcome("failed", message="x" * 10_000_000)
+    side.jobs.begin(BEGIN)
+    ended = side.turn()[-1]
+    assert isinstance(ended, Ended)
+    assert ended.outcome.message == "x" * 2000
+
+
 def test_more_pins_than_fit_into_a_frame_are_counted(
     side: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,31 @@ def test_a_refusal_is_raised_as_what_it_was(
     assert event.state == "failed"
 
 
+def test_as_many_tokens_as_an_order_may_name_arrive_and_more_are_refused(site: Site) -> None:
+    most = Compress(location=LOCATION, method="cachegen", tokens=bytes(4 * 1024 * 1024))
+    assert site.operate(most).state == "running"
+    assert site.job().order == most
+    over = Compress(location=LOCATION, method="cachegen", tokens=bytes(4 * 1024 * 1024 + 4))
+    with pytest.raises(InvalidQuery, match="1048577 tokens are over the 1048576"):
+        site.operate(over)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        ControlError("x" * 1_000_000, hint="y" * 1_000_000),
+        UnknownName("z" * 1_000_000, "n" * 1_000_000, ["k" * 1000] * 5000),
+    ],
+)
+def test_a_refusal_without_measure_is_cut(site: Site, endless: ControlError) -> None:
+    site.operator.refusal = endless
+    with pytest.raises(ControlError) as info:
+        site.operate()
+    assert 2000 <= len(str(info.value)) < 40_000
+    (event,) = site.running.call(site.api.events)
+    assert len(event.message) <= 2000
+
+
 def test_an_unknown_instance_or_location_lists_the_known_ones(site: Site) -> None:
     with pytest.raises(UnknownName, match=r"unknown instance 'b'\. Known: a"):
         site.operate(instance_id="b")
