@@ -331,6 +331,7 @@ class CacheEngine:
                 **self._counters,
                 "chunks": len(self._shelf.entries) - pending,
                 "pending": pending,
+                "encoded_chunks": self._shelf.encoded,
                 "leases": len(self._leases),
                 "writers": len(self._stores),
                 "pins": len(self._pins),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lmcache_kit.cache.records import Extent, StoredChunk
 from lmcache_kit.interfaces.codec import ChunkInfo
 from lmcache_kit.keys import KEY_BYTES, TOKEN_BYTES, ChunkKey
+from lmcache_kit.layout import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.unpacking import Unpacking
@@ -127,6 +128,8 @@ class Entry:
         form = self.space.forms.get(rank)
         if form is None:
             raise ValueError(f"rank {rank} has not said what its payloads are")
+        if form.layout.dtype not in DTYPE_BYTES:
+            raise ValueError(f"rank {rank} stores {form.layout.dtype!r}, which is not known")
         info = ChunkInfo(form.layout, self.tokens, self.start, form.rope, form.first_head)
         if info.payload_bytes != self.body.regions[rank].nbytes:
             raise ValueError(

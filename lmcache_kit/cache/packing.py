@@ -168,7 +168,7 @@ class Packer:
         # Nobody reads the raw bytes, so their room is free now, and the blobs are smaller.
         regions = regions or room.take_all(sizes)
         if not regions:
-            self._shelf.unlink(entry)
+            self._shelf.unlink(entry)  # its body, forsaken already, has no encoding to uncount
             return Recoded("gone", "no room for the encoded chunk where the raw one was")
         body = Body(regions, encoding)
         for region, blob in zip(regions, blobs, strict=True):

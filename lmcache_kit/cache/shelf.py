@@ -20,7 +20,7 @@ class Shelf:
     """Keeps entries, their memory, the policy and the listeners in step with each other.
 
     An entry is *linked* from :meth:`put` to :meth:`unlink`; listeners and policy know it from
-    :meth:`complete` on.
+    :meth:`complete` on. ``encoded`` counts the entries whose body is.
     """
 
     def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
@@ -32,6 +32,7 @@ class Shelf:
         self.children: dict[ChunkKey, Children] = {}
         self.spaces: dict[bytes, Space] = {}
         self.listeners: list[ChangeListener] = []
+        self.encoded = 0
         self._pending_children: dict[ChunkKey, int] = {}
         self._at: dict[int, Entry] = {}
 
@@ -151,11 +152,13 @@ class Shelf:
         """From now on the entry, whose last body was forsaken, consists of this one."""
         body.kept = True
         entry.body = body
+        self.encoded += body.encoding is not None
         self._own(entry)
 
     def forsake(self, entry: Entry) -> None:
         """The entry's body goes when nobody uses it any more."""
         entry.body.kept = False
+        self.encoded -= entry.body.encoding is not None
         for region in entry.body.regions:
             self._at.pop(region.offset, None)
         self.settle(entry.body)

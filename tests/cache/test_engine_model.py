@@ -800,6 +800,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         assert stats["leases"] == len(self.leases)
         assert stats["writers"] == len(self.tickets)
         assert stats["requested_bytes"] == usage.requested_bytes
+        assert stats["encoded_chunks"] == sum(chunk.body.packed for chunk in self.stored())
         assert stats["pins"] == len(self.pins)
         assert stats["pinned_bytes"] == self.pinned_bytes() <= self.budget
         assert len(self.loader.tasks) == len(self.decodes)

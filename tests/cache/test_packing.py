@@ -463,6 +463,11 @@ def test_chunks_of_ranks_that_do_not_say_what_they_store_stay_raw(cache: Cache) 
     assert cache.pack(range(4)) == [Recoded("failed", "rank 0 has not said what its payloads are")]
 
 
+def test_payloads_of_an_unknown_type_stay_raw(cache: Cache) -> None:
+    cache.store(range(4), form=Form(KVLayout("int3", 25, 1, 1, "mla")))
+    assert cache.pack(range(4)) == [Recoded("failed", "rank 0 stores 'int3', which is not known")]
+
+
 def test_payloads_that_do_not_fit_their_layout_stay_raw(cache: Cache) -> None:
     cache.store(range(4), form=Form(KVLayout("bfloat16", 1, 1, 8)))
     why = "rank 0 stored 100 bytes, and 128 are 4 tokens of its layout"
