@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 WIDTH, HEIGHT = 720, 440
-LEFT, RIGHT, TOP, BOTTOM = 80, 30, 50, 60
-RATIOS = (1, 8)
+LEFT, RIGHT, TOP, BOTTOM = 95, 30, 50, 60
+RATIOS = (1, 10)
 DECADES = (-5, -1)
 FAMILIES = {
     "profile": ("#1b7837", "cachegen with a profile"),

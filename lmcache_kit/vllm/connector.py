@@ -60,13 +60,14 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             # this after it has constructed the connector.
             transfer.kv_load_failure_policy = "recompute"
         loaded = load_config(extra=transfer.kv_connector_extra_config)
-        for warning in loaded.warnings:
-            _log.warning("%s", warning)
+        if role == KVConnectorRole.SCHEDULER:  # each worker reads the same; once will do
+            for warning in loaded.warnings:
+                _log.warning("%s", warning)
         config = loaded.config
         try:
             model = describe(vllm_config, kv_cache_config, config.chunk_size)
         except UnsupportedModel as error:
-            if role == KVConnectorRole.SCHEDULER:  # workers come to the same end; once will do
+            if role == KVConnectorRole.SCHEDULER:  # workers come to the same end
                 _log.error("this model is served without lmcache_kit: %s", error)
             return
         if role == KVConnectorRole.SCHEDULER:

@@ -48,4 +48,4 @@ class Pages(ABC):
         """Payloads of the next calls lie in this memory of that cache process."""
 
     def close(self) -> None:  # noqa: B027  optional
-        """Let go of everything that refers to the shared memory."""
+        """Let go of everything that refers to the shared memory. More calls may follow."""

@@ -40,6 +40,9 @@ class StoreClient(Protocol):
     def memory(self, incarnation: str) -> memoryview | None: ...
 
     @property
+    def connected(self) -> bool: ...
+
+    @property
     def incarnation(self) -> str | None: ...
 
     def close(self) -> None: ...
@@ -63,6 +66,7 @@ class WorkerSide:
     ) -> None:
         self._client = client
         self._pages: Pages | None = None
+        self._in_use: str | None = None
         self._passive = ""
         self._rank = rank
         self._block_tokens = block_tokens
@@ -80,7 +84,7 @@ class WorkerSide:
         incarnation = self._client.incarnation
         memory = self._client.memory(incarnation) if incarnation else None
         if incarnation and memory is not None:  # pinning it takes a while: not in a request's time
-            pages.use_memory(incarnation, memory)
+            self._use(pages, incarnation, memory)
 
     def refuse(self, reason: str) -> None:
         """These pages cannot be served: nothing will be stored, and loads fail."""
@@ -105,6 +109,7 @@ class WorkerSide:
         After a failed load the model has computed this step, and with asynchronous scheduling the
         next ones, from garbage: nothing is saved until the scheduler has acted on the failure.
         """
+        self._let_go_of_the_dead()
         self._acknowledged = step.failures_seen
         if step.failures_seen < self._failures:
             self.counts["skipped_saves"] += len(step.saves)
@@ -219,8 +224,22 @@ class WorkerSide:
             raise CacheUnavailable(f"the memory of cache process {incarnation} has gone")
         if offset < 0 or offset + nbytes > len(memory):
             raise CacheUnavailable("a chunk lies outside of the shared memory")
-        self._serving().use_memory(incarnation, memory)
+        if self._lives(incarnation):
+            self._use(self._serving(), incarnation, memory)
         return memory[offset : offset + nbytes]
+
+    def _use(self, pages: Pages, incarnation: str, memory: memoryview) -> None:
+        pages.use_memory(incarnation, memory)
+        self._in_use = incarnation
+
+    def _lives(self, incarnation: str) -> bool:
+        return self._client.connected and self._client.incarnation == incarnation
+
+    def _let_go_of_the_dead(self) -> None:
+        """Memory that pages refer to is not freed, and a successor may need what that takes."""
+        if self._pages is not None and self._in_use is not None and not self._lives(self._in_use):
+            self._pages.close()
+            self._in_use = None
 
     def _count_error(self, what: str, error: Exception) -> None:
         self.counts[f"{what}_errors"] += 1

@@ -26,6 +26,7 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.incarnation: str | None = "life-1"
+        self.connected = True
         self.bytes = bytearray(1 << 16)
         self.chunks: dict[bytes, tuple[bytes, Extent]] = {}
         self.pending: dict[int, tuple[bytes, bytes, Extent]] = {}

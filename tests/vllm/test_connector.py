@@ -110,6 +110,15 @@ def test_the_scheduler_says_why_a_model_is_served_without_the_cache(
     assert caplog.text.count("served without lmcache_kit: it has 2 KV cache groups") == 1
 
 
+def test_a_key_that_is_not_served_is_warned_about_once_for_all_of_vllm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = attached(tmp_path) | {"lmcache.local_disk": "/disk"}
+    for role in ("WORKER", "WORKER", "SCHEDULER"):
+        new_connector(extra, groups=2, role=role)
+    assert caplog.text.count("local_disk (kv_connector_extra_config)") == 1
+
+
 @pytest.mark.parametrize("role", ["WORKER", "SCHEDULER"])
 def test_an_unsupported_model_is_served_without_the_cache(role: str) -> None:
     from lmcache_kit.vllm.step import Step

@@ -29,6 +29,9 @@ class FakePages(Pages):
     def use_memory(self, incarnation: str, memory: memoryview) -> None:
         self.memory_of.append(incarnation)
 
+    def close(self) -> None:
+        self.memory_of.clear()
+
     def gather(self, pieces: Sequence[Piece]) -> list[int]:
         if self.breaks:
             raise RuntimeError("the pages are on fire")
@@ -278,3 +281,30 @@ def test_reports_of_several_ranks_add_up_to_the_worst() -> None:
 
 def test_memory_is_prepared_before_the_first_request(side: Any, pages: FakePages) -> None:
     assert pages.memory_of == ["life-1"]
+
+
+def test_the_memory_of_a_dead_cache_process_is_let_go_with_the_next_step(
+    side: Any, client: FakeClient, pages: FakePages
+) -> None:
+    client.connected = False
+    side.save(new_step())
+    assert pages.memory_of == []
+
+
+def test_a_load_from_a_dead_cache_process_does_not_take_up_its_memory_again(
+    side: Any, client: FakeClient, pages: FakePages
+) -> None:
+    client.store(PROMPT)
+    client.connected = False
+    side.save(new_step())
+    side.load(new_step(loads=[load_of(client)]))
+    assert pages.written
+    assert pages.memory_of == []
+
+
+def test_the_memory_of_an_earlier_cache_process_is_let_go_when_there_is_another(
+    side: Any, client: FakeClient, pages: FakePages
+) -> None:
+    client.incarnation = "life-2"
+    side.save(new_step())
+    assert pages.memory_of == []

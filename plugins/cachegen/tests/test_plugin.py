@@ -96,6 +96,53 @@ def test_one_codec_serves_many_threads(codec_of):
     assert wrong == []
 
 
+def test_nothing_is_left_to_compile_after_warming_up(profile, tmp_path):
+    """Whatever the dtype, the level, the shape, the coder and the kind of memory."""
+    path = tmp_path / "made-up.lkcp"
+    path.write_bytes(profile.to_bytes())
+    code = f"""
+        import itertools
+        import numpy as np
+        from lmcache_kit.interfaces import ChunkInfo, Rope
+        from lmcache_kit.layout import KVLayout
+        from lmcache_kit_cachegen import kernels, rans
+        from lmcache_kit_cachegen.codec import CacheGenCodec
+        from lmcache_kit_cachegen.options import CacheGenOptions
+
+        def compiled():
+            found = [*vars(kernels).values(), *vars(rans).values()]
+            return sum(len(each.signatures) for each in found if hasattr(each, "signatures"))
+
+        CacheGenCodec().warm_up()
+        before = compiled()
+        assert before > 10
+        styles = (None, Rope(16), Rope(8, style="gptj"), Rope(16, base=10000.0))
+        for dtype, level, coder, rope, tokens, start, profiles in itertools.product(
+            ("bfloat16", "float16", "float32"), (0, 1, 2, 3), ("rans", "zstd"), styles,
+            (1, 2, 60), (0, 7), ((), ({str(path)!r},)),
+        ):
+            chunk = ChunkInfo(KVLayout(dtype, 2, 2, 16), tokens, start, rope)
+            values = np.random.default_rng(0).normal(size=128 * tokens).astype("<f4")
+            words = (values.view("<u4") >> 16).astype("<u2")
+            same = {{"bfloat16": words, "float16": values.astype("<f2"), "float32": values}}
+            payload = same[dtype].tobytes()
+            codec = CacheGenCodec(CacheGenOptions(level=level, coder=coder, profiles=profiles))
+            for data in (payload, memoryview(bytearray(payload))):
+                blob = codec.encode(data, chunk)
+                codec.decode(blob, chunk, bytearray(chunk.payload_bytes))
+        chunk = ChunkInfo(KVLayout("bfloat16", 1, 3, 5), 33)
+        codec = CacheGenCodec()
+        payload = (np.random.default_rng(0).normal(size=990).astype("<f4").view("<u4") >> 16)
+        payload = payload.astype("<u2").tobytes()
+        codec.decode(codec.encode(payload, chunk), chunk, bytearray(chunk.payload_bytes))
+        assert compiled() == before, (before, compiled())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_show_says_what_a_profile_is_of(profile, tmp_path):
     path = tmp_path / "made-up.lkcp"
     path.write_bytes(profile.to_bytes())

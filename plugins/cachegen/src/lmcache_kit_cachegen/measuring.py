@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Measuring:
             ).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"model {model!r} cannot be loaded: {error}") from error
-        self._name = model
+        self._name = Path(model).resolve().name if Path(model).is_dir() else model
         self._context, self._ahead = context, ahead
         self._rope = None if rope_style == "none" else _rope_of(self._model, rope_style)
         self._random = np.random.default_rng(0)

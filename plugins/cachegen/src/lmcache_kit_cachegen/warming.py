@@ -21,4 +21,5 @@ def exercise(options: CacheGenOptions) -> None:
     out = bytearray(chunk.payload_bytes)
     for level in {options.level, NEAR_LOSSLESS}:
         codec = CacheGenCodec(CacheGenOptions(level=level))
-        codec.decode(codec.encode(payload, chunk), chunk, out)
+        for data in (payload, bytearray(payload)):  # numba tells read-only memory from other
+            codec.decode(codec.encode(data, chunk), chunk, out)
