@@ -184,6 +184,7 @@ def test_the_example_is_valid() -> None:
     [
         ("chunk_sise: 1", "unknown configuration key 'chunk_sise'"),
         ("a: [", "not YAML"),
+        ("store_codec: gz", "no codec 'gz' is installed"),
         ("cache_policy: MRU", "unknown cache_policy 'MRU'. Known: FIFO, LFU, LRU"),
     ],
 )
