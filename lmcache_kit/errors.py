@@ -20,6 +20,7 @@
       +-- ``UnknownName``       (LookupError)   no such instance, location, event ...
       +-- ``NoWorker``          (ConnectionError)  the instance is known and nobody answers for it
       +-- ``DeadlineExceeded``  (TimeoutError)
+      +-- ``OperationFailed``                  the cache process tried and could not
 
 A message names the thing, the value and the known set, and says what to do next. ``hint`` holds
 that last part, so that frontends can show it apart.
@@ -121,3 +122,7 @@ class NoWorker(ControlError, ConnectionError):
 
 class DeadlineExceeded(ControlError, TimeoutError):
     """The operation did not finish by its deadline."""
+
+
+class OperationFailed(ControlError):
+    """The cache process tried to carry the operation out and could not."""

@@ -150,6 +150,14 @@ def test_addresses_are_host_and_port(url: str) -> None:
     assert from_extra(controller_url=url).config.controller_url == url
 
 
+def test_options_of_codecs_are_a_mapping_or_json(file: Path) -> None:
+    options = {"cachegen": {"level": 1}}
+    assert from_text(file, "codec_options: {cachegen: {level: 1}}").config.codec_options == options
+    text = '{"cachegen": {"level": 1}}'
+    assert from_environ(LMCACHE_CODEC_OPTIONS=text).config.codec_options == options
+    assert from_extra(codec_options=options).config.codec_options == options
+
+
 def test_gibibytes_become_bytes() -> None:
     assert KitConfig(max_local_cpu_size=0.5).max_local_cpu_bytes == 512 * 1024**2
 
@@ -185,6 +193,10 @@ def test_a_configuration_survives_the_way_to_another_process(config: KitConfig) 
         ("chunk_size: true", r"chunk_size: True \(FILE:2\): a number is expected, not true"),
         ("chunk_size: 2.5", r"chunk_size: 2.5 \(FILE:2\): .*integer"),
         ("max_local_cpu_size: -1", r"max_local_cpu_size: -1 \(FILE:2\): .*greater than 0"),
+        ("max_pinned_share: 1.5", r"max_pinned_share: 1\.5 \(FILE:2\): .*less than or equal to 1"),
+        ("pin_timeout_sec: -1", r"pin_timeout_sec: -1 \(FILE:2\): .*greater than or equal to 0"),
+        ("codec_options: '{'", r"codec_options: '\{' \(FILE:2\): not JSON: "),
+        ("codec_options: {x: 1}", r"codec_options: \{'x': 1\} \(FILE:2\): .*dictionary"),
         ("max_local_cpu_size: .inf", r"max_local_cpu_size: inf \(FILE:2\): .*finite"),
         ("local_cpu: perhaps", r"local_cpu: 'perhaps' \(FILE:2\): .*boolean"),
         ("cache_process: fork", r"cache_process: 'fork' \(FILE:2\): .*'spawn', 'attach'"),

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lmcache_kit.cache import checks
-from lmcache_kit.cache.entries import Entry, Space
+from lmcache_kit.cache.counters import COUNTERS
+from lmcache_kit.cache.entries import Body, Form, Part, Space
 from lmcache_kit.cache.leases import Leases
-from lmcache_kit.cache.records import ChangeListener, Grant, Match, StoredChunk, StoreItem
+from lmcache_kit.cache.lookups import Lookups, Search
+from lmcache_kit.cache.packing import Packer, Recoded
+from lmcache_kit.cache.pins import Pins
+from lmcache_kit.cache.records import (
+    ChangeListener,
+    Grant,
+    Match,
+    Selected,
+    StoredChunk,
+    StoreItem,
+)
 from lmcache_kit.cache.shelf import Shelf
 from lmcache_kit.cache.stores import Stores
-from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
+from lmcache_kit.cache.unpacking import Unpacker
+from lmcache_kit.keys import ChunkKey
 
 if TYPE_CHECKING:
-    from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend
+    from lmcache_kit.interfaces import Codec, EvictionPolicy, MemoryBackend
+    from lmcache_kit.interfaces.operations import PinInfo
 
-_COUNTERS = (
-    "abandoned_total",
-    "cleared_chunks_total",
-    "corrupt_total",
-    "evicted_bytes_total",
-    "evicted_chunks_total",
-    "evicted_for_space_total",
-    "expired_leases_total",
-    "expired_pending_total",
-    "hit_tokens_total",
-    "lookup_tokens_total",
-    "lookups_total",
-    "refused_full_total",
-    "refused_too_large_total",
-    "stored_bytes_total",
-    "stored_chunks_total",
-)
+MAX_LOADERS = 4
 
 
 class CacheEngine:
@@ -73,6 +72,8 @@ class CacheEngine:
         *,
         location: str,
         lease_ttl_s: float = 120.0,
+        max_pinned_share: float = 0.5,
+        loaders: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.location = location
@@ -81,8 +82,15 @@ class CacheEngine:
         self._ttl_s = lease_ttl_s
         self._shelf = Shelf(backend, policy)
         self._leases = Leases(lease_ttl_s, clock)
-        self._counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
+        self._pins = Pins(int(self._shelf.capacity_bytes * max_pinned_share), clock)
+        self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._stores = Stores(self._shelf, self._counters, clock)
+        self._loaders = loaders or ThreadPoolExecutor(
+            min(MAX_LOADERS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-load"
+        )
+        unpacker = Unpacker(self._shelf, self._counters, self._lock, self._loaders)
+        self._lookups = Lookups(self._shelf, self._leases, unpacker, self._counters)
+        self._packer = Packer(self._shelf, self._pins, unpacker, self._counters, self._lock)
         self._closed = False
 
     # What the control plane follows.
@@ -104,35 +112,56 @@ class CacheEngine:
 
     # Reading.
 
-    def lookup(
-        self, namespace: bytes, tokens: bytes, chunk_size: int, world_size: int, owner: Hashable
+    def lookup(  # noqa: PLR0917 - what is wanted, by whom: one fact each
+        self,
+        namespace: bytes,
+        tokens: bytes,
+        chunk_size: int,
+        world_size: int,
+        owner: Hashable,
+        wait_s: float = 0.0,
     ) -> Match:
         """Find and lease the longest stored prefix of packed ``tokens``.
 
         Of the last chunk found only the first ``usable`` tokens need match. The lease ends when
-        each rank has released it, or all at once, when its owner dies, or after its time.
+        each rank has released it, or all at once, when its owner dies, or after its time. A chunk
+        that is encoded is decoded for as long as it is leased; where that takes longer than
+        ``wait_s``, the prefix ends.
         """
+        ready = threading.Event()
+        search = self.begin_lookup(namespace, tokens, chunk_size, world_size, owner, ready.set)
+        if search.waiting:
+            ready.wait(wait_s)
+        return self.finish_lookup(search)
+
+    def begin_lookup(  # noqa: PLR0917 - as lookup
+        self,
+        namespace: bytes,
+        tokens: bytes,
+        chunk_size: int,
+        world_size: int,
+        owner: Hashable,
+        on_ready: Callable[[], None],
+    ) -> Search:
+        """Do what :meth:`lookup` does before it waits, which it must if ``waiting`` is not 0.
+        ``on_ready`` is called then, from any thread; but not to wait for it is allowed, too."""
         checks.check_shape(namespace, chunk_size, world_size)
         checks.check_lookup(tokens)
         with self._lock:
-            self._counters["lookups_total"] += 1
-            self._counters["lookup_tokens_total"] += len(tokens) // TOKEN_BYTES
             space = self._shelf.space(namespace, chunk_size, world_size)
-            found = self._shelf.walk(space, tokens) if space else []
-            if not found:
-                return Match(0, ())
-            self._counters["hit_tokens_total"] += found[-1][0].end
-            for located, _ in reversed(found):
-                self._shelf.policy.touched(located.key)
-            lease = self._leases.grant([entry for _, entry in found], world_size, owner)
-            return Match(lease, tuple([located for located, _ in found]))
+            return self._lookups.begin(space, tokens, owner, on_ready)
+
+    def finish_lookup(self, search: Search) -> Match:
+        """Do the rest, once."""
+        with self._lock:
+            return self._lookups.finish(search)
 
     def release(self, lease: int, rank: int | None) -> bool:
         """One rank is done with a lease, or all are (None). False when it did not hold it."""
         with self._lock:
-            entries = self._leases.release(lease, rank)
-            self._settle(entries or ())
-            return entries is not None
+            bodies = self._leases.release(lease, rank)
+            self._settle(bodies or ())
+            return bodies is not None
 
     def drop_corrupt(self, key: ChunkKey) -> bool:
         """Forget a chunk whose bytes are not what was stored. False when it is not here."""
@@ -154,19 +183,23 @@ class CacheEngine:
         chunk_size: int,
         items: Sequence[StoreItem],
         owner: Hashable,
+        form: Form | None = None,
     ) -> list[Grant]:
         """Memory for one rank's payloads of some chunks; one grant per item, in order.
 
         ``present``: it is stored, or this rank's part of it is being stored. ``refused``: it is
         larger than the whole memory, or too much of that is in use; so is all that follows it
-        in this batch.
+        in this batch. Only ranks that say what their payloads are, as ``form``, can have them
+        encoded.
         """
         checks.check_shape(namespace, chunk_size, world_size)
         checks.check_store(items, rank, world_size, chunk_size)
         with self._lock:
-            self._expire_leases()
+            self._expire_holds()
             space = self._shelf.space(namespace, chunk_size, world_size)
             space = space or Space(namespace, chunk_size, world_size)
+            if form is not None:
+                space.forms[rank] = form
             return self._stores.allocate(space, rank, items, owner)
 
     def commit(self, written: Sequence[tuple[int, int]], owner: Hashable) -> int:
@@ -180,6 +213,97 @@ class CacheEngine:
         with self._lock:
             return sum([self._stores.abandon(ticket, owner) for ticket in tickets])
 
+    # What operators ask for. ``namespaces`` are digests, None for all; ``tokens`` are packed, and
+    # mean the chunks of their longest stored prefix, or with None all chunks.
+
+    def pin(
+        self,
+        namespaces: Collection[bytes] | None,
+        tokens: bytes | None,
+        pin_id: str,
+        *,
+        owner: str = "",
+        ttl_s: float | None = None,
+    ) -> tuple[Selected, Selected]:
+        """Keep chunks until :meth:`unpin`, or for ``ttl_s``: what there is, and what of that is
+        pinned now, the first chunks that fit into the budget. A pin of the same id ends.
+
+        Raises ValueError when there are too many pins.
+        """
+        with self._lock:
+            self._expire_holds()
+            there = self._shelf.select(namespaces, tokens)
+            return _selected(there), _selected(self._pins.add(pin_id, owner, ttl_s, there))
+
+    def unpin(
+        self,
+        namespaces: Collection[bytes] | None,
+        tokens: bytes | None,
+        pin_id: str | None = None,
+    ) -> Selected:
+        """End the pin of this id; without one, the pins that hold nothing but first tokens of
+        ``tokens``, or all. Returns what they held."""
+        with self._lock:
+            self._expire_holds()
+            within = self._pins.within(namespaces, tokens)
+            return _selected(self._pins.remove(within if pin_id is None else [pin_id]))
+
+    def pins(self) -> list[PinInfo]:
+        """All pins, the oldest first."""
+        with self._lock:
+            self._expire_holds()
+            return self._pins.infos(self.location)
+
+    @property
+    def pin_budget_bytes(self) -> int:
+        """What all pinned chunks may weigh."""
+        return self._pins.budget_bytes
+
+    def clear(
+        self,
+        namespaces: Collection[bytes] | None = None,
+        tokens: bytes | None = None,
+        *,
+        force: bool = False,
+    ) -> tuple[Selected, Selected]:
+        """Forget chunks: those that went, and those that stay because they are pinned, unless
+        ``force``. Memory in use is freed when it is released.
+
+        Of ``tokens``, a chunk goes when it holds only these, or also what follows the last of
+        them; not one that goes on otherwise. Without tokens, stores under way are given up too.
+        """
+        with self._lock:
+            self._expire_holds()
+            if tokens is None:
+                there = [part.entry for part in self._shelf.select(namespaces, None)]
+                there += self._shelf.pending.values() if namespaces is None else ()
+            else:
+                there = self._shelf.holding(namespaces, tokens)
+            gone = [entry for entry in there if force or not entry.pins]
+            kept = [entry for entry in there if entry.pins and not force]
+            cleared = _selected([Part(entry, entry.tokens) for entry in gone if entry.complete])
+            for entry in gone:
+                self._shelf.unlink(entry)
+            self._counters["cleared_chunks_total"] += cleared.chunks
+            return cleared, _selected([Part(entry, entry.tokens) for entry in kept])
+
+    def keys(
+        self, namespaces: Collection[bytes] | None, tokens: bytes | None
+    ) -> list[tuple[ChunkKey, int]]:
+        """Chunks, and how many tokens of each are meant."""
+        with self._lock:
+            parts = self._shelf.select(namespaces, tokens)
+            return [(part.entry.key, part.tokens) for part in parts]
+
+    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Recoded:
+        """Encode a chunk with ``codec``, in the calling thread. Until that is verified the raw
+        bytes serve, and those who read them keep them until they are done."""
+        return self._packer.pack(key, method, codec)
+
+    def unpack(self, key: ChunkKey, method: str) -> Recoded:
+        """Decode a chunk that ``method`` has encoded, in the calling thread."""
+        return self._packer.unpack(key, method)
+
     # The end of things.
 
     def drop_owner(self, owner: Hashable) -> None:
@@ -191,21 +315,12 @@ class CacheEngine:
     def expire(self) -> int:
         """End leases that have outlived their time; returns how many.
 
-        Chunks that some rank stored and another never began to, for as long, go too.
+        So do pins. Chunks that some rank stored and another never began to, for as long, go too.
         """
         with self._lock:
-            ended = self._expire_leases()
+            ended = self._expire_holds()
             self._stores.expire(self._clock() - self._ttl_s)
             return ended
-
-    def clear(self) -> int:
-        """Forget every chunk; returns how many. Memory in use is freed when it is released."""
-        with self._lock:
-            complete = sum(1 for entry in self._shelf.entries.values() if entry.complete)
-            for entry in list(self._shelf.entries.values()):
-                self._shelf.unlink(entry)
-            self._counters["cleared_chunks_total"] += complete
-            return complete
 
     def stats(self) -> dict[str, float]:
         """Counters, whose names end in ``_total``, and gauges."""
@@ -216,8 +331,11 @@ class CacheEngine:
                 **self._counters,
                 "chunks": len(self._shelf.entries) - pending,
                 "pending": pending,
+                "encoded_chunks": self._shelf.encoded,
                 "leases": len(self._leases),
                 "writers": len(self._stores),
+                "pins": len(self._pins),
+                "pinned_bytes": self._pins.pinned_bytes,
                 "namespaces": len(self._shelf.spaces),
                 "capacity_bytes": usage.capacity_bytes,
                 "requested_bytes": usage.requested_bytes,
@@ -227,7 +345,9 @@ class CacheEngine:
             }
 
     def close(self) -> None:
-        """Forget everything and close the backend. Safe to call twice."""
+        """Forget everything and close the backend; waits for what is being decoded. Safe to call
+        twice."""
+        self._loaders.shutdown(cancel_futures=True)
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -236,12 +356,21 @@ class CacheEngine:
                     self._shelf.unlink(entry)
                 self._shelf.memory.close()
 
-    def _expire_leases(self) -> int:
-        ended, entries = self._leases.release_expired()
+    def _expire_holds(self) -> int:
+        self._counters["expired_pins_total"] += self._pins.expire()
+        ended, bodies = self._leases.release_expired()
         self._counters["expired_leases_total"] += ended
-        self._settle(entries)
+        self._settle(bodies)
         return ended
 
-    def _settle(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            self._shelf.settle(entry)
+    def _settle(self, bodies: Sequence[Body]) -> None:
+        for body in bodies:
+            self._shelf.settle(body)
+
+
+def _selected(parts: Sequence[Part]) -> Selected:
+    return Selected(
+        tokens=sum([part.tokens for part in parts]),
+        chunks=len(parts),
+        nbytes=sum([part.entry.nbytes for part in parts]),
+    )

@@ -5,20 +5,39 @@ from __future__ import annotations
 import sys
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache_kit.cache.records import Extent, StoredChunk
-from lmcache_kit.interfaces.backend import Region
+from lmcache_kit.interfaces.codec import ChunkInfo
 from lmcache_kit.keys import KEY_BYTES, TOKEN_BYTES, ChunkKey
+from lmcache_kit.layout import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.unpacking import Unpacking
+    from lmcache_kit.interfaces.backend import Region
+    from lmcache_kit.interfaces.codec import Codec, Rope
+    from lmcache_kit.layout import KVLayout
+
+
+class Form(NamedTuple):
+    """What one rank's payloads are, as far as a codec must know it."""
+
+    layout: KVLayout
+    rope: Rope | None = None
+    first_head: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Space:
-    """A namespace that has chunks here. Its digest fixes the other two, so they must agree."""
+    """A namespace that has chunks here. Its digest fixes the next two, so they must agree.
+    ``forms``: by rank, of those that said it."""
 
     digest: bytes
     chunk_size: int
     world_size: int
+    forms: dict[int, Form] = field(default_factory=dict)
     entries: int = 0
 
     @property
@@ -26,30 +45,66 @@ class Space:
         return self.digest[:KEY_BYTES]
 
 
+class Encoding(NamedTuple):
+    """What made the bytes of a body. ``version``: of the codec's format; ``chunks``: what was
+    encoded, one per rank."""
+
+    method: str
+    version: int
+    codec: Codec
+    chunks: tuple[ChunkInfo, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Body:
+    """Bytes of a chunk in memory, one region per rank: raw ones, or those of an ``encoding``.
+
+    ``holds`` counts who reads or writes them, ``kept`` says that they are what a chunk that can
+    be found, or is coming to be, consists of. When neither is so, they are freed.
+    """
+
+    regions: list[Region]
+    encoding: Encoding | None = None
+    extents: tuple[Extent, ...] = ()
+    kept: bool = True
+    holds: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum([region.nbytes for region in self.regions])
+
+    def seal(self, checksums: Sequence[int]) -> None:
+        """All is written; ``checksums``, by rank, are the xxh3-64 of it."""
+        self.extents = tuple(
+            Extent(region.offset, region.nbytes, checksum)
+            for region, checksum in zip(self.regions, checksums, strict=True)
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One chunk: pending until every rank has committed its payload, then complete.
 
-    ``order`` is its tokens as big-endian u32, so that bytes sort as tokens do. ``regions`` holds
-    memory for every rank from the start, ``claimed`` the ranks that write or have written theirs;
-    ``extents`` and ``nbytes``, over all ranks, are set when it is complete. ``linked`` turns false
-    once, when it is evicted, dropped or given up; the memory of an entry that is not linked is
-    freed when nobody uses it any more.
+    ``order`` is its tokens as big-endian u32, so that bytes sort as tokens do; ``start`` is the
+    position of the first one. The body has memory for every rank from the start; ``claimed`` are
+    the ranks that write or have written theirs. ``linked`` turns false once, when the chunk is
+    evicted, dropped or given up. ``unpacked`` may be a raw copy for readers of an encoded body;
+    ``busy`` says that another body is being made to take the place of this one.
     """
 
     key: ChunkKey
     parent: ChunkKey
     space: Space
     order: bytes
-    regions: list[Region]
+    start: int
+    body: Body
     since: float
     claimed: set[int] = field(default_factory=set)
     checksums: dict[int, int] = field(default_factory=dict)
-    extents: tuple[Extent, ...] = ()
-    nbytes: int = 0
-    writers: int = 0
-    leases: int = 0
+    pins: int = 0
     linked: bool = True
+    busy: bool = False
+    unpacked: Unpacking | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,24 +112,38 @@ class Entry:
 
     @property
     def complete(self) -> bool:
-        return bool(self.extents)
+        return bool(self.body.extents)
 
     @property
-    def in_use(self) -> bool:
-        return bool(self.leases or self.writers)
+    def nbytes(self) -> int:
+        return self.body.nbytes
 
     @property
     def record(self) -> StoredChunk:
         tokens = self.tokens
         return StoredChunk(self.key, self.parent, tokens, tokens < self.space.chunk_size)
 
-    def seal(self) -> None:
-        """Become complete: every rank has committed."""
-        self.extents = tuple(
-            Extent(region.offset, region.nbytes, self.checksums[rank])
-            for rank, region in enumerate(self.regions)
-        )
-        self.nbytes = sum(region.nbytes for region in self.regions)
+    def chunk_info(self, rank: int) -> ChunkInfo:
+        """What a codec must know of a rank's payload. Raises ValueError when that is not known."""
+        form = self.space.forms.get(rank)
+        if form is None:
+            raise ValueError(f"rank {rank} has not said what its payloads are")
+        if form.layout.dtype not in DTYPE_BYTES:
+            raise ValueError(f"rank {rank} stores {form.layout.dtype!r}, which is not known")
+        info = ChunkInfo(form.layout, self.tokens, self.start, form.rope, form.first_head)
+        if info.payload_bytes != self.body.regions[rank].nbytes:
+            raise ValueError(
+                f"rank {rank} stored {self.body.regions[rank].nbytes} bytes, and "
+                f"{info.payload_bytes} are {self.tokens} tokens of its layout"
+            )
+        return info
+
+
+class Part(NamedTuple):
+    """A chunk, and how many of its first tokens somebody means."""
+
+    entry: Entry
+    tokens: int
 
 
 class Children:
@@ -88,6 +157,9 @@ class Children:
 
     def __len__(self) -> int:
         return len(self._orders)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
 
     def add(self, entry: Entry) -> None:
         at = bisect_left(self._orders, entry.order)

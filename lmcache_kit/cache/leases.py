@@ -7,19 +7,19 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from lmcache_kit.cache.entries import Entry
+from lmcache_kit.cache.entries import Body
 
 
 @dataclass(slots=True)
 class _Lease:
     owner: Hashable
-    entries: Sequence[Entry]
+    bodies: Sequence[Body]
     ranks: set[int]
     expires: float
 
 
 class Leases:
-    """Who reads what until when. Each method that ends leases returns the entries let go."""
+    """Who reads what until when. Each method that ends leases returns the bodies let go."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
@@ -31,16 +31,16 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, entries: Sequence[Entry], ranks: int, owner: Hashable) -> int:
-        """Hold ``entries`` until each of ``ranks`` ranks has released them."""
-        for entry in entries:
-            entry.leases += 1
+    def grant(self, bodies: Sequence[Body], ranks: int, owner: Hashable) -> int:
+        """Hold ``bodies`` until each of ``ranks`` ranks has released them."""
+        for body in bodies:
+            body.holds += 1
         number = next(self._numbers)
         expires = self._clock() + self._ttl_s
-        self._leases[number] = _Lease(owner, entries, set(range(ranks)), expires)
+        self._leases[number] = _Lease(owner, bodies, set(range(ranks)), expires)
         return number
 
-    def release(self, number: int, rank: int | None) -> Sequence[Entry] | None:
+    def release(self, number: int, rank: int | None) -> Sequence[Body] | None:
         """None when there is no such hold; an empty sequence while other ranks hold on."""
         lease = self._leases.get(number)
         if lease is None or (rank is not None and rank not in lease.ranks):
@@ -51,11 +51,21 @@ class Leases:
                 return ()
         return self._end(number)
 
-    def release_owner(self, owner: Hashable) -> list[Entry]:
-        mine = [number for number, lease in self._leases.items() if lease.owner == owner]
-        return [entry for number in mine for entry in self._end(number)]
+    def cut(self, number: int, first: int) -> Sequence[Body] | None:
+        """Let go all but the ``first`` so many bodies; None when there is no such hold."""
+        lease = self._leases.get(number)
+        if lease is None or not first:
+            return None if lease is None else self._end(number)
+        gone, lease.bodies = lease.bodies[first:], lease.bodies[:first]
+        for body in gone:
+            body.holds -= 1
+        return gone
 
-    def release_expired(self) -> tuple[int, list[Entry]]:
+    def release_owner(self, owner: Hashable) -> list[Body]:
+        mine = [number for number, lease in self._leases.items() if lease.owner == owner]
+        return [body for number in mine for body in self._end(number)]
+
+    def release_expired(self) -> tuple[int, list[Body]]:
         """How many leases have outlived their time, and what they held."""
         now = self._clock()
         late: list[int] = []
@@ -63,10 +73,10 @@ class Leases:
             if lease.expires > now:
                 break
             late.append(number)
-        return len(late), [entry for number in late for entry in self._end(number)]
+        return len(late), [body for number in late for body in self._end(number)]
 
-    def _end(self, number: int) -> Sequence[Entry]:
-        entries = self._leases.pop(number).entries
-        for entry in entries:
-            entry.leases -= 1
-        return entries
+    def _end(self, number: int) -> Sequence[Body]:
+        bodies = self._leases.pop(number).bodies
+        for body in bodies:
+            body.holds -= 1
+        return bodies

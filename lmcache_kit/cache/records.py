@@ -41,11 +41,13 @@ class Match(NamedTuple):
 
 
 class StoreItem(NamedTuple):
-    """A chunk to store: its parent's key, its packed tokens and its rank's payload size."""
+    """A chunk to store: its parent's key, its packed tokens and its rank's payload size.
+    ``start``: position of its first token in the sequence."""
 
     parent: ChunkKey
     tokens: bytes
     nbytes: int
+    start: int = 0
 
 
 class Grant(NamedTuple):
@@ -54,6 +56,14 @@ class Grant(NamedTuple):
     status: Literal["granted", "present", "refused"]
     ticket: int = 0
     offset: int = 0
+
+
+class Selected(NamedTuple):
+    """How much some chunks are. ``tokens`` are those meant, which may be the first of a chunk's."""
+
+    tokens: int = 0
+    chunks: int = 0
+    nbytes: int = 0
 
 
 class StoredChunk(NamedTuple):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,32 +13,38 @@ if TYPE_CHECKING:
     from lmcache_kit.keys import ChunkKey
 
 
-@dataclass(slots=True)
-class Tally:
-    """What was evicted; ``for_space``: out of the policy's order, because of where it lay."""
-
-    chunks: int = 0
-    nbytes: int = 0
-    for_space: int = 0
-
-
 class Room:
     """Takes memory for one batch, and evicts for it what must go.
 
     A chunk leaves only after all that follow it have left, because they could not be found
-    without it; among those that may leave the policy's order holds. Nothing in use, pending or in
-    ``keep`` leaves, and nothing at all for a request that cannot be granted. ``wanted_bytes`` is
-    what the whole batch may need: victims are looked for once.
+    without it; among those that may leave the policy's order holds. Nothing in use, pinned,
+    pending or in ``keep`` leaves, and nothing at all for a request that cannot be granted.
+    ``wanted_bytes`` is what the whole batch may need: victims are looked for once. What leaves is
+    counted; ``evicted_for_space_total``: out of the policy's order, because of where it lay.
     """
 
-    def __init__(self, shelf: Shelf, keep: Set[ChunkKey], wanted_bytes: int) -> None:
+    def __init__(
+        self, shelf: Shelf, counters: Counter[str], keep: Set[ChunkKey], wanted_bytes: int
+    ) -> None:
         self._shelf = shelf
+        self._counters = counters
         self._keep = keep
         self._wanted_bytes = wanted_bytes
         self._victims: deque[Entry] = deque()
         self._weight = 0
         self._hopeless_bytes = shelf.capacity_bytes + 1
-        self.evicted = Tally()
+
+    def take_all(self, sizes: Sequence[int]) -> list[Region]:
+        """Memory of each of these sizes, or none."""
+        regions: list[Region] = []
+        for nbytes in sizes:
+            region = self.take(nbytes)
+            if region is None:
+                for taken in regions:
+                    self._shelf.free(taken)
+                return []
+            regions.append(region)
+        return regions
 
     def take(self, nbytes: int) -> Region | None:
         """``nbytes`` of memory, or None when nothing that may leave would make room for it."""
@@ -59,7 +64,7 @@ class Room:
             self._look_for_victims(nbytes)
         freed = 0
         for victim in self._victims:
-            if victim.linked and victim.regions[0].nbytes >= nbytes:
+            if victim.linked and victim.body.regions[0].nbytes >= nbytes:
                 return True
             freed += victim.nbytes
             if freed >= nbytes:
@@ -96,16 +101,17 @@ class Room:
             entry = self._shelf.owner_of(region)
             if entry is not None and entry.linked:
                 self._evict(entry)
-                self.evicted.for_space += 1
+                self._counters["evicted_for_space_total"] += 1
         return self._shelf.memory.allocate(nbytes)
 
     def _evict(self, entry: Entry) -> None:
-        self.evicted.chunks += 1
-        self.evicted.nbytes += entry.nbytes
+        self._counters["evicted_chunks_total"] += 1
+        self._counters["evicted_bytes_total"] += entry.nbytes
         self._shelf.unlink(entry)
 
     def _may_leave(self, entry: Entry) -> bool:
-        return entry.linked and entry.complete and not entry.in_use and entry.key not in self._keep
+        held = entry.body.holds or entry.pins
+        return entry.linked and entry.complete and not held and entry.key not in self._keep
 
     def _movable(self, region: Region) -> bool:
         entry = self._shelf.owner_of(region)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lmcache_kit.cache.entries import Children, Entry, Space, big_endian
+from lmcache_kit.cache.entries import Body, Children, Entry, Part, Space, big_endian
 from lmcache_kit.cache.records import Located
-from lmcache_kit.keys import TOKEN_BYTES
+from lmcache_kit.keys import TOKEN_BYTES, chain
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lmcache_kit.cache.records import ChangeListener, StoredChunk
     from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region
     from lmcache_kit.keys import ChunkKey
@@ -18,7 +20,7 @@ class Shelf:
     """Keeps entries, their memory, the policy and the listeners in step with each other.
 
     An entry is *linked* from :meth:`put` to :meth:`unlink`; listeners and policy know it from
-    :meth:`complete` on.
+    :meth:`complete` on. ``encoded`` counts the entries whose body is.
     """
 
     def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
@@ -30,6 +32,7 @@ class Shelf:
         self.children: dict[ChunkKey, Children] = {}
         self.spaces: dict[bytes, Space] = {}
         self.listeners: list[ChangeListener] = []
+        self.encoded = 0
         self._pending_children: dict[ChunkKey, int] = {}
         self._at: dict[int, Entry] = {}
 
@@ -64,11 +67,41 @@ class Shelf:
             entry, usable = children.longest(order[at : at + step])
             if not usable or entry.space is not space:
                 break
-            located = Located(entry.key, at // TOKEN_BYTES, usable, entry.tokens, entry.extents)
+            located = Located(
+                entry.key, at // TOKEN_BYTES, usable, entry.tokens, entry.body.extents
+            )
             found.append((located, entry))
             if usable < space.chunk_size:
                 break
             parent = entry.key
+        return found
+
+    def select(self, digests: Iterable[bytes] | None, tokens: bytes | None) -> list[Part]:
+        """The longest stored prefix of packed ``tokens`` in each of these namespaces, or in all
+        (None); without tokens, all complete chunks there."""
+        spaces = self._named(digests)
+        if tokens is not None:
+            walks = [self.walk(space, tokens) for space in spaces]
+            return [Part(entry, located.usable) for walk in walks for located, entry in walk]
+        return [
+            Part(entry, entry.tokens)
+            for entry in self.entries.values()
+            if entry.complete and entry.space in spaces
+        ]
+
+    def holding(self, digests: Iterable[bytes] | None, tokens: bytes) -> list[Entry]:
+        """Complete chunks, also behind holes, that hold only KV of packed ``tokens`` or that of
+        the last of them and then more; not those that go on otherwise."""
+        found: list[Entry] = []
+        for space in self._named(digests):
+            for link in chain(space.digest, tokens, space.chunk_size):
+                order = big_endian(tokens[link.start * TOKEN_BYTES : link.end * TOKEN_BYTES])
+                found += [
+                    entry
+                    for entry in self.children.get(link.parent, ())
+                    if entry.space is space
+                    and (order.startswith(entry.order) or entry.order.startswith(order))
+                ]
         return found
 
     def put(self, entry: Entry) -> None:
@@ -77,18 +110,17 @@ class Shelf:
         self.pending[entry.key] = entry
         self._pending_children[entry.parent] = self._pending_children.get(entry.parent, 0) + 1
         self.spaces.setdefault(entry.space.digest, entry.space).entries += 1
-        for region in entry.regions:
-            self._at[region.offset] = entry
+        self._own(entry)
 
     def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
         """A rank needs another size than was set aside for it."""
-        self.free(entry.regions[rank])
-        entry.regions[rank] = region
-        self._at[region.offset] = entry
+        self.free(entry.body.regions[rank])
+        entry.body.regions[rank] = region
+        self._own(entry)
 
     def complete(self, entry: Entry) -> None:
         """Every rank has committed: the chunk can be found."""
-        entry.seal()
+        entry.body.seal([entry.checksums[rank] for rank in range(entry.space.world_size)])
         self._no_longer_pending(entry)
         self.children.setdefault(entry.parent, Children()).add(entry)
         self.policy.added(entry.key)
@@ -114,21 +146,37 @@ class Shelf:
                 listener.removed(entry.key)
         else:
             self._no_longer_pending(entry)
-        self.settle(entry)
+        self.forsake(entry)
 
-    def settle(self, entry: Entry) -> None:
-        """Free the memory of an entry that is neither linked nor in use."""
-        if not entry.linked and not entry.in_use:
-            for region in entry.regions:
+    def adopt(self, entry: Entry, body: Body) -> None:
+        """From now on the entry, whose last body was forsaken, consists of this one."""
+        body.kept = True
+        entry.body = body
+        self.encoded += body.encoding is not None
+        self._own(entry)
+
+    def forsake(self, entry: Entry) -> None:
+        """The entry's body goes when nobody uses it any more."""
+        entry.body.kept = False
+        self.encoded -= entry.body.encoding is not None
+        for region in entry.body.regions:
+            self._at.pop(region.offset, None)
+        self.settle(entry.body)
+
+    def settle(self, body: Body) -> None:
+        """Free the memory of a body that is neither kept nor in use."""
+        if not body.kept and not body.holds:
+            for region in body.regions:
                 self.free(region)
-            entry.regions = []
+            body.regions = []
 
     def free(self, region: Region) -> None:
         self._at.pop(region.offset, None)
         self.memory.free(region)
 
     def owner_of(self, region: Region) -> Entry | None:
-        """The entry whose memory this is; None for memory that is just being handed out."""
+        """The linked entry whose memory this is. None for memory that is just being handed out,
+        or of bodies that are used only until their readers are done."""
         return self._at.get(region.offset)
 
     def followers(self, key: ChunkKey) -> int:
@@ -136,6 +184,15 @@ class Shelf:
         children = self.children.get(key)
         stored = len(children) if children else 0
         return stored + self._pending_children.get(key, 0)
+
+    def _own(self, entry: Entry) -> None:
+        for region in entry.body.regions:
+            self._at[region.offset] = entry
+
+    def _named(self, digests: Iterable[bytes] | None) -> list[Space]:
+        if digests is None:
+            return list(self.spaces.values())
+        return [self.spaces[digest] for digest in digests if digest in self.spaces]
 
     def _no_longer_pending(self, entry: Entry) -> None:
         del self.pending[entry.key]

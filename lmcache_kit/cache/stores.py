@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
-from lmcache_kit.cache.entries import Entry, Space, big_endian
+from lmcache_kit.cache.entries import Body, Entry, Space, big_endian
 from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.cache.room import Room
 from lmcache_kit.keys import ChunkKey, chunk_key
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.shelf import Shelf
-    from lmcache_kit.interfaces import Region
 
 
 class _Ticket(NamedTuple):
@@ -56,13 +55,9 @@ class Stores:
         keys = [chunk_key(space.digest, item.parent, item.tokens) for item in items]
         keep = {*keys, *(item.parent for item in items)}
         wanted_bytes = sum(item.nbytes for item in items) * space.world_size
-        room = Room(self._shelf, keep, wanted_bytes)
+        room = Room(self._shelf, self._counters, keep, wanted_bytes)
         batch = _Batch(space, rank, owner, room)
-        grants = [self._grant(batch, key, item) for key, item in zip(keys, items, strict=True)]
-        self._counters["evicted_chunks_total"] += room.evicted.chunks
-        self._counters["evicted_bytes_total"] += room.evicted.nbytes
-        self._counters["evicted_for_space_total"] += room.evicted.for_space
-        return grants
+        return [self._grant(batch, key, item) for key, item in zip(keys, items, strict=True)]
 
     def commit(self, number: int, checksum: int, owner: Hashable) -> bool:
         """False when there is no such ticket, or its chunk was given up meanwhile."""
@@ -71,7 +66,7 @@ class Stores:
             return False
         entry = ticket.entry
         if not entry.linked:
-            self._shelf.settle(entry)
+            self._shelf.settle(entry.body)
             return False
         entry.checksums[ticket.rank] = checksum
         entry.since = self._clock()
@@ -88,7 +83,7 @@ class Stores:
             return False
         self._counters["abandoned_total"] += 1
         self._shelf.unlink(ticket.entry)
-        self._shelf.settle(ticket.entry)
+        self._shelf.settle(ticket.entry.body)
         return True
 
     def abandon_owner(self, owner: Hashable) -> None:
@@ -101,7 +96,7 @@ class Stores:
         and another one never began. A rank that does write is waited for, because the memory
         is its own until it says so or dies."""
         for entry in list(self._shelf.pending.values()):
-            if not entry.writers and entry.since <= stale:
+            if not entry.body.holds and entry.since <= stale:
                 self._counters["expired_pending_total"] += 1
                 self._shelf.unlink(entry)
 
@@ -119,41 +114,30 @@ class Stores:
             self._refuse(batch, key, refusal)
             return Grant("refused")
         entry.claimed.add(batch.rank)
-        entry.writers += 1
+        entry.body.holds += 1
         entry.since = self._clock()
         number = next(self._numbers)
         self._tickets[number] = _Ticket(entry, batch.rank, batch.owner)
-        return Grant("granted", number, entry.regions[batch.rank].offset)
+        return Grant("granted", number, entry.body.regions[batch.rank].offset)
 
     def _set_aside(
         self, batch: _Batch, key: ChunkKey, item: StoreItem, entry: Entry | None
     ) -> Entry | None:
         """The entry with memory for this rank's payload, or None when there is no room."""
         if entry is None:
-            regions = self._take(batch.room, item.nbytes, batch.space.world_size)
+            regions = batch.room.take_all([item.nbytes] * batch.space.world_size)
             if not regions:
                 return None
             order = big_endian(item.tokens)
-            entry = Entry(key, item.parent, batch.space, order, regions, self._clock())
+            body = Body(regions)
+            entry = Entry(key, item.parent, batch.space, order, item.start, body, self._clock())
             self._shelf.put(entry)
-        elif entry.regions[batch.rank].nbytes != item.nbytes:
-            regions = self._take(batch.room, item.nbytes, 1)
+        elif entry.body.regions[batch.rank].nbytes != item.nbytes:
+            regions = batch.room.take_all([item.nbytes])
             if not regions:
                 return None
             self._shelf.replace_region(entry, batch.rank, regions[0])
         return entry
-
-    def _take(self, room: Room, nbytes: int, times: int) -> list[Region]:
-        """That many regions, or none."""
-        regions: list[Region] = []
-        for _ in range(times):
-            region = room.take(nbytes)
-            if region is None:
-                for taken in regions:
-                    self._shelf.free(taken)
-                return []
-            regions.append(region)
-        return regions
 
     def _refuse(self, batch: _Batch, key: ChunkKey, refusal: str) -> None:
         batch.refused[key] = refusal
@@ -167,5 +151,5 @@ class Stores:
         if ticket is None or ticket.owner != owner:
             return None
         del self._tickets[number]
-        ticket.entry.writers -= 1
+        ticket.entry.body.holds -= 1
         return ticket

@@ -23,13 +23,20 @@ class Own(NamedTuple):
 
 OWN: Mapping[str, Own] = {
     "cache-server": Own("lmcache_kit.cli.cache_server:cache_server", "Run a cache process."),
+    "clear": Own("lmcache_kit.cli.operations:clear", "Forget stored KV."),
+    "compress": Own("lmcache_kit.cli.operations:compress", "Encode stored KV with a codec."),
     "controller": Own("lmcache_kit.cli.controller:controller", "Run the controller."),
+    "decompress": Own("lmcache_kit.cli.operations:decompress", "Decode stored KV again."),
     "doctor": Own("lmcache_kit.cli.doctor:doctor", "Say what works on this machine."),
+    "events": Own("lmcache_kit.cli.events:events", "Follow operations, or stop one."),
     "lookup": Own("lmcache_kit.cli.lookup:lookup", "Ask the controller who holds some tokens."),
+    "pin": Own("lmcache_kit.cli.operations:pin", "Keep stored KV from being evicted."),
+    "pins": Own("lmcache_kit.cli.events:pins", "List pins."),
     "plugins": Own("lmcache_kit.cli.plugins:plugins", "List the plugins that are installed."),
     "show-config": Own(
         "lmcache_kit.cli.show_config:show_config", "Show every key, its value and its origin."
     ),
+    "unpin": Own("lmcache_kit.cli.operations:unpin", "End pins."),
     "validate": Own("lmcache_kit.cli.validate:validate", "Check a configuration file."),
 }
 

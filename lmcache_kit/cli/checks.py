@@ -19,6 +19,7 @@ from lmcache_kit.config import KitConfig, Loaded
 from lmcache_kit.config.model import GIB
 from lmcache_kit.errors import ConfigError, KitError
 from lmcache_kit.plugins import Plugins
+from lmcache_kit.process.codecs import Codecs
 from lmcache_kit.process.paths import secure_directory, socket_path
 from lmcache_kit.vllm.plugin import TAKE_OVER, serves_lmcache_name
 
@@ -73,6 +74,12 @@ def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
         yield Check("ok", f"cache_policy {config.cache_policy}", "known")
     except KitError as error:
         yield Check.failed(f"cache_policy {config.cache_policy}", error)
+    if config.store_codec:
+        try:
+            Codecs(found, config.codec_options).make(config.store_codec)
+            yield Check("ok", f"store_codec {config.store_codec}", "installed")
+        except KitError as error:
+            yield Check.failed(f"store_codec {config.store_codec}", error)
     try:
         found.resolve("frontend", "http")
         yield Check("ok", "frontend http", "installed")

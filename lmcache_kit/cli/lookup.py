@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
-from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 
 import click
 
+from lmcache_kit.cli._rest import DEFAULT_URL, post
+from lmcache_kit.cli._tokens import given_tokens
 from lmcache_kit.cli.output import print_json, print_table
 from lmcache_kit.errors import ControlError
-
-DEFAULT_URL = "http://localhost:9000"
-TIMEOUT_S = 10.0
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
 
 @click.command()
@@ -46,7 +37,7 @@ def lookup(
           -d '{"model": "M", "prompt": "Hello"}' | lmcache-kit lookup
     """
     body = {key: value for key, value in filters.items() if value is not None}
-    ids = list(tokens) if tokens else _read_tokens(file)
+    ids = given_tokens(tokens, file)
     answer = post(
         f"{url.rstrip('/')}/lookup",
         {"tokens": ids, **({} if as_json else {"detail": True}), **body},
@@ -75,62 +66,3 @@ def _matches(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str]]:
                 yield instance, at["location"], at["tokens"], at["stopped"]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ControlError("what answered is no controller: its answer has no matches") from error
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A controller does not redirect, and the token must not go elsewhere."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
-def post(url: str, body: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-    """POST JSON and return the JSON object that comes back. Raises ControlError."""
-    if not url.startswith(("http://", "https://")):
-        raise click.BadParameter(f"{url!r} does not start with http:// or https://")
-    headers = {"Content-Type": "application/json"}
-    if token := os.environ.get("LMCACHE_KIT_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310
-    # A proxy that the environment names is for the world outside, not for a controller.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-    try:
-        with opener.open(request, timeout=timeout_s) as reply:
-            answer = json.loads(reply.read(MAX_ANSWER_BYTES))
-    except urllib.error.HTTPError as error:
-        raise _refusal(url, error) from error
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise ControlError(
-            f"no controller answers at {url}: {reason}",
-            hint="Start one with 'lmcache-kit controller', or name another with --url",
-        ) from error
-    except ValueError as error:
-        raise ControlError(f"{url} did not answer with JSON; is it a controller?") from error
-    if not isinstance(answer, dict):
-        raise ControlError(f"{url} did not answer with a JSON object; is it a controller?")
-    return answer
-
-
-def _refusal(url: str, error: urllib.error.HTTPError) -> ControlError:
-    """The controller's own words, if it is ours."""
-    try:
-        problem = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
-        return ControlError(str(problem["message"]), hint=str(problem.get("hint") or ""))
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return ControlError(f"{url} answered with status {error.code} {error.reason}")
-
-
-def _read_tokens(file: str | None) -> list[int]:
-    if file is None and sys.stdin.isatty():
-        raise click.UsageError("name TOKENS, or a --file, or pipe JSON into the command")
-    name = "the standard input" if file in (None, "-") else str(file)
-    try:
-        text = sys.stdin.read() if file in (None, "-") else Path(str(file)).read_text()
-        value = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise click.UsageError(f"{name} holds no JSON: {error}") from error
-    tokens = value.get("tokens") if isinstance(value, dict) else value
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise click.UsageError(f"{name} holds neither a list of token ids nor one under 'tokens'")
-    return tokens

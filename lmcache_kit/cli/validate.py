@@ -7,6 +7,7 @@ import click
 from lmcache_kit.cli.output import quiet_plugins
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.plugins import Plugins
+from lmcache_kit.process.codecs import Codecs
 
 
 @click.command()
@@ -32,3 +33,5 @@ def check_names(config: KitConfig, plugins: Plugins) -> None:
     """Raises as :class:`Plugins` does for a name that no usable plugin provides."""
     plugins.resolve("backend", config.location)
     plugins.eviction_policy(config.cache_policy)
+    if config.store_codec:
+        Codecs(plugins, config.codec_options).make(config.store_codec)

@@ -34,6 +34,16 @@ def _address(value: Any) -> Any:
     return value
 
 
+def _mapping(value: Any) -> Any:
+    """A mapping, or one written as JSON, as a variable has it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
 def _number(value: Any) -> Any:
     """Booleans are ints to Python; ``chunk_size: true`` is a mistake all the same."""
     if isinstance(value, bool):
@@ -122,6 +132,22 @@ class KitConfig(BaseModel):
     )
     lease_ttl_s: Number = Field(
         default=120.0, gt=0, description="seconds after which a forgotten lease ends"
+    )
+
+    max_pinned_share: Number = Field(
+        default=0.5, ge=0, le=1, description="share of the memory that pinned chunks may fill"
+    )
+    pin_timeout_sec: Number | None = Field(
+        default=None,
+        ge=0,
+        description="seconds that a pin without a time of its own lasts; 0: ever",
+    )
+
+    store_codec: str | None = Field(
+        default=None, min_length=1, description="codec that encodes every chunk once it is stored"
+    )
+    codec_options: Annotated[dict[str, dict[str, Any]], BeforeValidator(_mapping)] = Field(
+        default={}, description="options of codecs, by their names"
     )
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ import zmq
 from lmcache_kit.cache.records import StoredChunk
 from lmcache_kit.control.address import connect_url
 from lmcache_kit.control.announcer import Announcer
+from lmcache_kit.control.jobs import Jobs
 from lmcache_kit.control.session import Engine, Identity, Session
 from lmcache_kit.control.wire import (
     MAX_FRAME_BYTES,
@@ -23,6 +24,7 @@ from lmcache_kit.control.wire import (
     encode,
 )
 from lmcache_kit.errors import ProtocolError
+from lmcache_kit.interfaces.operations import Operator
 from lmcache_kit.keys import ChunkKey, Namespace
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Agent:
     ``worker_ports[rank]`` is the port shown for a rank. ``started`` (seconds since the epoch, now
     by default) decides who keeps an instance id that two lives claim: the later one. The other
     one is told so, logs it once, and asks again every ten heartbeats, in case the later one has
-    died.
+    died. ``operator`` carries out what the controller orders; without one orders are refused.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Agent:
         worker_ports: Sequence[int] = (),
         peer_url: str | None = None,
         started: float | None = None,
+        operator: Operator | None = None,
     ) -> None:
         self._engine = engine
         self._url = connect_url(url)
@@ -70,7 +73,8 @@ class Agent:
             peer_url=peer_url,
             started=time.time() if started is None else started,
         )
-        self._session = Session(engine, self._announcer, identity)
+        self._jobs = Jobs(operator, wake=self._wake)
+        self._session = Session(engine, self._announcer, identity, jobs=self._jobs)
         self._lock = threading.Lock()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -117,6 +121,7 @@ class Agent:
         """Counters ending in ``_total``, and gauges."""
         return {
             **self._session.counts,
+            **self._jobs.stats(),
             "registered": float(self._session.registered),
             "turned_away": float(self._session.turned_away),
             "seq": float(self._announcer.seq),
@@ -197,7 +202,9 @@ class Agent:
             if not self._session.gathering():
                 self._rest()
             self._session.turn(send)
+        self._jobs.stop()
         if self._session.registered:
+            self._session.turn(send)
             send(Goodbye())
 
     def _rest(self) -> None:

@@ -16,18 +16,30 @@ import zmq.asyncio
 
 from lmcache_kit.control import lookup as lookups
 from lmcache_kit.control.address import bind_url
-from lmcache_kit.control.registry import Process, Registry
+from lmcache_kit.control.operations import Operations
+from lmcache_kit.control.registry import Connection, Process, Registry
 from lmcache_kit.control.wire import (
     MAX_FRAME_BYTES,
+    Began,
     Command,
+    Ended,
     FromController,
+    Progressed,
     Register,
+    Rejected,
     Result,
     decode_from_agent,
     encode,
 )
 from lmcache_kit.errors import ConfigError, DeadlineExceeded, NoWorker, ProtocolError, UnknownName
-from lmcache_kit.interfaces.frontend import LookupAnswer, LookupQuery, WorkerInfo
+from lmcache_kit.interfaces.frontend import (
+    EventInfo,
+    LookupAnswer,
+    LookupQuery,
+    Operation,
+    PinList,
+    WorkerInfo,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +75,7 @@ class Controller:
         self._health_timeout_s = health_timeout_s
         self._registry = registry or Registry()
         self._counts = self._registry.counts
+        self._operations = Operations(self._registry, self._send)
         self._context: zmq.asyncio.Context | None = None
         self._sockets: list[zmq.asyncio.Socket] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -93,6 +106,7 @@ class Controller:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._operations.close()
         for _, future in self._waiting.values():
             if not future.done():
                 future.set_exception(NoWorker("the controller is stopping"))
@@ -118,11 +132,7 @@ class Controller:
         """0 for each rank whose cache process answers well, 1 for one that reports an error."""
         process = self._registry.find(instance_id)
         if not process.alive:
-            raise NoWorker(
-                f"instance {instance_id!r} has not been heard of for "
-                f"{self._registry.silence_s(process):.0f} s",
-                hint="Its cache process has ended or cannot reach this controller",
-            )
+            raise self._registry.silent(process)
         result = await self._command(process, "ping", self._health_timeout_s)
         code = 1 if result.error else 0
         return {worker.rank: code for worker in sorted(process.said.workers)}
@@ -151,6 +161,30 @@ class Controller:
             return None
         return max(at, key=lambda each: (each.alive, each.registered_at)).instance_id
 
+    async def operate(self, operation: Operation) -> EventInfo:
+        """Returns when the cache process has taken it on."""
+        return await self._operations.operate(operation)
+
+    async def ended(self, event_id: str) -> EventInfo:
+        """Returns when it has ended."""
+        return await self._operations.ended(event_id)
+
+    async def cancel(self, event_id: str) -> EventInfo:
+        """Returns when it has ended, or after a little while."""
+        return await self._operations.cancel(event_id)
+
+    def event(self, event_id: str) -> EventInfo:
+        """Raises UnknownName."""
+        return self._operations.event(event_id)
+
+    def events(self) -> list[EventInfo]:
+        """The latest first."""
+        return self._operations.events()
+
+    async def pins(self, instance_id: str | None = None, location: str | None = None) -> PinList:
+        """Each cache process is asked."""
+        return await self._operations.pins(instance_id, location)
+
     def counters(self) -> Mapping[str, float]:
         """Counters since the start, and gauges of what is known now."""
         processes = self._registry.processes()
@@ -164,6 +198,7 @@ class Controller:
             "index_keys": float(len(index)),
             "index_holders": float(index.holders),
             "index_holders_unswept": float(index.dead),
+            "operations_active": float(self._operations.active),
             "commands_waiting": float(len(self._waiting)),
         }
 
@@ -223,11 +258,13 @@ class Controller:
             return
         ip = _address(frames[1]) if isinstance(message, Register) else ""
         for connection, answer in self._registry.handle(peer, message, ip):
-            if isinstance(connection, _Peer):
-                self._send(connection, answer)
+            self._send(connection, answer)
+        if isinstance(message, (Began, Rejected, Progressed, Ended)) and self._registry.on(peer):
+            self._operations.handle(peer, message)
 
-    def _send(self, peer: _Peer, message: FromController) -> None:
+    def _send(self, peer: Connection, message: FromController) -> None:
         """Never waits: what a peer does not take is dropped, and the peer's next message heals."""
+        assert isinstance(peer, _Peer)
         frames = [peer.routing_id, encode(message)]
         sent = self._sockets[peer.port].send_multipart(frames, flags=zmq.NOBLOCK)
         asyncio.ensure_future(sent).add_done_callback(_note)
@@ -236,6 +273,7 @@ class Controller:
         """Let nothing that is dead stay for long, a little at a time."""
         while True:
             self._registry.expire()
+            self._operations.tick()
             busy = self._registry.index.sweep()
             await asyncio.sleep(_TURN_S if busy else _TICK_S)
 

@@ -34,7 +34,7 @@ from lmcache_kit.control.wire import (
     SnapshotPart,
     WhoAreYou,
 )
-from lmcache_kit.errors import ProtocolError, UnknownName
+from lmcache_kit.errors import NoWorker, ProtocolError, UnknownName
 from lmcache_kit.keys import Namespace
 
 Connection: TypeAlias = Hashable
@@ -66,6 +66,9 @@ COUNTERS = (
     "messages_malformed_total",
     "messages_total",
     "messages_unregistered_total",
+    "operations_total",
+    "orders_repeated_total",
+    "outcomes_late_total",
     "processes_forgotten_total",
     "processes_lost_total",
     "reconnections_total",
@@ -156,9 +159,17 @@ class Registry:
         """The process that registered on a connection."""
         return self._connections.get(connection)
 
-    def silence_s(self, process: Process) -> float:
-        """How long it has not been heard of."""
-        return self._clock() - process.heard
+    def knows(self, process: Process) -> bool:
+        """Whether this life is neither over, forgotten nor followed by another one."""
+        return self._instances.get(process.instance_id) is process
+
+    def silent(self, process: Process) -> NoWorker:
+        """Why one that is not alive cannot be asked."""
+        return NoWorker(
+            f"instance {process.instance_id!r} has not been heard of for "
+            f"{self._clock() - process.heard:.0f} s",
+            hint="Its cache process has ended or cannot reach this controller",
+        )
 
     def namespaces(self) -> Iterable[Namespace]:
         """Distinct base namespaces of the processes that are alive."""

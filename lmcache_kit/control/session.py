@@ -18,8 +18,11 @@ from typing import Protocol, TypeAlias
 
 from lmcache_kit.cache.records import ChangeListener, StoredChunk
 from lmcache_kit.control.announcer import Announcer
+from lmcache_kit.control.jobs import Jobs
 from lmcache_kit.control.wire import (
     MAX_NAMESPACES,
+    Begin,
+    Cancel,
     Command,
     Fenced,
     FromAgent,
@@ -30,6 +33,7 @@ from lmcache_kit.control.wire import (
     Registered,
     Result,
     Resync,
+    Settled,
     WhoAreYou,
     WorkerPort,
 )
@@ -91,6 +95,7 @@ class Session:
         announcer: Announcer,
         identity: Identity,
         *,
+        jobs: Jobs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocked = False
@@ -98,6 +103,7 @@ class Session:
         self._engine = engine
         self._announcer = announcer
         self._identity = identity
+        self._jobs = jobs or Jobs(None, clock=clock)
         self._heartbeat_s = identity.heartbeat_s
         self._clock = clock
         self._lock = threading.Lock()
@@ -139,6 +145,7 @@ class Session:
         """A connection that knows nothing of us begins."""
         self._state = _State.STRANGER
         self._next_register = self._next_heartbeat = self._next_flush = 0.0
+        self._jobs.restart()
         self.blocked = False
 
     def gathering(self) -> bool:
@@ -155,7 +162,8 @@ class Session:
         elif self._announcer.position() is None:
             due = now
         else:
-            due = self._next_heartbeat
+            soon = self._jobs.wait_s()
+            due = self._next_heartbeat if soon is None else min(now + soon, self._next_heartbeat)
         if self._announcer.has_notes():
             due = min(due, self._next_flush)
         return max(0.0, due - now)
@@ -176,6 +184,8 @@ class Session:
             return
         while self._results and self._try(send, self._results[0]):
             self._results.popleft()
+        if not self.blocked:
+            self._jobs.turn(lambda message: self._try(send, message))
         if now >= self._next_heartbeat:
             position = self._announcer.position()
             if self._try(send, Heartbeat((position,) if position else ())):
@@ -251,6 +261,12 @@ class Session:
             case Command():
                 error = "" if message.name == "ping" else f"unknown command {message.name!r:.100}"
                 self._results.append(Result(message.correlation, error))
+            case Begin():
+                self._jobs.begin(message)
+            case Cancel():
+                self._jobs.cancel(message.event_id)
+            case Settled():
+                self._jobs.settled(message.event_id)
 
     def _registered(self, message: Registered) -> None:
         if self._state is _State.REGISTERED:

@@ -6,20 +6,28 @@ heartbeats one way, commands with correlation ids the other way. A message is on
 
 Index events are numbered per location from 1; a :class:`Batch` names only keys whose state
 changed, as one blob of 16-byte keys. A gap is healed by replay or by a snapshot.
+
+Orders are named by the id of their event: :class:`Begin` is repeated until it is answered and
+:class:`Ended` until it is acknowledged, over as many connections as it takes, and either of them
+takes effect once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
 from lmcache_kit.errors import ProtocolError
+from lmcache_kit.interfaces.operations import Accepted, Order, Outcome, Progress
 from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
 
 VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 MAX_KEYS_PER_MESSAGE = 16_384
+MAX_TEXT = 2000
+_MAX_NAME = 256
+_MAX_KNOWN = 100
 MAX_NAMESPACES = 64
 
 
@@ -107,6 +115,55 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
     values: dict[str, int | float | str] = {}
 
 
+class Began(msgspec.Struct, frozen=True, tag="began"):
+    """Answer to a :class:`Begin`."""
+
+    event_id: str
+    accepted: Accepted
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """Answer to a :class:`Begin` that cannot be carried out; nothing was done.
+
+    ``why``: "unknown" for a ``name`` of a ``kind`` that is not among ``known``, "invalid",
+    "refused", or "failed" for a defect on this side.
+    """
+
+    event_id: str
+    why: Literal["unknown", "invalid", "refused", "failed"]
+    message: str
+    hint: str = ""
+    kind: str = ""
+    name: str = ""
+    known: tuple[str, ...] = ()
+
+    def cut(self) -> Rejected:
+        """The same, no longer than anybody reads."""
+        return Rejected(
+            self.event_id,
+            self.why,
+            self.message[:MAX_TEXT],
+            self.hint[:MAX_TEXT],
+            self.kind[:_MAX_NAME],
+            self.name[:_MAX_NAME],
+            tuple(name[:_MAX_NAME] for name in self.known[:_MAX_KNOWN]),
+        )
+
+
+class Progressed(msgspec.Struct, frozen=True, tag="progressed"):
+    """How far an order has come; only the last one matters."""
+
+    event_id: str
+    progress: Progress
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """How an order ended. Said again until :class:`Settled` comes."""
+
+    event_id: str
+    outcome: Outcome
+
+
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
     """This cache process ends on purpose."""
 
@@ -153,8 +210,31 @@ class Command(msgspec.Struct, frozen=True, tag="command"):
     values: dict[str, int | float | str] = {}
 
 
-FromAgent: TypeAlias = Register | Batch | SnapshotPart | Heartbeat | Result | Goodbye
-FromController: TypeAlias = Registered | WhoAreYou | Resync | Fenced | Refused | Command
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """Carry an order out within ``deadline_s`` seconds. Said again until it is answered."""
+
+    event_id: str
+    deadline_s: float
+    order: Order
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop the order of this event. Answered by :class:`Ended`, also when it never came."""
+
+    event_id: str
+
+
+class Settled(msgspec.Struct, frozen=True, tag="settled"):
+    """The end of this event is known; forget it."""
+
+    event_id: str
+
+
+AboutOrders: TypeAlias = Began | Rejected | Progressed | Ended
+FromAgent: TypeAlias = Register | Batch | SnapshotPart | Heartbeat | Result | AboutOrders | Goodbye
+FromController: TypeAlias = (
+    Registered | WhoAreYou | Resync | Fenced | Refused | Command | Begin | Cancel | Settled
+)
 
 _M = TypeVar("_M")
 

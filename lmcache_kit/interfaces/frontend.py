@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
+
+from lmcache_kit.interfaces.operations import Order, PinInfo, Progress
 
 
 class LookupQuery(msgspec.Struct, frozen=True):
@@ -62,11 +64,81 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     alive: bool
 
 
+EventState: TypeAlias = Literal[
+    "queued", "running", "done", "partial", "failed", "cancelled", "expired"
+]
+"""``queued`` until the cache process has taken it on, then ``running``; the others are final."""
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """An order for one instance. A pin without a ``pin_id`` gets the id of its event.
+
+    ``deadline_s``: it has ended by then, one way or the other; None: the controller's default for
+    this order. The same ``idempotency_key`` with the same order is the same event.
+    """
+
+    instance_id: str
+    order: Order
+    deadline_s: float | None = None
+    idempotency_key: str | None = None
+
+
+class EventPart(msgspec.Struct, frozen=True):
+    """Progress at one location, over all of ``worker_ids`` there, who hold each chunk together."""
+
+    instance_id: str
+    location: str
+    worker_ids: tuple[int, ...]
+    progress: Progress
+
+
+class EventInfo(msgspec.Struct, frozen=True):
+    """One operation, as far as it has come. Times are seconds since the epoch.
+
+    ``tokens``: what it is about; once it has ended, what it took effect on. ``ratio``: bytes
+    before by bytes after, where bytes were changed. ``message`` explains any state but ``done``.
+    """
+
+    event_id: str
+    operation: str
+    instance_id: str
+    location: str
+    state: EventState
+    tokens: int
+    parts: tuple[EventPart, ...]
+    ratio: float | None
+    message: str
+    created: float
+    started: float | None
+    ended: float | None
+    deadline: float
+    idempotency_key: str | None
+
+    @property
+    def final(self) -> bool:
+        """Whether it has ended."""
+        return self.state not in ("queued", "running")
+
+
+class InstancePin(msgspec.Struct, frozen=True):
+    """A pin, and the instance where it is."""
+
+    instance_id: str
+    pin: PinInfo
+
+
+class PinList(msgspec.Struct, frozen=True):
+    """Pins of the instances that answered; ``unanswered`` did not."""
+
+    pins: tuple[InstancePin, ...]
+    unanswered: tuple[str, ...] = ()
+
+
 class ControllerAPI(Protocol):
     """What a frontend may ask of the controller. Called on the controller's event loop.
 
-    Errors are :class:`~lmcache_kit.errors.ControlError` and its kin: UnknownName, NoWorker,
-    DeadlineExceeded.
+    Errors are :class:`~lmcache_kit.errors.ControlError` and its kin: UnknownName, InvalidQuery,
+    NoWorker, DeadlineExceeded, OperationFailed.
     """
 
     def lookup(self, query: LookupQuery) -> LookupAnswer:
@@ -87,6 +159,35 @@ class ControllerAPI(Protocol):
 
     def instance_at(self, ip: str) -> str | None:
         """The instance whose cache process registered from this address."""
+        ...
+
+    async def operate(self, operation: Operation) -> EventInfo:
+        """Give an order; returns as soon as the cache process has taken it on.
+
+        Raises what the cache process refused it with, NoWorker, or DeadlineExceeded; and
+        ControlError for an idempotency key that stands for another order.
+        """
+        ...
+
+    async def ended(self, event_id: str) -> EventInfo:
+        """Wait for the end of an operation, which comes by its deadline."""
+        ...
+
+    async def cancel(self, event_id: str) -> EventInfo:
+        """Stop an operation; it may take a while to end. Raises ControlError if it has ended
+        otherwise already."""
+        ...
+
+    def event(self, event_id: str) -> EventInfo:
+        """Raises UnknownName for an event that never was or is forgotten."""
+        ...
+
+    def events(self) -> list[EventInfo]:
+        """All that are not forgotten, the latest first."""
+        ...
+
+    async def pins(self, instance_id: str | None = None, location: str | None = None) -> PinList:
+        """Ask one instance, or all that are alive."""
         ...
 
     def counters(self) -> Mapping[str, float]:

@@ -30,6 +30,8 @@ from lmcache_kit.process.protocol import Answer, Failed, Found, Hello, Request, 
 
 logger = logging.getLogger(__name__)
 
+WAIT_SHARE = 0.8
+"""How much of a lookup's time the process may spend on decoding; the rest is for the answer."""
 _A = TypeVar("_A", bound=Answer)
 
 
@@ -138,7 +140,8 @@ class CacheClient:
     def lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> Found:
         """Find and lease the longest stored prefix of packed ``tokens``; ``namespace`` is a
         digest."""
-        request = protocol.Lookup(namespace, chunk_size, tokens, self._hello.world_size)
+        wait_s = min(WAIT_SHARE * self._timeout_s, protocol.MAX_WAIT_S)
+        request = protocol.Lookup(namespace, chunk_size, tokens, self._hello.world_size, wait_s)
         return self._call(request, Found)[0]
 
     def allocate(self, namespace: bytes, chunk_size: int, items: Sequence[StoreItem]) -> Grants:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lmcache_kit.control.agent import Agent
     from lmcache_kit.interfaces import MemoryBackend
     from lmcache_kit.plugins import Plugins
+    from lmcache_kit.process.operations import EngineOperator
     from lmcache_kit.process.protocol import Hello
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ LOCATION = "LocalCPUBackend"
 _SETTINGS = {
     "cache_linger_s",
     "cache_policy",
+    "codec_options",
     "controller_url",
     "enable_controller",
     "lease_ttl_s",
@@ -41,6 +43,9 @@ _SETTINGS = {
     "lmcache_worker_ports",
     "local_cpu",
     "max_local_cpu_size",
+    "max_pinned_share",
+    "pin_timeout_sec",
+    "store_codec",
 }
 
 
@@ -81,13 +86,24 @@ class Host:
     def __init__(self, config: KitConfig, *, linger_s: float | None = None) -> None:
         # Deferred: plugins and the engine take time to import, and clients need none of them.
         from lmcache_kit.interfaces import CacheInfo
+        from lmcache_kit.process.background import BackgroundEncoder
+        from lmcache_kit.process.codecs import Codecs
+        from lmcache_kit.process.operations import EngineOperator
         from lmcache_kit.process.server import CacheServer
 
         self.config = config
         self.incarnation = secrets.token_hex(16)
         self._plugins, self.memory, self.engine = _compose(config)
+        codecs = Codecs(self._plugins, config.codec_options)
+        self.operator = EngineOperator(
+            self.engine, codecs, pin_ttl_s=config.pin_timeout_sec or None
+        )
+        self._encoder: BackgroundEncoder | None = None
         try:
-            self._agent = _agent(config, self.engine, self.incarnation)
+            if config.store_codec:
+                codecs.make(config.store_codec)
+                self._encoder = BackgroundEncoder(self.engine, codecs, config.store_codec)
+            self._agent = _agent(config, self.engine, self.operator, self.incarnation)
         except BaseException:
             self.close()
             raise
@@ -139,6 +155,9 @@ class Host:
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
+        self.operator.close()
+        if self._encoder:
+            self._encoder.close()
         self.engine.close()
 
     async def _serve(
@@ -153,6 +172,8 @@ class Host:
         await self._server.serve(listener, on_ready)
 
     def _register(self, hello: Hello) -> None:
+        if hello.namespace is not None:
+            self.operator.register_namespace(hello.namespace)
         if self._agent is None:
             return
         ranks = self.config.lmcache_worker_ids
@@ -163,7 +184,8 @@ class Host:
 
     def _more_stats(self) -> dict[str, float]:
         stats = self._agent.stats() if self._agent else {}
-        return {f"agent_{name}": value for name, value in stats.items()}
+        more = {f"agent_{name}": value for name, value in stats.items()}
+        return {**more, **(self._encoder.stats() if self._encoder else {})}
 
 
 def _compose(config: KitConfig) -> tuple[Plugins, MemoryBackend, CacheEngine]:
@@ -174,11 +196,19 @@ def _compose(config: KitConfig) -> tuple[Plugins, MemoryBackend, CacheEngine]:
     backend = plugins.resolve("backend", LOCATION)
     policy = plugins.eviction_policy(config.cache_policy)
     memory: MemoryBackend = backend(capacity_bytes=config.max_local_cpu_bytes)
-    engine = CacheEngine(memory, policy, location=LOCATION, lease_ttl_s=config.lease_ttl_s)
+    engine = CacheEngine(
+        memory,
+        policy,
+        location=LOCATION,
+        lease_ttl_s=config.lease_ttl_s,
+        max_pinned_share=config.max_pinned_share,
+    )
     return plugins, memory, engine
 
 
-def _agent(config: KitConfig, engine: CacheEngine, incarnation: str) -> Agent | None:
+def _agent(
+    config: KitConfig, engine: CacheEngine, operator: EngineOperator, incarnation: str
+) -> Agent | None:
     if not config.enable_controller or not config.controller_url:
         return None
     from lmcache_kit.control.agent import Agent
@@ -191,4 +221,5 @@ def _agent(config: KitConfig, engine: CacheEngine, incarnation: str) -> Agent | 
         host=sockets.gethostname(),
         heartbeat_s=config.lmcache_worker_heartbeat_time,
         worker_ports=config.lmcache_worker_ports or (),
+        operator=operator,
     )

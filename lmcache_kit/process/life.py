@@ -23,6 +23,7 @@ from lmcache_kit.process.client import CacheClient, Reconnect
 from lmcache_kit.process.paths import socket_path
 
 if TYPE_CHECKING:
+    from lmcache_kit.cache.entries import Form
     from lmcache_kit.config import KitConfig
     from lmcache_kit.keys import Namespace
 
@@ -46,10 +47,13 @@ def open_client(
     rank: int = 0,
     world_size: int = 1,
     namespace: Namespace | None = None,
+    form: Form | None = None,
     wait_ready: bool = False,
     reconnect: Reconnect | None = None,
 ) -> CacheClient:
     """A client of the instance's cache process, which ``cache_process`` may start.
+
+    ``form``: what a worker's payloads are; without it they cannot be encoded.
 
     It connects in the background. With ``wait_ready`` this waits for up to
     ``cache_start_timeout_s``, and raises ConfigError or PluginError when no cache can be composed;
@@ -75,6 +79,9 @@ def open_client(
             world_size=world_size,
             namespace=namespace,
             settings=settings,
+            layout=form.layout if form else None,
+            rope=form.rope if form else None,
+            first_head=form.first_head if form else 0,
         ),
         timeout_s=config.blocking_timeout_secs,
         reconnect=reconnect,

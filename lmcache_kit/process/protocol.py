@@ -17,9 +17,12 @@ import msgspec
 
 from lmcache_kit.cache.records import Grant, Located, StoreItem
 from lmcache_kit.errors import ProtocolError
+from lmcache_kit.interfaces.codec import Rope
 from lmcache_kit.keys import ChunkKey, Namespace
+from lmcache_kit.layout import KVLayout
 
-VERSION = 1
+VERSION = 2
+MAX_WAIT_S = 60.0
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 HEADER = struct.Struct("<I")
 
@@ -28,7 +31,8 @@ HEADER = struct.Struct("<I")
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Who is there. A worker says its rank and the base namespace that it stores under.
+    """Who is there. A worker says its rank and the base namespace that it stores under, and what
+    its payloads are: their layout, the rotation in K, and its first KV head in the whole model.
 
     ``settings``: digest of the settings that the client would start a cache process with; empty
     when it takes any. A spawned process that nobody else uses ends when they are not its own.
@@ -42,19 +46,24 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     world_size: Annotated[int, msgspec.Meta(ge=1)] = 1
     namespace: Namespace | None = None
     settings: str = ""
+    layout: KVLayout | None = None
+    rope: Rope | None = None
+    first_head: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
     """Find the longest stored prefix of packed ``tokens`` and lease it.
 
     ``namespace`` is a digest. The lease ends when each of ``world_size`` ranks has released it,
-    when the client's connection ends, or after its time to live.
+    when the client's connection ends, or after its time to live. What is not decoded within
+    ``wait_s`` ends the prefix.
     """
 
     namespace: bytes
     chunk_size: int
     tokens: bytes
     world_size: int = 1
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0.0
 
 
 class Allocate(msgspec.Struct, frozen=True, tag="allocate"):

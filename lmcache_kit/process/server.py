@@ -13,14 +13,16 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from lmcache_kit.cache.entries import Form
 from lmcache_kit.errors import KitError, ProtocolError
-from lmcache_kit.process import paths, protocol
+from lmcache_kit.process import paths, protocol, waiting
 from lmcache_kit.process.protocol import HEADER, Failed, Hello, Stats, Welcome
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
+    from lmcache_kit.cache.records import Match
     from lmcache_kit.interfaces import MemoryBackend
 
 logger = logging.getLogger(__name__)
@@ -113,8 +115,7 @@ class CacheServer:
     def stop_from_thread(self) -> None:
         """End :meth:`serve`; from any thread, at any time."""
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: it ended by itself
-                self._loop.call_soon_threadsafe(self.stop)
+            waiting.soon(self._loop, self.stop)
 
     def welcome(self, connection: _Connection, hello: Hello) -> Welcome | Failed:
         """Answer to a Hello."""
@@ -193,6 +194,13 @@ class CacheServer:
             await asyncio.sleep(EXPIRE_EVERY_S)
             if expired := self.engine.expire():
                 logger.warning("%d leases reached their time to live", expired)
+
+
+_Simple: TypeAlias = (
+    protocol.Hello | protocol.Allocate | protocol.Commit | protocol.Abandon | protocol.Release
+    | protocol.ReportCorrupt | protocol.GetStats
+)  # fmt: skip
+"""Requests that are answered at once."""
 
 
 class _Connection(asyncio.Protocol):
@@ -282,15 +290,33 @@ class _Connection(asyncio.Protocol):
                 raise ProtocolError(f"{type(request).__name__} came before Hello")
             self._greet(request_id, request)
             return
+        answer: protocol.Answer | None
         try:
-            answer = self._serve(request, self._hello)
+            if isinstance(request, protocol.Lookup):
+                answer = self._look_up(request_id, request)
+            else:
+                answer = self._serve(request, self._hello)
         except (KitError, ValueError) as error:
             answer = Failed(str(error))
         except Exception as error:  # a request must not end the process that serves all others
             self._server.counters["internal_errors_total"] += 1
             logger.exception("%s: %s failed", self._name, type(request).__name__)
             answer = Failed(f"internal error: {type(error).__name__}")
-        self._transport.write(protocol.encode(request_id, answer))
+        if answer is not None:
+            self._transport.write(protocol.encode(request_id, answer))
+
+    def _look_up(self, request_id: int, request: protocol.Lookup) -> protocol.Found | None:
+        """None when the answer comes later."""
+
+        def answer(match: Match) -> None:
+            if not self._transport.is_closing():
+                self._transport.write(protocol.encode(request_id, self._found(match)))
+
+        match = waiting.look_up(self._server.engine, request, self, answer)
+        return None if match is None else self._found(match)
+
+    def _found(self, match: Match) -> protocol.Found:
+        return protocol.Found(match.lease, self._server.incarnation, match.chunks)
 
     def _greet(self, request_id: int, hello: Hello) -> None:
         answer = self._server.welcome(self, hello)
@@ -309,19 +335,10 @@ class _Connection(asyncio.Protocol):
             socket.send_fds(raw, [frame], [self._server.memory.fd])
         logger.debug("%s has come", self._name)
 
-    def _serve(self, request: protocol.Request, hello: Hello) -> protocol.Answer:
+    def _serve(self, request: _Simple, hello: Hello) -> protocol.Answer:
         engine = self._server.engine
         answer: protocol.Answer
         match request:
-            case protocol.Lookup():
-                found = engine.lookup(
-                    request.namespace,
-                    request.tokens,
-                    request.chunk_size,
-                    request.world_size,
-                    self,
-                )
-                answer = protocol.Found(found.lease, self._server.incarnation, found.chunks)
             case protocol.Allocate():
                 grants = engine.allocate(
                     request.namespace,
@@ -330,6 +347,7 @@ class _Connection(asyncio.Protocol):
                     request.chunk_size,
                     request.items,
                     self,
+                    Form(hello.layout, hello.rope, hello.first_head) if hello.layout else None,
                 )
                 answer = protocol.Allocated(tuple(grants))
             case protocol.Commit():

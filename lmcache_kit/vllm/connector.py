@@ -250,14 +250,19 @@ def _scheduler_side(config: KitConfig, model: Model, transfer: Any) -> Scheduler
 
 
 def _worker_side(config: KitConfig, model: Model, rank: int) -> WorkerSide:
+    from lmcache_kit.cache.entries import Form
     from lmcache_kit.process.life import open_client
+    from lmcache_kit.vllm.rotation import loaded_rotation
 
+    # Ranks beyond the number of heads repeat them.
+    first_head = rank * model.namespace.layout.kv_heads // model.world_size
     client = open_client(
         config,
         role="worker",
         rank=rank,
         world_size=model.world_size,
         namespace=model.namespace,
+        form=Form(model.layout, loaded_rotation(), first_head),
         wait_ready=config.cache_process != "attach",
     )
     return WorkerSide(

@@ -177,7 +177,12 @@ class WorkerSide:
     def _save(self, namespace: bytes, saves: list[Save]) -> None:
         pages = self._serving()
         items = [
-            StoreItem(save.parent, save.tokens, pages.layout.payload_bytes(save.end - save.start))
+            StoreItem(
+                save.parent,
+                save.tokens,
+                pages.layout.payload_bytes(save.end - save.start),
+                save.start,
+            )
             for save in saves
         ]
         grants = self._client.allocate(namespace, self._chunk_size, items)

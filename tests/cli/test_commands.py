@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from lmcache_kit.config import KitConfig
 if TYPE_CHECKING:
     from tests.conftest import FakeSite
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "lookup" / "example.yaml"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "lookup" / "example.yaml"
 
 
 def kit(*arguments: str, **environ: str) -> Result:
@@ -58,6 +60,12 @@ def test_every_subcommands_help_has_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_a_subcommand_is_called_as_it_is_listed(name: str) -> None:
     assert load(OWN[name].target).name == name
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_subcommand_stands_in_the_documentation(name: str) -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md")]
+    assert any(re.search(rf"lmcache-kit {name}\b", page.read_text()) for page in pages)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -176,6 +184,7 @@ def test_the_example_is_valid() -> None:
     [
         ("chunk_sise: 1", "unknown configuration key 'chunk_sise'"),
         ("a: [", "not YAML"),
+        ("store_codec: gz", "no codec 'gz' is installed"),
         ("cache_policy: MRU", "unknown cache_policy 'MRU'. Known: FIFO, LFU, LRU"),
     ],
 )

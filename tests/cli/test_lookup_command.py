@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from lmcache_kit.cli.app import app
+from tests.cli.conftest import Start
 
 ANSWER = {
     "event_id": "e1",
@@ -21,66 +19,12 @@ ANSWER = {
 }
 
 
-class Server(ThreadingHTTPServer):
-    """Answers every POST in the same way, and keeps what it was asked."""
-
-    def __init__(self, status: int, body: bytes, location: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.status, self.body, self.location = status, body, location
-        self.asked: list[dict[str, object]] = []
-        self.headers: list[dict[str, str]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.asked.append({"path": self.path, **json.loads(body or b"{}")})
-        self.server.headers.append(dict(self.headers))
-        self.send_response(self.server.status)
-        if self.server.location:
-            self.send_header("Location", self.server.location)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    def do_GET(self) -> None:
-        self.do_POST()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-Start = Callable[..., Server]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    servers: list[Server] = []
-
-    def _start(answer: object = ANSWER, status: int = 200, location: str = "") -> Server:
-        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        servers.append(Server(status, body, location))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return servers[-1]
-
-    yield _start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
 def lookup(*arguments: str, stdin: str = "") -> Result:
     return CliRunner().invoke(app, ["lookup", *arguments], input=stdin)
 
 
 def test_tokens_may_be_arguments(start: Start) -> None:
-    server = start()
+    server = start(ANSWER)
     result = lookup("1", "2", "3", "--url", server.url)
     assert server.asked == [{"path": "/lookup", "tokens": [1, 2, 3], "detail": True}]
     assert result.stdout.split() == [
@@ -91,20 +35,20 @@ def test_tokens_may_be_arguments(start: Start) -> None:
 
 @pytest.mark.parametrize("text", ["[4, 5]", '{"count": 2, "tokens": [4, 5], "token_strs": null}'])
 def test_tokens_may_come_from_the_standard_input(start: Start, text: str) -> None:
-    server = start()
+    server = start(ANSWER)
     assert lookup("--url", server.url, stdin=text).exit_code == 0
     assert server.asked[0]["tokens"] == [4, 5]
 
 
 def test_tokens_may_come_from_a_file(start: Start, tmp_path: Path) -> None:
-    server = start()
+    server = start(ANSWER)
     (tmp_path / "tokens.json").write_text("[6]")
     assert lookup("--file", str(tmp_path / "tokens.json"), "--url", server.url).exit_code == 0
     assert server.asked[0]["tokens"] == [6]
 
 
 def test_filters_and_the_token_are_sent(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = start()
+    server = start(ANSWER)
     monkeypatch.setenv("LMCACHE_KIT_TOKEN", "secret")
     lookup("1", "--model", "m", "--cache-salt", "s", "--instance", "one", "--url", server.url)
     assert (
@@ -114,7 +58,7 @@ def test_filters_and_the_token_are_sent(start: Start, monkeypatch: pytest.Monkey
 
 
 def test_json_is_the_controllers_answer(start: Start) -> None:
-    server = start()
+    server = start(ANSWER)
     result = lookup("1", "--json", "--url", server.url)
     assert json.loads(result.stdout) == ANSWER
     assert "detail" not in server.asked[0]
@@ -135,8 +79,8 @@ def test_lmcaches_own_controller_is_understood(start: Start) -> None:
 def test_the_token_does_not_follow_a_redirect(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    elsewhere = start()
-    server = start(status=302, location=elsewhere.url)
+    elsewhere = start(ANSWER)
+    server = start(ANSWER, status=302, location=elsewhere.url)
     monkeypatch.setenv("LMCACHE_KIT_TOKEN", "secret")
     assert lookup("1", "--url", server.url).exit_code == 1
     assert elsewhere.headers == []
@@ -146,7 +90,7 @@ def test_a_proxy_in_the_environment_is_not_used(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert lookup("1", "--url", start().url).exit_code == 0
+    assert lookup("1", "--url", start(ANSWER).url).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -169,13 +113,13 @@ def test_a_proxy_in_the_environment_is_not_used(
 def test_an_answer_that_is_none_is_reported(
     start: Start, answer: object, status: int, message: str
 ) -> None:
-    result = lookup("1", "--url", start(answer, status).url)
+    result = lookup("1", "--url", start(answer, status=status).url)
     assert result.exit_code == 1
     assert message in result.stderr
 
 
 def test_no_controller_says_how_to_start_one(start: Start) -> None:
-    server = start()
+    server = start(ANSWER)
     server.shutdown()
     server.server_close()
     result = lookup("1", "--url", server.url)

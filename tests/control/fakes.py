@@ -8,14 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 from lmcache_kit.cache.records import ChangeListener, StoredChunk
+from lmcache_kit.interfaces.operations import Accepted, Order, Outcome, Progress
 from lmcache_kit.keys import ChunkKey, Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 
 LOCATION = "LocalCPUBackend"
 LAYOUT = KVLayout("bfloat16", layers=2, kv_heads=2, head_dim=64)
+Report: TypeAlias = Callable[[Progress], None]
+Finish: TypeAlias = Callable[[Outcome], None]
 NAMESPACE = Namespace("some/model", LAYOUT, chunk_size=4)
 
 
@@ -146,3 +149,39 @@ class Proxy:
                 target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
+
+
+class FakeJob:
+    """An order that goes on until a test says how it ends."""
+
+    def __init__(self, order: Order, accepted: Accepted, report: Report, finish: Finish) -> None:
+        self.order = order
+        self.accepted = accepted
+        self.report = report
+        self.finish = finish
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+        self.finish(Outcome("cancelled", message="as asked"))
+
+
+class FakeOperator:
+    """Takes every order on for 12 tokens in 3 chunks. ``at_once``: how orders end that end at
+    once. ``refusal``: raised instead."""
+
+    def __init__(self) -> None:
+        self.jobs: list[FakeJob] = []
+        self.deadlines: list[float] = []
+        self.at_once: Outcome | None = None
+        self.refusal: Exception | None = None
+
+    def begin(self, order: Order, *, deadline_s: float, report: Report, finish: Finish) -> FakeJob:
+        if self.refusal is not None:
+            raise self.refusal
+        self.deadlines.append(deadline_s)
+        job = FakeJob(order, Accepted(12, 3), report, finish)
+        self.jobs.append(job)
+        if self.at_once is not None:
+            finish(self.at_once)
+        return job

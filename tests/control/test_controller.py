@@ -75,6 +75,12 @@ HOSTILE = {
     "an unknown tag": [msgspec.msgpack.encode((1, {"type": "evict"}))],
     "a controller's tag": [wire.encode(wire.WhoAreYou())],
     "wrong types": [msgspec.msgpack.encode((1, {"type": "heartbeat", "positions": "x"}))],
+    "an end that is none": [
+        msgspec.msgpack.encode(
+            (1, {"type": "ended", "event_id": "e", "outcome": {"state": "running"}})
+        )
+    ],
+    "an answer without an event": [msgspec.msgpack.encode((1, {"type": "began", "accepted": [1]}))],
     "bad utf-8": [b"\x92\x01\x81\xa4type\xa2\xff\xff"],
     "deep nesting": [deep(100_000)],
     "cut off": [wire.encode(register())[:-3]],

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import pytest
 
+from lmcache_kit.cache.entries import Form
 from lmcache_kit.config import KitConfig
 from lmcache_kit.process import protocol
 from lmcache_kit.process.client import CacheClient, Reconnect
@@ -32,7 +33,13 @@ class Connect(Protocol):
     """Open a client, ready; ``keys`` are of its configuration."""
 
     def __call__(
-        self, role: str = ..., *, rank: int = ..., world_size: int = ..., **keys: object
+        self,
+        role: str = ...,
+        *,
+        rank: int = ...,
+        world_size: int = ...,
+        form: Form | None = ...,
+        **keys: object,
     ) -> CacheClient: ...
 
 
@@ -91,13 +98,19 @@ def connect(configure: Configure) -> Iterator[Connect]:
     with contextlib.ExitStack() as clients:
 
         def connect(
-            role: str = "worker", *, rank: int = 0, world_size: int = 1, **keys: object
+            role: str = "worker",
+            *,
+            rank: int = 0,
+            world_size: int = 1,
+            form: Form | None = None,
+            **keys: object,
         ) -> CacheClient:
             client = open_client(
                 configure(**keys),
                 role=role,  # type: ignore[arg-type]
                 rank=rank,
                 world_size=world_size,
+                form=form,
                 wait_ready=True,
                 reconnect=QUICK,
             )

@@ -140,7 +140,7 @@ def test_a_second_hello_is_refused_and_the_first_stays(connect: Connect, raw: Ra
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "protocol version 1, the client 99"),
+        ({"version": 99}, "protocol version 2, the client 99"),
         ({"instance_id": "other"}, "serves instance 'lmcache_default_instance', not 'other'"),
     ],
 )

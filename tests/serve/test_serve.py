@@ -6,12 +6,15 @@ The tests build on each other: starting vLLM takes most of a minute on a small m
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.vllm
 
 PROMPT = "Explain the significance of KV cache in language models."
 INSTANCE = "lmcache_default_instance"
+PLACE: dict[str, object] = {"instance_id": INSTANCE, "location": "LocalCPUBackend"}
 HEARTBEAT_S = 0.5
 LINGER_S = 60
 
@@ -80,8 +84,26 @@ class Site:
         assert isinstance(tokens, list)
         return tokens
 
+    def post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
+        """Ask the controller."""
+        return stack.post(f"http://localhost:{self.port}{path}", body)
+
     def lookup(self, tokens: list[int]) -> dict[str, object]:
-        return stack.post(f"http://localhost:{self.port}/lookup", {"tokens": tokens})
+        return self.post("/lookup", {"tokens": tokens})
+
+    def ended(self, event_id: str) -> dict[str, Any]:
+        """The event, once it has ended."""
+        body: dict[str, object] = {"event_id": event_id}
+        open_states = ("queued", "running")
+        eventually(
+            lambda: self.post("/check_finish", body)["status"] not in open_states, timeout_s=120
+        )
+        return self.get(f"/events/{event_id}")
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Ask the controller."""
+        with urllib.request.urlopen(f"http://localhost:{self.port}{path}") as reply:
+            return dict(json.load(reply))
 
     def cache_pid(self) -> int:
         """Process id of the cache process, asked of itself."""
@@ -138,6 +160,40 @@ def test_vllm_takes_from_the_cache_what_the_lookup_promised_less_the_last_token(
     assert site.complete(prompt).cached_tokens == len(tokens) - 1
 
 
+def test_what_is_pinned_outlasts_a_clear_and_a_restart_of_the_controller(site: Site) -> None:
+    tokens = site.tokens(PROMPT)
+    body = {"tokens": tokens, **PLACE}
+    reply = site.post("/pin", body)
+    assert reply == {"event_id": reply["event_id"], "num_tokens": len(tokens)}
+    cleared = site.post("/clear", PLACE)
+    assert cleared["message"] == f"{len(tokens)} tokens stay because they are pinned"
+    assert site.complete(PROMPT).cached_tokens == len(tokens) - 1
+    site.controller.kill()
+    site.controller = site.new_controller()
+    site.start_controller()
+    eventually(lambda: INSTANCE in site.lookup(tokens))
+    assert site.post("/unpin", body)["num_tokens"] == len(tokens)
+
+
+def test_what_is_compressed_serves_and_is_smaller(site: Site) -> None:
+    pytest.importorskip("lmcache_kit_cachegen")
+    tokens = site.tokens(PROMPT)
+    body = {"method": "cachegen", "tokens": tokens, **PLACE}
+    plain = site.complete(PROMPT)
+    reply = site.post("/compress", body)
+    assert reply == {"event_id": reply["event_id"], "num_tokens": len(tokens)}
+    event = site.ended(reply["event_id"])
+    assert (event["state"], event["num_tokens"]) == ("done", len(tokens))
+    assert event["ratio"] > 2
+    assert INSTANCE in site.lookup(tokens)
+    served = site.complete(PROMPT)
+    assert served.cached_tokens == plain.cached_tokens == len(tokens) - 1
+    assert served.text
+    back = site.ended(site.post("/decompress", body)["event_id"])
+    assert (back["state"], back["num_tokens"]) == ("done", len(tokens))
+    assert site.complete(PROMPT).cached_tokens == len(tokens) - 1
+
+
 def test_a_killed_controller_stops_nobody_and_comes_back_knowing_all(site: Site) -> None:
     site.controller.kill()
     assert site.complete(long_prompt("alone", words=50)).text
@@ -177,6 +233,7 @@ def test_a_stopped_cache_process_is_hidden_after_three_heartbeats_and_serving_go
 def test_a_killed_vllm_finds_its_cache_warm_when_it_is_back_within_the_linger(site: Site) -> None:
     text = site.complete(PROMPT).text
     pid = site.cache_pid()
+    pinned = site.post("/pin", {"tokens": site.tokens(PROMPT), **PLACE})
     site.vllm.kill()
     site.vllm = site.new_vllm()
     site.start_vllm()
@@ -184,6 +241,8 @@ def test_a_killed_vllm_finds_its_cache_warm_when_it_is_back_within_the_linger(si
     first = site.complete(PROMPT)
     assert first.cached_tokens == first.prompt_tokens - 1
     assert first.text == text
+    (pin,) = site.get("/pins")["pins"]
+    assert (pin["pin_id"], pin["num_tokens"]) == (pinned["event_id"], pinned["num_tokens"])
 
 
 def test_a_killed_worker_leaves_no_orphan_behind(site: Site) -> None:

@@ -34,6 +34,7 @@ class FakeClient:
         self.corrupt: list[bytes] = []
         self.abandoned: list[int] = []
         self.calls: list[str] = []
+        self.starts: list[int] = []
         self.fails: set[str] = set()
         self.refuses = False
         self._next = 1
@@ -60,6 +61,7 @@ class FakeClient:
         self._called("allocate")
         grants = []
         for item in items:
+            self.starts.append(item.start)
             key = chunk_key(namespace, item.parent, item.tokens)
             if key in self.chunks or any(key == pending[0] for pending in self.pending.values()):
                 grants.append(Grant("present"))

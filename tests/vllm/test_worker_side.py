@@ -207,6 +207,11 @@ def test_chunks_are_saved_with_their_checksum(side: Any, client: FakeClient) -> 
     assert side.counts["stored_tokens"] == 16
 
 
+def test_what_is_saved_says_where_in_the_sequence_it_is(side: Any, client: FakeClient) -> None:
+    side.save(new_step(saves=[save_of(0, 8), save_of(8, 16)]))
+    assert client.starts == [0, 8]
+
+
 def test_each_namespace_of_a_step_is_asked_for_on_its_own(side: Any, client: FakeClient) -> None:
     other = NAMESPACE.variant(cache_salt="pepper").digest
     side.save(new_step(saves=[save_of(), save_of(namespace=other)]))

@@ -7,22 +7,47 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
 import aiohttp
+import msgspec
 import pytest
 from lmcache_kit_http_api.frontend import HttpFrontend
 from lmcache_kit_http_api.options import HttpOptions
 
 from lmcache_kit.errors import UnknownName
 from lmcache_kit.interfaces.frontend import (
+    EventInfo,
+    EventPart,
     InstanceMatch,
     LocationMatch,
     LookupAnswer,
     LookupQuery,
+    Operation,
+    PinList,
     WorkerInfo,
 )
+from lmcache_kit.interfaces.operations import Progress
+
+TAKEN = EventInfo(
+    event_id="e1",
+    operation="compress",
+    instance_id="a",
+    location="ram",
+    state="running",
+    tokens=12,
+    parts=(EventPart("a", "ram", (0, 1), Progress(1, 3, 600, 100)),),
+    ratio=6.0,
+    message="",
+    created=100.0,
+    started=100.5,
+    ended=None,
+    deadline=700.0,
+    idempotency_key=None,
+)
+"""An operation that goes on."""
 
 
 class FakeController:
-    """``matches``: instance id to its locations. ``failure``: raised by whatever is asked."""
+    """``matches``: instance id to its locations. ``failure``: raised by whatever is asked.
+    ``taken``: how each operation begins. ``end``: how it ends, None: never."""
 
     def __init__(self) -> None:
         self.matches: dict[str, list[tuple[str, int]]] = {}
@@ -34,6 +59,12 @@ class FakeController:
         self.wait_s = 0.0
         self.asked = asyncio.Event()
         self.values: dict[str, float] = {}
+        self.operations: list[Operation] = []
+        self.taken = TAKEN
+        self.end: EventInfo | None = None
+        self.ledger: list[EventInfo] = []
+        self.pinned = PinList(())
+        self.pin_queries: list[tuple[str | None, str | None]] = []
 
     def lookup(self, query: LookupQuery) -> LookupAnswer:
         self._fail()
@@ -62,6 +93,36 @@ class FakeController:
     def instance_at(self, ip: str) -> str | None:
         self._fail()
         return "here" if ip == "10.0.0.7" else None
+
+    async def operate(self, operation: Operation) -> EventInfo:
+        self._fail()
+        self.operations.append(operation)
+        return self.taken
+
+    async def ended(self, event_id: str) -> EventInfo:
+        assert event_id == self.taken.event_id
+        if self.end is None:
+            await asyncio.sleep(60)
+        return self.end
+
+    async def cancel(self, event_id: str) -> EventInfo:
+        return msgspec.structs.replace(self.event(event_id), state="cancelled")
+
+    def event(self, event_id: str) -> EventInfo:
+        self._fail()
+        for info in self.ledger:
+            if info.event_id == event_id:
+                return info
+        raise UnknownName("event", event_id, [info.event_id for info in self.ledger])
+
+    def events(self) -> list[EventInfo]:
+        self._fail()
+        return self.ledger
+
+    async def pins(self, instance_id: str | None = None, location: str | None = None) -> PinList:
+        self._fail()
+        self.pin_queries.append((instance_id, location))
+        return self.pinned
 
     def counters(self) -> Mapping[str, float]:
         return self.values
@@ -144,6 +205,7 @@ def served_port() -> Iterator[int]:
     async def run(stop: asyncio.Event) -> None:
         fake = FakeController()
         fake.matches = {"lmcache_default_instance": [("LocalCPUBackend", 1)]}
+        fake.end = msgspec.structs.replace(TAKEN, state="done")
         frontend = HttpFrontend(
             fake, HttpOptions(host="127.0.0.1", port=0, max_body_bytes=65536, max_tokens=64)
         )

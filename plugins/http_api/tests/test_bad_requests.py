@@ -6,6 +6,7 @@ import gzip
 
 import pytest
 
+PLACE = {"instance_id": "a", "location": "ram"}
 BAD_TOKENS = [
     ([1, -1], "tokens[1]: input should be greater than or equal to 0, got -1"),
     ([2**32], "tokens[0]: input should be less than or equal to 4294967295, got 4294967296"),
@@ -49,6 +50,10 @@ async def test_numbers_that_are_none_are_refused(client, number):
         ("/health", {}, "instance_id"),
         ("/query_worker_info", {}, "instance_id"),
         ("/query_instance", {}, "ip"),
+        ("/pin", {"instance_id": "a", "location": "ram"}, "tokens"),
+        ("/pin", {"instance_id": "a", "tokens": [1]}, "location"),
+        ("/compress", {"instance_id": "a", "location": "ram"}, "method"),
+        ("/check_finish", {}, "event_id"),
     ],
 )
 async def test_a_missing_field_is_named(client, path, body, field):
@@ -70,6 +75,17 @@ async def test_a_missing_field_is_named(client, path, body, field):
             {"instance_id": "a", "worker_ids": [-1]},
             "worker_ids[0]: input should be greater than or equal to 0, got -1",
         ),
+        (
+            "/pin",
+            {**PLACE, "tokens": []},
+            "tokens: an empty list names no tokens",
+        ),
+        ("/clear", {**PLACE, "tokens": []}, "tokens: an empty list names no tokens"),
+        ("/clear", {**PLACE, "force": 1}, "force: input should be a valid boolean, got 1"),
+        ("/pin", {**PLACE, "tokens": [1], "ttl_s": 0}, "ttl_s: input should be greater than 0"),
+        ("/pin", {**PLACE, "tokens": [1], "ttl_s": True}, "ttl_s: input should be a valid number"),
+        ("/unpin", PLACE, "the body: tokens or pin_id is required"),
+        ("/clear", {**PLACE, "deadline_s": -1}, "deadline_s: input should be greater than 0"),
         ("/query_instance", {"ip": ["a"]}, "ip: input should be a valid string, got an array"),
     ],
 )
@@ -77,6 +93,35 @@ async def test_a_field_of_the_wrong_type_is_named(client, path, body, told):
     status, _, message, _ = await client.error(path, body)
     assert status == 422
     assert message.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("limit=0", "limit: input should be greater than or equal to 1"),
+        ("limit=x", "limit: input should be a valid integer, unable to parse"),
+        ("state=over", "state: input should be 'queued', 'running'"),
+        ("operation=move", "operation: input should be 'pin'"),
+        ("instance_id=", "instance_id: string should have at least 1 character"),
+        ("sate=done", "sate: unknown field"),
+        ("limit=1&limit=2", "limit: stands twice"),
+    ],
+)
+async def test_a_wrong_parameter_is_named(client, query, told):
+    status, reply = await client.send("GET", f"/events?{query}")
+    assert (status, reply["error"]["code"]) == (422, "invalid_request")
+    assert reply["error"]["message"].startswith(told)
+
+
+async def test_a_name_in_the_path_cannot_stand_in_the_query_as_well(client):
+    status, reply = await client.send("GET", "/events/e1?event_id=e2")
+    assert (status, reply["error"]["message"]) == (422, "event_id: stands twice")
+
+
+@pytest.mark.parametrize("path", ["/events/", "/events/e1/", "/events//cancel", "/events/a/b/c"])
+async def test_a_path_with_a_name_is_exact_too(client, path):
+    status, reply = await client.send("GET", path)
+    assert (status, reply["error"]["code"]) == (404, "unknown_route")
 
 
 async def test_an_unknown_field_is_refused_with_the_nearest_name(client):
@@ -197,6 +242,8 @@ async def test_routes_are_exact_and_long_paths_are_not_sent_back_whole(client, p
         ("OPTIONS", "/lookup", "POST"),
         ("POST", "/healthz", "GET, HEAD"),
         ("DELETE", "/metrics", "GET, HEAD"),
+        ("DELETE", "/events/e1", "GET, HEAD"),
+        ("GET", "/events/e1/cancel", "POST"),
     ],
 )
 async def test_a_wrong_method_is_405_with_allow(client, method, path, allowed):

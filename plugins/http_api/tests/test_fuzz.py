@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import urllib.parse
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lmcache_kit_http_api.routes import ROUTES
 
-PATHS = ["/lookup", "/health", "/query_worker_info", "/query_instance"]
-FIELDS = [
-    "tokens", "model", "cache_salt", "instance_id", "detail", "worker_ids", "event_id", "ip", "x",
-]  # fmt: skip
+PATHS = [route.path for route in ROUTES if route.request and route.source == "body"]
+GET_PATHS = ["/events", "/pins", "/events/e1"]
+FIELDS = sorted({name for route in ROUTES if route.request for name in route.request.model_fields})
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -25,10 +26,10 @@ objects = st.dictionaries(
 )
 
 
-def send(port: int, path: str, body: bytes) -> tuple[int, bytes]:
+def send(port: int, path: str, body: bytes, method: str = "POST") -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
-        connection.request("POST", path, body)
+        connection.request(method, path, body)
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -72,3 +73,12 @@ def test_any_tokens_are_accepted(served_port, tokens):
     status, answer = send(served_port, "/lookup", json.dumps({"tokens": tokens}).encode())
     assert status == 200
     assert json.loads(answer)["lmcache_default_instance"] == ["LocalCPUBackend", 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    path=st.sampled_from(GET_PATHS),
+    query=st.lists(st.tuples(st.sampled_from(FIELDS) | st.text(max_size=5), st.text(max_size=9))),
+)
+def test_any_query(served_port, path, query):
+    check(*send(served_port, f"{path}?{urllib.parse.urlencode(query)}", b"", "GET"))

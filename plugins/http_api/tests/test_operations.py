@@ -6,7 +6,14 @@ import logging
 
 import pytest
 
-from lmcache_kit.errors import ControlError, DeadlineExceeded, InvalidQuery, NoWorker, UnknownName
+from lmcache_kit.errors import (
+    ControlError,
+    DeadlineExceeded,
+    InvalidQuery,
+    NoWorker,
+    OperationFailed,
+    UnknownName,
+)
 from lmcache_kit.interfaces.frontend import WorkerInfo
 
 WORKER = WorkerInfo("a", 1, "10.0.0.7", 8001, None, 100.5, 200.5, True)
@@ -15,6 +22,9 @@ EVERY_QUESTION = [
     ("/health", {"instance_id": "a"}),
     ("/query_worker_info", {"instance_id": "a"}),
     ("/query_instance", {"ip": "10.0.0.7"}),
+    ("/pin", {"instance_id": "a", "location": "ram", "tokens": [1]}),
+    ("/compress", {"instance_id": "a", "location": "ram", "method": "cachegen"}),
+    ("/check_finish", {"event_id": "e1"}),
 ]
 
 
@@ -93,6 +103,7 @@ async def test_healthz_answers_to_get_and_head(client):
     [
         (UnknownName("worker", "7", ["0"]), 404, "unknown_worker"),
         (NoWorker("nobody answers for 'a'", hint="Start it"), 503, "no_worker"),
+        (OperationFailed("no memory", hint="Its log"), 502, "operation_failed"),
         (DeadlineExceeded("no answer within 2 s", hint="Try again"), 504, "deadline_exceeded"),
         (InvalidQuery("tokens[0] is odd", hint="Even ones"), 422, "invalid_request"),
         (ControlError("busy", hint="Wait"), 409, "conflict"),

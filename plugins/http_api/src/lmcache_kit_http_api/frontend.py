@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -13,9 +14,9 @@ from lmcache_kit_http_api import listen, openapi
 from lmcache_kit_http_api.metrics import HttpMetrics
 from lmcache_kit_http_api.operations import Raw, Service
 from lmcache_kit_http_api.options import HttpOptions
-from lmcache_kit_http_api.parsing import parse
+from lmcache_kit_http_api.parsing import parse, parse_url
 from lmcache_kit_http_api.problems import ApiError, clip, from_exception, too_large
-from lmcache_kit_http_api.routes import Route, Router
+from lmcache_kit_http_api.routes import Found, Route, Router
 from lmcache_kit_http_api.security import admit
 
 _NO_ACCESS_LOG: Any = None
@@ -35,7 +36,12 @@ class HttpFrontend(Frontend):
         options.refuse_open_door()
         self._options = options
         self._metrics = HttpMetrics(controller)
-        self._service = Service(controller, self._metrics.render, openapi.render)
+        self._service = Service(
+            controller,
+            self._metrics.render,
+            openapi.render,
+            answer_within_s=0.9 * options.request_timeout_s,
+        )
         self._router = Router()
         self._connections: web.Server | None = None
         self._servers: list[asyncio.Server] = []
@@ -91,9 +97,9 @@ class HttpFrontend(Frontend):
         begun = time.perf_counter()
         label = ("other", "other")
         try:
-            route = self._admitted(request)
+            route, names = self._admitted(request)
             label = (route.method, route.path)
-            response = await self._answer(route, request)
+            response = await self._answer(route, names, request)
         # The boundary: whatever an operation raises, the client gets an answer in our shape.
         except Exception as error:  # noqa: BLE001
             response = from_exception(error).response()
@@ -101,20 +107,24 @@ class HttpFrontend(Frontend):
         self._metrics.answered(*label, response.status, time.perf_counter() - begun)
         return response
 
-    def _admitted(self, request: web.BaseRequest) -> Route[Any]:
+    def _admitted(self, request: web.BaseRequest) -> Found:
         """Strangers learn nothing of which routes there are."""
         try:
-            route = self._router.find(request.method, request.path)
+            found = self._router.find(request.method, request.path)
         except ApiError:
             admit(request, self._options)
             raise
-        if not route.open:
+        if not found.route.open:
             admit(request, self._options)
-        return route
+        return found
 
-    async def _answer(self, route: Route[Any], request: web.BaseRequest) -> web.Response:
+    async def _answer(
+        self, route: Route[Any], names: Mapping[str, str], request: web.BaseRequest
+    ) -> web.Response:
         asked = None
-        if route.request is not None:
+        if route.request is not None and route.source == "url":
+            asked = parse_url(route.request, names, request.query)
+        elif route.request is not None:
             body = await self._body(request)
             asked = parse(route.request, body, max_tokens=self._options.max_tokens)
         reply = route.operation(self._service, asked)

@@ -36,9 +36,15 @@ def _no_more_than_allowed(tokens: list[int], info: ValidationInfo) -> list[int]:
     return tokens
 
 
+class _FailFast(FailFast):
+    """Pydantic's own, with a hash, as ``| None`` needs one."""
+
+    __hash__ = object.__hash__
+
+
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
-Tokens = Annotated[list[Token], FailFast(), AfterValidator(_no_more_than_allowed)]
+Tokens = Annotated[list[Token], _FailFast(), AfterValidator(_no_more_than_allowed)]
 WorkerIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_WORKER)]], Field(max_length=4096)]
 Match = tuple[str, int]
 

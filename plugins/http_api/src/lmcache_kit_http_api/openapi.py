@@ -32,7 +32,8 @@ def document(routes: Sequence[Route[Any]]) -> dict[str, Any]:
     """The document of these routes."""
     models: list[type[BaseModel]] = [ErrorReply]
     for route in routes:
-        models += [m for m in (route.request, route.reply) if isinstance(m, type)]
+        asked = route.request if route.source == "body" else None
+        models += [m for m in (asked, route.reply) if isinstance(m, type)]
     _, definitions = models_json_schema(
         [(model, "validation") for model in dict.fromkeys(models)],
         ref_template=_SCHEMAS + "{model}",
@@ -66,7 +67,10 @@ def _operation(route: Route[Any]) -> dict[str, Any]:
         "summary": route.summary,
         "responses": {"200": {"description": "OK", "content": _content(route.reply)}},
     }
-    if route.request is not None:
+    if route.request is not None and route.source == "url":
+        errors.add(422)
+        shown["parameters"] = _parameters(route)
+    elif route.request is not None:
         errors |= set(_READING_ERRORS)
         shown["requestBody"] = {"required": True, "content": _content(route.request)}
     if route.open:
@@ -76,6 +80,19 @@ def _operation(route: Route[Any]) -> dict[str, Any]:
             "description": HTTPStatus(status).phrase,
             "content": _content(ErrorReply),
         }
+    return shown
+
+
+def _parameters(route: Route[Any]) -> list[dict[str, Any]]:
+    """Names in the path, and parameters of the query; none of those is required."""
+    fields = route.request.model_json_schema()["properties"] if route.request else {}
+    shown = []
+    for name, schema in fields.items():
+        in_path = f"{{{name}}}" in route.path
+        where: dict[str, Any] = {"name": name, "in": "path" if in_path else "query"}
+        if in_path:
+            where["required"] = True
+        shown.append({**where, "schema": schema})
     return shown
 
 

@@ -36,11 +36,13 @@ class Raw:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What operations work with. ``metrics`` and ``openapi`` render their documents."""
+    """What operations work with. ``metrics`` and ``openapi`` render their documents. Who waits
+    for longer than ``answer_within_s`` says so himself, before he is cut off."""
 
     controller: ControllerAPI
     metrics: Callable[[], Raw]
     openapi: Callable[[], Raw]
+    answer_within_s: float
 
 
 def lookup(service: Service, request: LookupRequest) -> LookupReply:

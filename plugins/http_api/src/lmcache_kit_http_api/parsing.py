@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from lmcache_kit_http_api.problems import ApiError, clip
 
 if TYPE_CHECKING:
+    from multidict import MultiMapping
     from pydantic_core import ErrorDetails
 
 _R = TypeVar("_R", bound=BaseModel)
@@ -25,6 +27,22 @@ def parse(model: type[_R], body: bytes, *, max_tokens: int) -> _R:
         )
     try:
         return model.model_validate_json(body, context={"max_tokens": max_tokens})
+    except ValidationError as error:
+        raise _explain(model, error) from None
+
+
+def parse_url(model: type[_R], names: Mapping[str, str], query: MultiMapping[str]) -> _R:
+    """The same for names in the path and parameters in the query; a value is as it is written.
+
+    Raises ApiError 422.
+    """
+    for key in query:
+        if len(query.getall(key)) > 1 or key in names:
+            raise ApiError(
+                422, "invalid_request", f"{clip(key)}: stands twice", hint=_fields(model)
+            )
+    try:
+        return model.model_validate_strings({**query, **names})
     except ValidationError as error:
         raise _explain(model, error) from None
 

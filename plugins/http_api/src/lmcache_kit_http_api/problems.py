@@ -13,12 +13,23 @@ from collections.abc import Mapping
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from lmcache_kit.errors import ControlError, DeadlineExceeded, InvalidQuery, NoWorker, UnknownName
+from lmcache_kit.errors import (
+    ControlError,
+    DeadlineExceeded,
+    InvalidQuery,
+    NoWorker,
+    OperationFailed,
+    UnknownName,
+)
 from lmcache_kit_http_api.models import ErrorBody, ErrorReply
 
 log = logging.getLogger(__name__)
 
 _LISTED_NAMES = 20
+_WHY_NONE = {
+    "instance": " yet; does its configuration say enable_controller: true?",
+    "method": "; install a codec beside the cache process, such as lmcache-kit-cachegen",
+}
 _SHOWN_CHARACTERS = 200
 
 
@@ -53,6 +64,7 @@ _CONTROL_ERRORS: tuple[tuple[type[ControlError], int, str], ...] = (
     (InvalidQuery, 422, "invalid_request"),
     (NoWorker, 503, "no_worker"),
     (DeadlineExceeded, 504, "deadline_exceeded"),
+    (OperationFailed, 502, "operation_failed"),
     (ControlError, 409, "conflict"),
 )
 
@@ -91,7 +103,7 @@ def from_exception(error: BaseException) -> ApiError:
         return error
     if isinstance(error, UnknownName):
         code = f"unknown_{error.kind.replace(' ', '_')}"
-        return ApiError(404, code, clip(error.message), hint=_known(error.known))
+        return ApiError(404, code, clip(error.message), hint=_known(error.kind, error.known))
     for kind, status, code in _CONTROL_ERRORS:
         if isinstance(error, kind):
             return ApiError(status, code, error.message, hint=error.hint)
@@ -102,9 +114,9 @@ def from_exception(error: BaseException) -> ApiError:
     return _internal(error)
 
 
-def _known(names: list[str]) -> str:
+def _known(kind: str, names: list[str]) -> str:
     if not names:
-        return "Known: none yet; does its configuration say enable_controller: true?"
+        return f"Known: none{_WHY_NONE.get(kind, '')}"
     listed = ", ".join(clip(name) for name in names[:_LISTED_NAMES])
     more = len(names) - _LISTED_NAMES
     return f"Known: {listed}" + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,27 @@
+"""What an engine counts."""
+
+from __future__ import annotations
+
+COUNTERS = (
+    "abandoned_total",
+    "cleared_chunks_total",
+    "corrupt_total",
+    "decode_late_total",
+    "decode_no_room_total",
+    "decoded_chunks_total",
+    "encode_failed_total",
+    "encoded_chunks_total",
+    "evicted_bytes_total",
+    "evicted_chunks_total",
+    "evicted_for_space_total",
+    "expired_leases_total",
+    "expired_pending_total",
+    "expired_pins_total",
+    "hit_tokens_total",
+    "lookup_tokens_total",
+    "lookups_total",
+    "refused_full_total",
+    "refused_too_large_total",
+    "stored_bytes_total",
+    "stored_chunks_total",
+)

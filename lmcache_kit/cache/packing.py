@@ -1,0 +1,214 @@
+"""Encoding chunks where they lie, and back: the old bytes serve until the new ones are verified."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from contextlib import AbstractContextManager
+from threading import Event
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+from lmcache_kit.cache.entries import Body, Encoding
+from lmcache_kit.cache.room import Room
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.entries import Entry
+    from lmcache_kit.cache.pins import Pins
+    from lmcache_kit.cache.shelf import Shelf
+    from lmcache_kit.cache.unpacking import Unpacker
+    from lmcache_kit.interfaces.codec import Codec
+    from lmcache_kit.keys import ChunkKey
+
+_BUSY = "another operation is at work on it"
+_OVER_PIN_BUDGET = "it is pinned, and would not fit into what may be pinned"
+logger = logging.getLogger(__name__)
+
+
+class Recoded(NamedTuple):
+    """What became of a chunk. ``already``: it was so before. ``gone``: it is not here (any more).
+    ``failed``: it stays as it was; ``why`` says why. Bytes are of all ranks."""
+
+    status: Literal["done", "already", "gone", "failed"]
+    why: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+class _Corrupt(ValueError):
+    """A raw payload is not what was stored."""
+
+
+class Packer:
+    """Called from threads of those who want it, without the lock."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        pins: Pins,
+        unpacker: Unpacker,
+        counters: Counter[str],
+        lock: AbstractContextManager[object],
+    ) -> None:
+        self._shelf = shelf
+        self._pins = pins
+        self._unpacker = unpacker
+        self._counters = counters
+        self._lock = lock
+
+    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Recoded:
+        """Encode a chunk; readers of its raw bytes keep these until they are done."""
+        with self._lock:
+            entry = self._shelf.entries.get(key)
+            if entry is None or not entry.complete:
+                return Recoded("gone")
+            if entry.body.encoding or entry.busy:
+                return _not_raw(entry, method)
+            try:
+                infos = tuple([entry.chunk_info(rank) for rank in range(entry.space.world_size)])
+            except ValueError as error:
+                return Recoded("failed", str(error))
+            raw = entry.body
+            entry.busy = True
+            raw.holds += 1
+        why, blobs = "", list[bytes]()
+        encoding = Encoding(method, codec.format_version, codec, infos)
+        try:
+            blobs = self._encode(raw, encoding)
+        except ValueError as error:
+            why = str(error)
+            if isinstance(error, _Corrupt):
+                self._drop_corrupt(entry, why)
+        # A codec is somebody's plugin: whatever it raises, the chunk stays raw, and that is said.
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            logger.exception("could not encode chunk %s", key.hex())
+        checksums = [xxh3_64_intdigest(blob) for blob in blobs]
+        with self._lock:
+            return self._end_packing(entry, raw, encoding, blobs, checksums, why)
+
+    def unpack(self, key: ChunkKey, method: str) -> Recoded:
+        """Decode a chunk for good."""
+        with self._lock:
+            entry = self._shelf.entries.get(key)
+            if entry is None or not entry.complete:
+                return Recoded("gone")
+            encoding = entry.body.encoding
+            if encoding is None:
+                return Recoded("already")
+            if why := self._why_not_unpack(entry, encoding, method):
+                return Recoded("failed", why)
+            room = Room(self._shelf, self._counters, {key}, 0)
+            copy = self._unpacker.copy_of(entry, room)
+            if copy is None:
+                return Recoded("failed", "no room for the decoded chunk")
+            entry.busy = True
+            copy.raw.holds += 1
+            ours = copy.state == "new"
+            if ours:
+                copy.state = "running"
+            ended = Event()
+            copy.waiters.append(ended.set)
+            if copy.state == "done":
+                ended.set()
+        if ours:
+            self._unpacker.run(copy)
+        ended.wait()
+        with self._lock:
+            entry.busy = False
+            copy.raw.holds -= 1
+            result = Recoded("gone")
+            if copy.state != "done":
+                result = Recoded("failed", copy.why)
+            elif entry.linked:
+                result = self._swap_to_raw(entry, copy.raw)
+            self._shelf.settle(copy.raw)
+            return result
+
+    def _encode(self, raw: Body, encoding: Encoding) -> list[bytes]:
+        """The blobs, each decoded once to see that it can be. Raises ValueError for a chunk that
+        is to stay raw."""
+        blobs = []
+        for extent, region, info in zip(raw.extents, raw.regions, encoding.chunks, strict=True):
+            with self._shelf.memory.view(region) as payload:
+                if xxh3_64_intdigest(payload) != extent.checksum:
+                    raise _Corrupt("the raw bytes do not match their checksum")
+                blob = encoding.codec.encode(payload, info)
+            if len(blob) >= region.nbytes:
+                raise ValueError("it would not get smaller")
+            encoding.codec.decode(blob, info, bytearray(region.nbytes))
+            blobs.append(blob)
+        return blobs
+
+    def _end_packing(  # noqa: PLR0917 - all that there is to know of one chunk
+        self,
+        entry: Entry,
+        raw: Body,
+        encoding: Encoding,
+        blobs: list[bytes],
+        checksums: list[int],
+        why: str,
+    ) -> Recoded:
+        entry.busy = False
+        raw.holds -= 1
+        bytes_before = raw.nbytes
+        if not entry.linked:
+            self._shelf.settle(raw)
+            return Recoded("failed", why) if why else Recoded("gone")
+        if why:
+            self._counters["encode_failed_total"] += 1
+            return Recoded("failed", why)
+        room = Room(self._shelf, self._counters, {entry.key}, 0)
+        sizes = [len(blob) for blob in blobs]
+        regions = room.take_all(sizes) if raw.holds else []
+        if raw.holds and not regions:
+            return Recoded("failed", "no room for the encoded chunk while others read it")
+        self._shelf.forsake(entry)
+        # Nobody reads the raw bytes, so their room is free now, and the blobs are smaller.
+        regions = regions or room.take_all(sizes)
+        if not regions:
+            self._shelf.unlink(entry)  # its body, forsaken already, has no encoding to uncount
+            return Recoded("gone", "no room for the encoded chunk where the raw one was")
+        body = Body(regions, encoding)
+        for region, blob in zip(regions, blobs, strict=True):
+            self._shelf.memory.view(region)[:] = blob
+        body.seal(checksums)
+        self._shelf.adopt(entry, body)
+        self._counters["encoded_chunks_total"] += 1
+        return Recoded("done", "", bytes_before, body.nbytes)
+
+    def _swap_to_raw(self, entry: Entry, raw: Body) -> Recoded:
+        if self._over_pin_budget(entry, raw.nbytes):  # it may have been pinned meanwhile
+            return Recoded("failed", _OVER_PIN_BUDGET)
+        bytes_before = entry.nbytes
+        self._shelf.forsake(entry)
+        self._shelf.adopt(entry, raw)
+        return Recoded("done", "", bytes_before, raw.nbytes)
+
+    def _why_not_unpack(self, entry: Entry, encoding: Encoding, method: str) -> str:
+        if encoding.method != method:
+            return f"it is encoded with {encoding.method}"
+        if entry.busy:
+            return _BUSY
+        raw_bytes = sum([chunk.payload_bytes for chunk in encoding.chunks])
+        return _OVER_PIN_BUDGET if self._over_pin_budget(entry, raw_bytes) else ""
+
+    def _over_pin_budget(self, entry: Entry, raw_bytes: int) -> bool:
+        growth = raw_bytes - entry.nbytes
+        return bool(entry.pins) and self._pins.pinned_bytes + growth > self._pins.budget_bytes
+
+    def _drop_corrupt(self, entry: Entry, why: str) -> None:
+        with self._lock:
+            logger.warning("dropped chunk %s: %s", entry.key.hex(), why)
+            self._counters["corrupt_total"] += 1
+            self._shelf.unlink(entry)
+
+
+def _not_raw(entry: Entry, method: str) -> Recoded:
+    encoding = entry.body.encoding
+    if encoding is None:
+        return Recoded("failed", _BUSY)
+    if encoding.method == method:
+        return Recoded("already")
+    return Recoded("failed", f"it is encoded with {encoding.method}")

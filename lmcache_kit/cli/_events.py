@@ -1,0 +1,99 @@
+"""Events and pins as the controller tells them, and in words."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from lmcache_kit.errors import ControlError
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Progress at one location; or the sum of some."""
+
+    chunks_done: int
+    chunks: int
+    bytes_before: int
+    bytes_after: int
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One operation; ``ended`` is None while it goes on."""
+
+    event_id: str
+    operation: str
+    instance_id: str
+    location: str
+    state: str
+    num_tokens: int
+    progress: list[Part]
+    message: str
+    ratio: float | None
+    created: float
+    ended: float | None
+
+    @property
+    def done(self) -> Part:
+        """All of it."""
+        sums = (sum(getattr(part, name) for part in self.progress) for name in _FIELDS)
+        return Part(*sums)
+
+
+class Pin(msgspec.Struct, frozen=True):
+    """One pin; ``expires_in_s`` is None for one without an end."""
+
+    pin_id: str
+    instance_id: str
+    location: str
+    num_tokens: int
+    bytes: int
+    owner: str
+    expires_in_s: float | None
+
+
+_FIELDS = Part.__struct_fields__
+
+
+def read(kind: type[_S], answer: Any) -> _S:
+    """Raises ControlError for an answer that is none of ours."""
+    try:
+        return msgspec.convert(answer, kind)
+    except msgspec.ValidationError as error:
+        raise ControlError(f"what answered is no controller: {error}") from error
+
+
+def told(event: Event) -> str:
+    """How far it has come or how it ended, in a line."""
+    done = event.done
+    if event.ended is None:
+        return f"{event.state}: {done.chunks_done} of {done.chunks} chunks"
+    words = [f"{event.state}: {_counted(event.num_tokens, 'token')}"]
+    if done.chunks:
+        words.append(f"{done.chunks_done} of {_counted(done.chunks, 'chunk')}")
+    if event.ratio is not None and done.bytes_before != done.bytes_after:
+        words.append(f"{changed(done)}, ratio {event.ratio:.2f}")
+    if event.message:
+        words.append(event.message)
+    return "; ".join(words)
+
+
+def changed(done: Part) -> str:
+    """``5.8 MiB became 1.0 MiB``."""
+    return f"{shown_bytes(done.bytes_before)} became {shown_bytes(done.bytes_after)}"
+
+
+def shown_bytes(number: float) -> str:
+    """``1.5 MiB``."""
+    for unit in _UNITS:
+        if abs(number) < 1024 or unit == _UNITS[-1]:
+            break
+        number /= 1024
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
