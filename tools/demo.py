@@ -1,6 +1,7 @@
-"""The main job in one go: real vLLM stores its KV in the kit, a controller finds it over REST.
+"""The main job in one go: real vLLM stores its KV in the kit, a controller finds, pins and
+compresses it over REST.
 
-Runs the commands of the lookup walk-through one after another, shows each of them so that it can
+Runs the commands of these walk-throughs one after another, shows each of them so that it can
 be repeated by hand, and ends everything that it started.
 """
 
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +27,9 @@ CONFIG = stack.ROOT / "examples" / "lookup" / "example.yaml"
 PROMPT = "Explain the significance of KV cache in language models."
 LONG_PROMPT_TOKENS = 1600
 START_TIMEOUT_S = 600.0
+OPERATION_TIMEOUT_S = 60.0
+INSTANCE = "lmcache_default_instance"
+LOCATION = "LocalCPUBackend"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -67,17 +72,19 @@ def _run(options: argparse.Namespace) -> int:
         _start(controller, f"http://localhost:{options.port}/healthz")
         _step("Start vLLM with the kit's connector")
         _start(vllm, f"http://localhost:{options.vllm_port}/health")
-        found = _lookup_walk_through(options)
+        tokens = _lookup_walk_through(options)
+        _pin_walk_through(options, tokens)
+        _compress_walk_through(options, tokens)
         _time_to_first_token(options)
-        return 0 if found else 1
+        return 0
     finally:
         for program in (vllm, controller):
             console.print(f"[dim]Stopping {program.name} ...[/]")
             program.stop()
 
 
-def _lookup_walk_through(options: argparse.Namespace) -> bool:
-    """Complete, tokenize, look up. Returns whether the lookup found the whole prompt."""
+def _lookup_walk_through(options: argparse.Namespace) -> list[int]:
+    """Complete, tokenize, look up. Returns the prompt's tokens, all of which were found."""
     vllm_url = f"http://localhost:{options.vllm_port}"
     model = {"model": stack.SERVED_NAME}
     _step("Send a completion")
@@ -92,11 +99,47 @@ def _lookup_walk_through(options: argparse.Namespace) -> bool:
     while time.monotonic() < deadline and len(stack.post(url, {"tokens": tokens})) < 3:
         time.sleep(0.2)
     answer = _curl(url, {"tokens": tokens})
-    expected = ["LocalCPUBackend", len(tokens)]
-    found = answer.get("lmcache_default_instance") == expected
-    verdict = "[green]found[/]" if found else f"[bold red]expected {expected}[/]"
-    console.print(f"{len(tokens)} tokens in the prompt: {verdict}")
-    return found
+    _expect(answer, INSTANCE, [LOCATION, len(tokens)])
+    return tokens
+
+
+def _pin_walk_through(options: argparse.Namespace, tokens: list[int]) -> None:
+    """Pin, show the pin, unpin."""
+    url = f"http://localhost:{options.port}"
+    body = {"tokens": tokens, "instance_id": INSTANCE, "location": LOCATION}
+    _step("Pin it: it stays, whatever else is evicted")
+    _expect(_curl(f"{url}/pin", body), "num_tokens", len(tokens))
+    _curl(f"{url}/pins")
+    _expect(_curl(f"{url}/unpin", body), "num_tokens", len(tokens))
+
+
+def _compress_walk_through(options: argparse.Namespace, tokens: list[int]) -> None:
+    """Compress, serve from what is compressed, decompress."""
+    url = f"http://localhost:{options.port}"
+    body = {"instance_id": INSTANCE, "method": "cachegen", "location": LOCATION, "tokens": tokens}
+    _step("Compress it with CacheGen")
+    _follow(url, _curl(f"{url}/compress", body))
+    _step("It is still found, and still serves")
+    _expect(_curl(f"{url}/lookup", {"tokens": tokens}), INSTANCE, [LOCATION, len(tokens)])
+    warm = stack.stream_completion(f"http://localhost:{options.vllm_port}", PROMPT)
+    console.print(f"The same completion took {warm.cached_tokens} tokens from the cache.")
+    _step("Decompress it")
+    _follow(url, _curl(f"{url}/decompress", body))
+
+
+def _follow(url: str, answer: dict[str, object]) -> None:
+    """Wait for an operation's end, and show it."""
+    event = f"{url}/events/{answer['event_id']}"
+    deadline = time.monotonic() + OPERATION_TIMEOUT_S
+    while stack.get(event)["state"] in {"queued", "running"} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    _expect(_curl(event), "state", "done")
+
+
+def _expect(answer: dict[str, object], key: str, value: object) -> None:
+    """Raises StackError when the walk-through does not show what it should."""
+    if answer.get(key) != value:
+        raise stack.StackError(f"expected {key} to be {value}, not {answer.get(key)}")
 
 
 def _time_to_first_token(options: argparse.Namespace) -> None:
@@ -163,11 +206,14 @@ def _start(program: stack.Program, ready_url: str) -> None:
     console.print(f"{program.name} is ready after {time.monotonic() - begin:.1f} s.")
 
 
-def _curl(url: str, body: dict[str, object]) -> dict[str, object]:
-    text = json.dumps(body)
-    command = f"curl -X POST {url} -H 'Content-Type: application/json' -d {shlex.quote(text)}"
+def _curl(url: str, body: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Send it as curl would, POST if there is a body, and show both request and answer."""
+    command = f"curl {url}"
+    if body is not None:
+        text = shlex.quote(json.dumps(body))
+        command = f"curl -X POST {url} -H 'Content-Type: application/json' -d {text}"
     console.print(f"[cyan]$ {command}[/]")
-    answer = stack.post(url, body)
+    answer = stack.get(url) if body is None else stack.post(url, body)
     console.print(json.dumps(answer), markup=False)
     return answer
 

@@ -179,13 +179,20 @@ def answers(url: str) -> bool:
         return False
 
 
-def post(url: str, body: dict[str, object], *, timeout_s: float = 300) -> dict[str, object]:
+def post(url: str, body: Mapping[str, object], *, timeout_s: float = 300) -> dict[str, Any]:
     """POST JSON and read JSON."""
     request = urllib.request.Request(  # noqa: S310 - our own loopback URL
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=timeout_s) as reply:  # noqa: S310
-        answer: dict[str, object] = json.load(reply)
+        answer: dict[str, Any] = json.load(reply)
+        return answer
+
+
+def get(url: str) -> dict[str, Any]:
+    """GET and read JSON."""
+    with urllib.request.urlopen(url, timeout=30) as reply:  # noqa: S310 - our own loopback URL
+        answer: dict[str, Any] = json.load(reply)
         return answer
 
 
