@@ -161,7 +161,7 @@ class Halver(Codec):
         memoryview(out)[:] = bytes(blob[:1]) * len(out)
 
     def describe(self, blob: Buffer) -> BlobInfo:
-        raise NotImplementedError
+        raise AssertionError("the engine does not ask")
 
     def max_blob_bytes(self, chunk: ChunkInfo) -> int:
         return chunk.payload_bytes
