@@ -182,7 +182,19 @@ def test_a_configuration_survives_the_way_to_another_process(config: KitConfig) 
     assert KitConfig.from_json(config.to_json()) == config
 
 
+def test_key_files_are_found_from_any_working_directory() -> None:
+    config = KitConfig(controller_key=Path("c.key"), worker_key=Path("~/w.key_secret"))
+    assert config.controller_key == Path.cwd() / "c.key"
+    assert config.worker_key == Path.home() / "w.key_secret"
+
+
 # What is wrong is named with its place.
+
+
+@pytest.mark.parametrize("key", ["controller_key", "worker_key"])
+def test_one_key_file_without_the_other_is_an_error(key: str) -> None:
+    with pytest.raises(ConfigError, match="controller_key and worker_key need each other"):
+        load_config(environ={}, extra={f"lmcache.{key}": "/some/file"})
 
 
 @pytest.mark.parametrize(

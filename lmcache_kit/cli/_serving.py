@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from lmcache_kit.cli._listening import ListenError, listening, open_to_the_network
 from lmcache_kit.control.controller import Controller
+from lmcache_kit.control.curve import ControllerKeys
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces.frontend import Frontend
 from lmcache_kit.plugins import Plugins
@@ -36,18 +37,15 @@ class Settings:
     options: Mapping[str, Mapping[str, str]]
     token: str | None = field(repr=False)
     insecure: bool
+    keys: ControllerKeys | None = None
 
 
 async def serve(settings: Settings) -> None:
     """Compose, serve until a signal comes, stop."""
     plugins = Plugins.load()
-    brain = Controller(settings.host, settings.monitor_ports)
+    brain = Controller(settings.host, settings.monitor_ports, keys=settings.keys)
     frontends = [_frontend(plugins, name, brain, settings) for name in settings.frontends]
-    if open_to_the_network(settings.host):
-        log.warning(
-            "the monitor port is open to the network and asks for no token: "
-            "keep it behind a firewall"
-        )
+    _check_monitor_port(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -64,6 +62,23 @@ async def serve(settings: Settings) -> None:
         await stop.wait()
     finally:
         await _stop(brain, frontends)
+
+
+def _check_monitor_port(settings: Settings) -> None:
+    """Raises ConfigError when anybody could report to it, unless that is meant."""
+    if settings.keys or not open_to_the_network(settings.host):
+        return
+    if not settings.insecure:
+        raise ConfigError(
+            f"--host {settings.host} opens the monitor port to the network, unencrypted and to "
+            "anybody",
+            hint="Make keys with 'lmcache-kit keys DIR --worker NAME' and give --curve DIR, or "
+            "accept the risk with --insecure",
+        )
+    log.warning(
+        "the monitor port is open to the network, unencrypted and to anybody: "
+        "keep it behind a firewall"
+    )
 
 
 def _frontend(plugins: Plugins, name: str, brain: Controller, settings: Settings) -> Frontend:

@@ -29,6 +29,7 @@ OWN: Mapping[str, Own] = {
     "decompress": Own("lmcache_kit.cli.operations:decompress", "Decode stored KV again."),
     "doctor": Own("lmcache_kit.cli.doctor:doctor", "Say what works on this machine."),
     "events": Own("lmcache_kit.cli.events:events", "Follow operations, or stop one."),
+    "keys": Own("lmcache_kit.cli.keys:keys", "Make keys for the monitor port."),
     "lookup": Own("lmcache_kit.cli.lookup:lookup", "Ask the controller who holds some tokens."),
     "pin": Own("lmcache_kit.cli.operations:pin", "Keep stored KV from being evicted."),
     "pins": Own("lmcache_kit.cli.events:pins", "List pins."),

@@ -12,6 +12,7 @@ import click
 
 from lmcache_kit.cli._listening import ListenError, monitor_ports
 from lmcache_kit.cli._serving import Settings, serve
+from lmcache_kit.control.curve import ControllerKeys
 from lmcache_kit.errors import ConfigError, KitError
 
 TOKEN_VARIABLE = "LMCACHE_KIT_TOKEN"  # noqa: S105
@@ -63,7 +64,16 @@ _LEVELS = ["debug", "info", "warning", "error"]
     help=f"File with the token that requests must carry. Also: {TOKEN_VARIABLE}.",
 )
 @click.option(
-    "--insecure", is_flag=True, help="Serve an address other than loopback without a token."
+    "--curve",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Encrypt the monitor port, and let in only the workers that DIR has keys of. "
+    "`lmcache-kit keys` makes it.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Serve an address other than loopback without a token or without --curve.",
 )
 @click.option(
     "--log-level",
@@ -80,6 +90,7 @@ def controller(
     frontends: tuple[str, ...],
     options: tuple[str, ...],
     token_file: Path | None,
+    curve: Path | None,
     insecure: bool,
     log_level: str,
 ) -> None:
@@ -109,6 +120,7 @@ def controller(
             options=_by_frontend(options, frontends),
             token=_token(token_file, os.environ),
             insecure=insecure,
+            keys=ControllerKeys.load(curve) if curve else None,
         )
         asyncio.run(serve(settings))
     except ListenError as error:

@@ -8,6 +8,7 @@ from lmcache_kit.cli.output import quiet_plugins
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.process.codecs import Codecs
+from lmcache_kit.process.host import worker_keys
 
 
 @click.command()
@@ -26,6 +27,7 @@ def validate(config: str) -> None:
     for warning in loaded.warnings:
         click.secho(f"Warning: {warning}", fg="yellow", err=True)
     check_names(loaded.config, quiet_plugins())
+    worker_keys(loaded.config)
     click.echo(f"{config} is valid.")
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 GIB = 1024**3
 
@@ -34,6 +34,11 @@ def _address(value: Any) -> Any:
     return value
 
 
+def _absolute(value: Path | None) -> Path | None:
+    """The cache process has another working directory."""
+    return value and value.expanduser().absolute()
+
+
 def _mapping(value: Any) -> Any:
     """A mapping, or one written as JSON, as a variable has it."""
     if not isinstance(value, str):
@@ -54,6 +59,7 @@ def _number(value: Any) -> Any:
 Port = Annotated[int, Field(ge=1, le=65535), BeforeValidator(_number)]
 Rank = Annotated[int, Field(ge=0, le=65535), BeforeValidator(_number)]
 Address = Annotated[str | None, BeforeValidator(_address)]
+KeyFile = Annotated[Path | None, AfterValidator(_absolute)]
 Count = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 
@@ -98,6 +104,12 @@ class KitConfig(BaseModel):
     controller_url: Address = Field(
         default=None,
         description="HOST:PORT of the controller's monitor (also: controller_pull_url)",
+    )
+    controller_key: KeyFile = Field(
+        default=None, description="controller.key of the controller, to encrypt what it is told"
+    )
+    worker_key: KeyFile = Field(
+        default=None, description="our secret key file, to prove who we are; with controller_key"
     )
     controller_reply_url: Address = Field(
         default=None, description="accepted; one connection to controller_url carries both ways"
@@ -154,6 +166,8 @@ class KitConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.enable_controller and not self.controller_url:
             raise ValueError("enable_controller needs controller_url, for example localhost:9001")
+        if (self.controller_key is None) != (self.worker_key is None):
+            raise ValueError("controller_key and worker_key need each other: set both, or neither")
         if not self.local_cpu:
             raise ValueError(
                 "local_cpu: false leaves no place for KV; host memory is the only one served"

@@ -14,6 +14,7 @@ import zmq
 from lmcache_kit.cache.records import StoredChunk
 from lmcache_kit.control.address import connect_url
 from lmcache_kit.control.announcer import Announcer
+from lmcache_kit.control.curve import WorkerKeys, handshakes, refusal
 from lmcache_kit.control.jobs import Jobs
 from lmcache_kit.control.session import Engine, Identity, Session
 from lmcache_kit.control.wire import (
@@ -43,6 +44,7 @@ class Agent:
     by default) decides who keeps an instance id that two lives claim: the later one. The other
     one is told so, logs it once, and asks again every ten heartbeats, in case the later one has
     died. ``operator`` carries out what the controller orders; without one orders are refused.
+    ``keys`` encrypt the connection, and prove to each other who is there.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Agent:
         peer_url: str | None = None,
         started: float | None = None,
         operator: Operator | None = None,
+        keys: WorkerKeys | None = None,
     ) -> None:
         self._engine = engine
+        self._keys = keys
         self._url = connect_url(url)
         self._instance_id = instance_id
         self._heartbeat_s = heartbeat_s
@@ -153,16 +157,28 @@ class Agent:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+                with (
+                    zmq.Context() as context,
+                    context.socket(zmq.DEALER) as socket,
+                    handshakes(socket, self._keys) as failed,
+                ):
                     self._connect(socket)
-                    self._talk(socket)
+                    refused = self._talk(socket, failed)
+                if refused:
+                    # ZMQ gives such an address up; one of the two ends may be put right.
+                    self._session.shut_out(refused)
+                    self._pause()
             except Exception:
                 # This thread must not die: without it the index would forget this cache for
                 # good. Whatever went wrong, a new connection and a snapshot start clean.
                 self._session.counts["failures_total"] += 1
                 log.exception("the agent of instance %r starts over", self._instance_id)
                 self._announcer.want_snapshot()
-                time.sleep(min(1.0, self._heartbeat_s))
+                self._pause()
+        self._jobs.stop()  # if it ends between two connections
+
+    def _pause(self) -> None:
+        time.sleep(min(1.0, self._heartbeat_s))
 
     def _connect(self, socket: zmq.Socket[bytes]) -> None:
         socket.setsockopt(zmq.LINGER, 200)
@@ -178,10 +194,14 @@ class Agent:
         socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        if self._keys:
+            self._keys.protect(socket)
         socket.connect(self._url)
         self._session.restart()
 
-    def _talk(self, socket: zmq.Socket[bytes]) -> None:
+    def _talk(self, socket: zmq.Socket[bytes], failed: zmq.Socket[bytes]) -> str:
+        """Until we stop, or the controller refuses the connection: then why it may have."""
+
         def send(message: FromAgent) -> bool:
             try:
                 socket.send(encode(message), zmq.NOBLOCK)
@@ -192,12 +212,15 @@ class Agent:
         while not self._stopping:
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if self._session.blocked else 0))
+            poller.register(failed, zmq.POLLIN)
             gathering = self._session.gathering()
             if not gathering:
                 poller.register(self._wake_fd, zmq.POLLIN)
             wait_s = self._session.wait_s()
             # Rounded up, so that nothing is polled for before it is due.
             poller.poll(int(wait_s * 1000) + 1 if wait_s else 0)
+            if refused := refusal(failed, self._keys):
+                return refused
             self._hear(socket)
             if not self._session.gathering():
                 self._rest()
@@ -206,6 +229,7 @@ class Agent:
         if self._session.registered:
             self._session.turn(send)
             send(Goodbye())
+        return ""
 
     def _rest(self) -> None:
         """Whatever is noted after this wakes us again."""

@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from lmcache_kit.control import lookup as lookups
 from lmcache_kit.control.address import bind_url
+from lmcache_kit.control.curve import ControllerKeys, Guard
 from lmcache_kit.control.operations import Operations
 from lmcache_kit.control.registry import Connection, Process, Registry
 from lmcache_kit.control.wire import (
@@ -59,7 +60,8 @@ class Controller:
     """Serves cache processes on ``ports`` of ``host``; all ports speak the same wire.
 
     Port 0 takes a free one, see :attr:`endpoints`. ``health_timeout_s``: how long a worker may
-    take to answer. Everything runs on the event loop that called :meth:`start`.
+    take to answer. ``keys``: take in only workers that these know, and encrypt. Everything runs on
+    the event loop that called :meth:`start`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Controller:
         ports: Sequence[int],
         *,
         health_timeout_s: float = 2.0,
+        keys: ControllerKeys | None = None,
         registry: Registry | None = None,
     ) -> None:
         self._host = host
@@ -76,6 +79,8 @@ class Controller:
         self._registry = registry or Registry()
         self._counts = self._registry.counts
         self._operations = Operations(self._registry, self._send)
+        self._keys = keys
+        self._guard: Guard | None = None
         self._context: zmq.asyncio.Context | None = None
         self._sockets: list[zmq.asyncio.Socket] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -93,6 +98,8 @@ class Controller:
         """Listen. Raises ConfigError for an address or port that cannot be had."""
         self._context = zmq.asyncio.Context()
         try:
+            if self._keys:
+                self._guard = Guard(self._context, self._keys, self._counts)
             for port in self._ports:
                 self._sockets.append(self._listen(self._context, port))
         except BaseException:
@@ -110,11 +117,13 @@ class Controller:
         for _, future in self._waiting.values():
             if not future.done():
                 future.set_exception(NoWorker("the controller is stopping"))
+        if self._guard:
+            await self._guard.stop()
         for each in self._sockets:
             each.close(linger=0)
         if self._context is not None:
             self._context.term()
-        self._tasks, self._sockets, self._context = [], [], None
+        self._tasks, self._sockets, self._context, self._guard = [], [], None, None
 
     # What frontends ask.
 
@@ -217,6 +226,8 @@ class Controller:
             made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
             made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
             made.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+            if self._guard:
+                self._guard.protect(made)
             url = bind_url(self._host, port)
             made.setsockopt(zmq.IPV6, int("[" in url))
             made.bind(url)

@@ -52,6 +52,7 @@ COUNTERS = (
     "batches_repeated_total",
     "batches_total",
     "commands_late_total",
+    "connections_refused_total",
     "digest_mismatches_total",
     "fenced_total",
     "gaps_total",

@@ -113,7 +113,7 @@ class Session:
         self._state = _State.STRANGER
         self._results: deque[Result] = deque(maxlen=_MAX_RESULTS)
         self._next_register = self._next_heartbeat = self._next_flush = 0.0
-        self._told = ""
+        self._told: deque[str] = deque(maxlen=8)
 
     @property
     def registered(self) -> bool:
@@ -147,6 +147,10 @@ class Session:
         self._next_register = self._next_heartbeat = self._next_flush = 0.0
         self._jobs.restart()
         self.blocked = False
+
+    def shut_out(self, why: str) -> None:
+        """The connection was refused before anything could be said."""
+        self._turned_away(why)
 
     def gathering(self) -> bool:
         """Whether there are notes that wait for more to come, so that none need wake us."""
@@ -273,7 +277,7 @@ class Session:
             # Only something about us had changed; the stream goes on.
             return
         self._state = _State.REGISTERED
-        self._told = ""
+        self._told.clear()
         self._next_heartbeat = 0.0
         self.counts["registrations_total"] += 1
         log.info("instance %r is registered", self._identity.instance_id)
@@ -294,8 +298,8 @@ class Session:
         self.counts["turned_away_total"] += 1
         self._state = _State.TURNED_AWAY
         self._next_register = self._clock() + self._slow_s()
-        if why != self._told:
-            self._told = why
+        if why not in self._told:
+            self._told.append(why)
             log.warning(
                 "lookups do not find the cache of instance %r: %s", self._identity.instance_id, why
             )

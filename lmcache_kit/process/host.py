@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
     from lmcache_kit.config import KitConfig
     from lmcache_kit.control.agent import Agent
+    from lmcache_kit.control.curve import WorkerKeys
     from lmcache_kit.interfaces import MemoryBackend
     from lmcache_kit.plugins import Plugins
     from lmcache_kit.process.operations import EngineOperator
@@ -35,6 +36,7 @@ _SETTINGS = {
     "cache_linger_s",
     "cache_policy",
     "codec_options",
+    "controller_key",
     "controller_url",
     "enable_controller",
     "lease_ttl_s",
@@ -46,6 +48,7 @@ _SETTINGS = {
     "max_pinned_share",
     "pin_timeout_sec",
     "store_codec",
+    "worker_key",
 }
 
 
@@ -222,4 +225,14 @@ def _agent(
         heartbeat_s=config.lmcache_worker_heartbeat_time,
         worker_ports=config.lmcache_worker_ports or (),
         operator=operator,
+        keys=worker_keys(config),
     )
+
+
+def worker_keys(config: KitConfig) -> WorkerKeys | None:
+    """What the configuration names; None without keys. Raises ConfigError."""
+    if not config.enable_controller or not config.controller_key or not config.worker_key:
+        return None
+    from lmcache_kit.control.curve import WorkerKeys
+
+    return WorkerKeys.load(config.controller_key, config.worker_key)

@@ -57,11 +57,16 @@ class Kit(NamedTuple):
 
 @contextmanager
 def running_kit(
-    folder: Path, tokens: list[int], namespace: Namespace, **keys: object
+    folder: Path,
+    tokens: list[int],
+    namespace: Namespace,
+    *,
+    flags: tuple[str, ...] = (),
+    **keys: object,
 ) -> Iterator[Kit]:
-    """All of it, with ``tokens`` stored; ended afterwards."""
+    """All of it, with ``tokens`` stored; ended afterwards. ``flags``: more for the controller."""
     with ExitStack() as stack:
-        line = _start(stack, "lmcache_controller", "--port", "0", "--monitor-port", "0")
+        line = _start(stack, "lmcache_controller", "--port", "0", "--monitor-port", "0", *flags)
         http = re.search(r"http on (http://\S+?)[;,]", line)
         monitor = re.search(r"cache processes on (?:tcp://)?([^;\s,]+)", line)
         assert http, line

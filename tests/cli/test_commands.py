@@ -185,6 +185,11 @@ def test_the_example_is_valid() -> None:
         ("chunk_sise: 1", "unknown configuration key 'chunk_sise'"),
         ("a: [", "not YAML"),
         ("store_codec: gz", "no codec 'gz' is installed"),
+        (
+            "enable_controller: true\ncontroller_url: localhost:9001\n"
+            "controller_key: /no/c.key\nworker_key: /no/w.key_secret",
+            "controller_key: /no/c.key cannot be read",
+        ),
         ("cache_policy: MRU", "unknown cache_policy 'MRU'. Known: FIFO, LFU, LRU"),
     ],
 )
