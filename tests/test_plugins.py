@@ -365,8 +365,9 @@ def test_an_unknown_name_lists_the_known_ones_and_what_failed(site: FakeSite) ->
 def test_a_blocked_provider_is_said_to_be_blocked() -> None:
     if "http_api" not in [info.name for info in Plugins.load(environ={}).loaded]:
         pytest.fail("install the plugins of this repository first: make setup")
-    with pytest.raises(PluginNotFound, match="LMCACHE_KIT_PLUGINS keeps out"):
+    with pytest.raises(PluginNotFound, match="LMCACHE_KIT_PLUGINS keeps out") as caught:
         load().spec("frontend", "http")
+    assert caught.value.hint == "Let 'http_api' through in LMCACHE_KIT_PLUGINS, or unset it"
 
 
 @pytest.mark.usefixtures("acme_is_ours")

@@ -221,7 +221,8 @@ class Plugins:
             if info.distribution == provider:
                 return PluginNotFound(
                     f"{kind} {name!r} is provided by plugin {info.name!r} of {provider}, which "
-                    f"{SELECTION_VARIABLE} keeps out"
+                    f"{SELECTION_VARIABLE} keeps out",
+                    hint=f"Let {info.name!r} through in {SELECTION_VARIABLE}, or unset it",
                 )
         message = f"no {kind} {name!r} is installed"
         if provider:
