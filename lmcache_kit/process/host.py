@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCATION = "LocalCPUBackend"
 _SETTINGS = {
     "cache_linger_s",
     "cache_policy",
@@ -110,7 +109,7 @@ class Host:
         except BaseException:
             self.close()
             raise
-        self._info = CacheInfo(config.lmcache_instance_id, self.incarnation, (LOCATION,))
+        self._info = CacheInfo(config.lmcache_instance_id, self.incarnation, (config.location,))
         self._server = CacheServer(
             self.engine,
             self.memory,
@@ -144,7 +143,7 @@ class Host:
                 os.getpid(),
                 self.config.lmcache_instance_id,
                 path,
-                LOCATION,
+                self.config.location,
                 self.config.max_local_cpu_size,
                 self.config.cache_policy,
                 self.incarnation,
@@ -196,13 +195,13 @@ def _compose(config: KitConfig) -> tuple[Plugins, MemoryBackend, CacheEngine]:
     from lmcache_kit.plugins import Plugins
 
     plugins = Plugins.load()
-    backend = plugins.resolve("backend", LOCATION)
+    backend = plugins.resolve("backend", config.location)
     policy = plugins.eviction_policy(config.cache_policy)
     memory: MemoryBackend = backend(capacity_bytes=config.max_local_cpu_bytes)
     engine = CacheEngine(
         memory,
         policy,
-        location=LOCATION,
+        location=config.location,
         lease_ttl_s=config.lease_ttl_s,
         max_pinned_share=config.max_pinned_share,
     )
