@@ -1,4 +1,4 @@
-"""What an engine counts."""
+"""What is counted."""
 
 from __future__ import annotations
 
@@ -20,8 +20,34 @@ COUNTERS = (
     "hit_tokens_total",
     "lookup_tokens_total",
     "lookups_total",
+    "moved_in_bytes_total",
+    "moved_in_chunks_total",
+    "moved_out_bytes_total",
+    "moved_out_chunks_total",
+    "recalled_bytes_total",
+    "recalled_chunks_total",
+    "recalls_late_total",
+    "recalls_total",
     "refused_full_total",
     "refused_too_large_total",
     "stored_bytes_total",
     "stored_chunks_total",
 )
+"""By the engine, of what is in memory."""
+
+TIER_COUNTERS = (
+    "cleared_chunks_total",
+    "corrupt_total",
+    "evicted_bytes_total",
+    "evicted_chunks_total",
+    "expired_pins_total",
+    "failures_total",
+    "moved_out_bytes_total",
+    "moved_out_chunks_total",
+    "read_bytes_total",
+    "read_chunks_total",
+    "refused_total",
+    "written_bytes_total",
+    "written_chunks_total",
+)
+"""By each tier below memory."""

@@ -6,38 +6,38 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lmcache_kit.cache import checks
 from lmcache_kit.cache.counters import COUNTERS
-from lmcache_kit.cache.entries import Body, Form, Part, Space
+from lmcache_kit.cache.entries import Body, Form, Space
+from lmcache_kit.cache.inventory import Inventory
 from lmcache_kit.cache.leases import Leases
-from lmcache_kit.cache.lookups import Lookups, Search
+from lmcache_kit.cache.lookups import Lookups, Query, Search
 from lmcache_kit.cache.packing import Packer, Recoded
-from lmcache_kit.cache.pins import Pins
+from lmcache_kit.cache.recalls import Recalls
 from lmcache_kit.cache.records import (
-    ChangeListener,
     Grant,
     Match,
-    Selected,
-    StoredChunk,
     StoreItem,
 )
-from lmcache_kit.cache.shelf import Shelf
+from lmcache_kit.cache.shelf import MemoryShelf
 from lmcache_kit.cache.stores import Stores
+from lmcache_kit.cache.tiers import Tiers
+from lmcache_kit.cache.transfers import GetCodec, Transfers
 from lmcache_kit.cache.unpacking import Unpacker
 from lmcache_kit.keys import ChunkKey
 
 if TYPE_CHECKING:
+    from lmcache_kit.cache.tier import Tier
     from lmcache_kit.interfaces import Codec, EvictionPolicy, MemoryBackend
-    from lmcache_kit.interfaces.operations import PinInfo
 
 MAX_LOADERS = 4
 
 
-class CacheEngine:
+class CacheEngine(Inventory):
     """What is stored where, who reads or writes it, and what leaves when room is needed.
 
     A library without sockets: whoever serves it names the *owner* of each lookup and store, and
@@ -65,6 +65,8 @@ class CacheEngine:
     >>> engine.close()
     """
 
+    _shelf: MemoryShelf
+
     def __init__(
         self,
         backend: MemoryBackend,
@@ -76,14 +78,17 @@ class CacheEngine:
         loaders: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.location = location
-        self._lock = threading.RLock()
-        self._clock = clock
+        shelf = MemoryShelf(backend, policy)
+        super().__init__(
+            location,
+            shelf,
+            int(shelf.capacity_bytes * max_pinned_share),
+            Counter(dict.fromkeys(COUNTERS, 0)),
+            threading.RLock(),
+            clock,
+        )
         self._ttl_s = lease_ttl_s
-        self._shelf = Shelf(backend, policy)
         self._leases = Leases(lease_ttl_s, clock)
-        self._pins = Pins(int(self._shelf.capacity_bytes * max_pinned_share), clock)
-        self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._stores = Stores(self._shelf, self._counters, clock)
         self._loaders = loaders or ThreadPoolExecutor(
             min(MAX_LOADERS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-load"
@@ -91,24 +96,37 @@ class CacheEngine:
         unpacker = Unpacker(self._shelf, self._counters, self._lock, self._loaders)
         self._lookups = Lookups(self._shelf, self._leases, unpacker, self._counters)
         self._packer = Packer(self._shelf, self._pins, unpacker, self._counters, self._lock)
+        self.transfers = Transfers(self._shelf, self._leases, self._counters, self._lock, clock)
+        self.tiers: Tiers | None = None
         self._closed = False
 
-    # What the control plane follows.
+    def attach(self, tiers: Sequence[Tier], get_codec: GetCodec) -> Tiers:
+        """Put tiers below memory, once: lookups find what lies there. Who closes the engine closes
+        them first."""
+        recalled = Transfers(
+            self._shelf, self._leases, self._counters, self._lock, self._clock, "recalled"
+        )
+        recalls = Recalls(
+            tiers,
+            self._shelf,
+            recalled,
+            self._lookups,
+            get_codec,
+            counters=self._counters,
+            lock=self._lock,
+        )
+        self.tiers = Tiers(tiers, self, recalls)
+        return self.tiers
 
-    def subscribe(self, listener: ChangeListener) -> list[StoredChunk]:
-        """All complete chunks; ``listener`` hears of every change after that."""
-        with self._lock:
-            self._shelf.listeners.append(listener)
-            return self._shelf.records()
+    @property
+    def inventories(self) -> dict[str, Inventory]:
+        """By location: ourselves, and the tiers below."""
+        return {each.location: each for each in (self, *(self.tiers or ()))}
 
-    def unsubscribe(self, listener: ChangeListener) -> None:
-        with self._lock:
-            self._shelf.listeners.remove(listener)
-
-    def snapshot(self, receive: Callable[[list[StoredChunk]], None]) -> None:
-        """Call ``receive`` with all complete chunks while nothing can change."""
-        with self._lock:
-            receive(self._shelf.records())
+    @property
+    def memory(self) -> MemoryBackend:
+        """Where the chunks lie."""
+        return self._shelf.memory
 
     # Reading.
 
@@ -125,8 +143,8 @@ class CacheEngine:
 
         Of the last chunk found only the first ``usable`` tokens need match. The lease ends when
         each rank has released it, or all at once, when its owner dies, or after its time. A chunk
-        that is encoded is decoded for as long as it is leased; where that takes longer than
-        ``wait_s``, the prefix ends.
+        that is encoded is decoded for as long as it is leased, and one that lies in a tier below is
+        brought up; where that takes longer than ``wait_s``, the prefix ends.
         """
         ready = threading.Event()
         search = self.begin_lookup(namespace, tokens, chunk_size, world_size, owner, ready.set)
@@ -147,13 +165,20 @@ class CacheEngine:
         ``on_ready`` is called then, from any thread; but not to wait for it is allowed, too."""
         checks.check_shape(namespace, chunk_size, world_size)
         checks.check_lookup(tokens)
+        query = Query(namespace, tokens, chunk_size, world_size)
+        search = Search(query, owner, on_ready)
         with self._lock:
-            space = self._shelf.space(namespace, chunk_size, world_size)
-            return self._lookups.begin(space, tokens, owner, on_ready)
+            walk = self._lookups.walk(query)
+            if self.tiers is None or not self.tiers.recalls.begin(search, walk):
+                self._lookups.begin(search, walk)
+        return search
 
     def finish_lookup(self, search: Search) -> Match:
         """Do the rest, once."""
         with self._lock:
+            if self.tiers and search.bringing:
+                self.tiers.recalls.cancel(search.bringing)
+                self._lookups.begin(search, self._lookups.walk(search.query))
             return self._lookups.finish(search)
 
     def release(self, lease: int, rank: int | None) -> bool:
@@ -213,95 +238,15 @@ class CacheEngine:
         with self._lock:
             return sum([self._stores.abandon(ticket, owner) for ticket in tickets])
 
-    # What operators ask for. ``namespaces`` are digests, None for all; ``tokens`` are packed, and
-    # mean the chunks of their longest stored prefix, or with None all chunks.
-
-    def pin(
-        self,
-        namespaces: Collection[bytes] | None,
-        tokens: bytes | None,
-        pin_id: str,
-        *,
-        owner: str = "",
-        ttl_s: float | None = None,
-    ) -> tuple[Selected, Selected]:
-        """Keep chunks until :meth:`unpin`, or for ``ttl_s``: what there is, and what of that is
-        pinned now, the first chunks that fit into the budget. A pin of the same id ends.
-
-        Raises ValueError when there are too many pins.
-        """
-        with self._lock:
-            self._expire_holds()
-            there = self._shelf.select(namespaces, tokens)
-            return _selected(there), _selected(self._pins.add(pin_id, owner, ttl_s, there))
-
-    def unpin(
-        self,
-        namespaces: Collection[bytes] | None,
-        tokens: bytes | None,
-        pin_id: str | None = None,
-    ) -> Selected:
-        """End the pin of this id; without one, the pins that hold nothing but first tokens of
-        ``tokens``, or all. Returns what they held."""
-        with self._lock:
-            self._expire_holds()
-            within = self._pins.within(namespaces, tokens)
-            return _selected(self._pins.remove(within if pin_id is None else [pin_id]))
-
-    def pins(self) -> list[PinInfo]:
-        """All pins, the oldest first."""
-        with self._lock:
-            self._expire_holds()
-            return self._pins.infos(self.location)
-
-    @property
-    def pin_budget_bytes(self) -> int:
-        """What all pinned chunks may weigh."""
-        return self._pins.budget_bytes
-
-    def clear(
-        self,
-        namespaces: Collection[bytes] | None = None,
-        tokens: bytes | None = None,
-        *,
-        force: bool = False,
-    ) -> tuple[Selected, Selected]:
-        """Forget chunks: those that went, and those that stay because they are pinned, unless
-        ``force``. Memory in use is freed when it is released.
-
-        Of ``tokens``, a chunk goes when it holds only these, or also what follows the last of
-        them; not one that goes on otherwise. Without tokens, stores under way are given up too.
-        """
-        with self._lock:
-            self._expire_holds()
-            if tokens is None:
-                there = [part.entry for part in self._shelf.select(namespaces, None)]
-                there += self._shelf.pending.values() if namespaces is None else ()
-            else:
-                there = self._shelf.holding(namespaces, tokens)
-            gone = [entry for entry in there if force or not entry.pins]
-            kept = [entry for entry in there if entry.pins and not force]
-            cleared = _selected([Part(entry, entry.tokens) for entry in gone if entry.complete])
-            for entry in gone:
-                self._shelf.unlink(entry)
-            self._counters["cleared_chunks_total"] += cleared.chunks
-            return cleared, _selected([Part(entry, entry.tokens) for entry in kept])
-
-    def keys(
-        self, namespaces: Collection[bytes] | None, tokens: bytes | None
-    ) -> list[tuple[ChunkKey, int]]:
-        """Chunks, and how many tokens of each are meant."""
-        with self._lock:
-            parts = self._shelf.select(namespaces, tokens)
-            return [(part.entry.key, part.tokens) for part in parts]
+    # What operators ask for, beside what every inventory offers.
 
     def pack(self, key: ChunkKey, method: str, codec: Codec) -> Recoded:
-        """Encode a chunk with ``codec``, in the calling thread. Until that is verified the raw
-        bytes serve, and those who read them keep them until they are done."""
+        """See :class:`~lmcache_kit.cache.inventory.Inventory`; those who read the raw bytes keep
+        them until they are done."""
         return self._packer.pack(key, method, codec)
 
     def unpack(self, key: ChunkKey, method: str) -> Recoded:
-        """Decode a chunk that ``method`` has encoded, in the calling thread."""
+        """See :class:`~lmcache_kit.cache.inventory.Inventory`."""
         return self._packer.unpack(key, method)
 
     # The end of things.
@@ -311,12 +256,16 @@ class CacheEngine:
         with self._lock:
             self._settle(self._leases.release_owner(owner))
             self._stores.abandon_owner(owner)
+            if self.tiers:
+                self.tiers.recalls.drop_owner(owner)
 
     def expire(self) -> int:
         """End leases that have outlived their time; returns how many.
 
         So do pins. Chunks that some rank stored and another never began to, for as long, go too.
         """
+        if self.tiers:
+            self.tiers.expire()
         with self._lock:
             ended = self._expire_holds()
             self._stores.expire(self._clock() - self._ttl_s)
@@ -324,6 +273,7 @@ class CacheEngine:
 
     def stats(self) -> dict[str, float]:
         """Counters, whose names end in ``_total``, and gauges."""
+        tiers = self.tiers.stats() if self.tiers else {}
         with self._lock:
             usage = self._shelf.memory.usage()
             pending = len(self._shelf.pending)
@@ -342,6 +292,7 @@ class CacheEngine:
                 "allocated_bytes": usage.allocated_bytes,
                 "largest_free_bytes": usage.largest_free_bytes,
                 "external_fragmentation": usage.external_fragmentation,
+                **tiers,
             }
 
     def close(self) -> None:
@@ -357,7 +308,7 @@ class CacheEngine:
                 self._shelf.memory.close()
 
     def _expire_holds(self) -> int:
-        self._counters["expired_pins_total"] += self._pins.expire()
+        super()._expire_holds()
         ended, bodies = self._leases.release_expired()
         self._counters["expired_leases_total"] += ended
         self._settle(bodies)
@@ -366,11 +317,3 @@ class CacheEngine:
     def _settle(self, bodies: Sequence[Body]) -> None:
         for body in bodies:
             self._shelf.settle(body)
-
-
-def _selected(parts: Sequence[Part]) -> Selected:
-    return Selected(
-        tokens=sum([part.tokens for part in parts]),
-        chunks=len(parts),
-        nbytes=sum([part.entry.nbytes for part in parts]),
-    )

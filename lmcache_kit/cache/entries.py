@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache_kit.cache.records import Extent, StoredChunk
-from lmcache_kit.interfaces.codec import ChunkInfo
+from lmcache_kit.interfaces.codec import ChunkInfo, Rope
 from lmcache_kit.keys import KEY_BYTES, TOKEN_BYTES, ChunkKey
-from lmcache_kit.layout import DTYPE_BYTES
+from lmcache_kit.layout import DTYPE_BYTES, KVLayout
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.unpacking import Unpacking
-    from lmcache_kit.interfaces.backend import Region
-    from lmcache_kit.interfaces.codec import Codec, Rope
-    from lmcache_kit.layout import KVLayout
+    from lmcache_kit.interfaces.codec import Codec
+    from lmcache_kit.interfaces.memory import Region
 
 
 class Form(NamedTuple):
@@ -70,8 +69,13 @@ class Body:
     holds: int = 0
 
     @property
+    def sizes(self) -> list[int]:
+        """Bytes of each rank."""
+        return [region.nbytes for region in self.regions]
+
+    @property
     def nbytes(self) -> int:
-        return sum([region.nbytes for region in self.regions])
+        return sum(self.sizes)
 
     def seal(self, checksums: Sequence[int]) -> None:
         """All is written; ``checksums``, by rank, are the xxh3-64 of it."""
@@ -89,7 +93,8 @@ class Entry:
     position of the first one. The body has memory for every rank from the start; ``claimed`` are
     the ranks that write or have written theirs. ``linked`` turns false once, when the chunk is
     evicted, dropped or given up. ``unpacked`` may be a raw copy for readers of an encoded body;
-    ``busy`` says that another body is being made to take the place of this one.
+    ``busy`` says that another body is being made to take the place of this one. ``pins`` and
+    ``anchors`` count the pins and the moves that keep it.
     """
 
     key: ChunkKey
@@ -102,6 +107,7 @@ class Entry:
     claimed: set[int] = field(default_factory=set)
     checksums: dict[int, int] = field(default_factory=dict)
     pins: int = 0
+    anchors: int = 0
     linked: bool = True
     busy: bool = False
     unpacked: Unpacking | None = None
@@ -113,6 +119,10 @@ class Entry:
     @property
     def complete(self) -> bool:
         return bool(self.body.extents)
+
+    def seal(self) -> None:
+        """Every rank has written its payload."""
+        self.body.seal([self.checksums[rank] for rank in range(self.space.world_size)])
 
     @property
     def nbytes(self) -> int:
@@ -131,10 +141,10 @@ class Entry:
         if form.layout.dtype not in DTYPE_BYTES:
             raise ValueError(f"rank {rank} stores {form.layout.dtype!r}, which is not known")
         info = ChunkInfo(form.layout, self.tokens, self.start, form.rope, form.first_head)
-        if info.payload_bytes != self.body.regions[rank].nbytes:
+        if info.payload_bytes != self.body.sizes[rank]:
             raise ValueError(
-                f"rank {rank} stored {self.body.regions[rank].nbytes} bytes, and "
-                f"{info.payload_bytes} are {self.tokens} tokens of its layout"
+                f"rank {rank} stored {self.body.sizes[rank]} bytes, and {info.payload_bytes} are "
+                f"{self.tokens} tokens of its layout"
             )
         return info
 

@@ -5,29 +5,47 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from lmcache_kit.cache.records import Match
 from lmcache_kit.cache.room import Room
 from lmcache_kit.keys import TOKEN_BYTES
 
 if TYPE_CHECKING:
-    from lmcache_kit.cache.entries import Entry, Space
+    from lmcache_kit.cache.entries import Entry
     from lmcache_kit.cache.leases import Leases
+    from lmcache_kit.cache.recalls import Bringing
     from lmcache_kit.cache.records import Located
-    from lmcache_kit.cache.shelf import Shelf
+    from lmcache_kit.cache.shelf import MemoryShelf
     from lmcache_kit.cache.unpacking import Unpacker, Unpacking
+
+
+class Query(NamedTuple):
+    """What is looked for: packed ``tokens`` in a namespace of this shape."""
+
+    namespace: bytes
+    tokens: bytes
+    chunk_size: int
+    world_size: int
+
+
+Walk: TypeAlias = "list[tuple[Located, Entry]]"
+"""Chunks from the first one on, as far as there are any."""
 
 
 @dataclass(slots=True, eq=False)
 class Search:
-    """A lookup under way. ``copies``: raw ones that it waits for, by the chunk's place in
-    ``found``; ``waiting``: how many of them have not ended. ``on_ready`` is called once, under
-    the engine's lock and from any thread, when the last of these ends."""
+    """A lookup under way. ``bringing``: what has to come before anything is looked for in memory.
+    ``copies``: raw ones that it waits for, by the chunk's place in ``found``; ``waiting``: how
+    much has not ended. ``on_ready`` is called once, under the engine's lock and from any thread,
+    when the last of it ends."""
 
+    query: Query
+    owner: Hashable
     on_ready: Callable[[], None]
+    bringing: Bringing | None = None
     lease: int = 0
-    found: list[tuple[Located, Entry]] = field(default_factory=list)
+    found: Walk = field(default_factory=list)
     copies: dict[int, Unpacking] = field(default_factory=dict)
     waiting: int = 0
 
@@ -41,23 +59,23 @@ class Lookups:
     """Finds and leases. Called under the engine's lock."""
 
     def __init__(
-        self, shelf: Shelf, leases: Leases, unpacker: Unpacker, counters: Counter[str]
+        self, shelf: MemoryShelf, leases: Leases, unpacker: Unpacker, counters: Counter[str]
     ) -> None:
         self._shelf = shelf
         self._leases = leases
         self._unpacker = unpacker
         self._counters = counters
 
-    def begin(
-        self, space: Space | None, tokens: bytes, owner: Hashable, on_ready: Callable[[], None]
-    ) -> Search:
+    def walk(self, query: Query) -> Walk:
+        """What is in memory now. Raises ValueError when the namespace has another shape."""
+        space = self._shelf.space(query.namespace, query.chunk_size, query.world_size)
+        return self._shelf.walk(space, query.tokens) if space else []
+
+    def begin(self, search: Search, walk: Walk) -> None:
         """Lease what is found; have decoded what is encoded, up to where there is no room."""
         self._counters["lookups_total"] += 1
-        self._counters["lookup_tokens_total"] += len(tokens) // TOKEN_BYTES
-        search = Search(on_ready)
-        if space is None:
-            return search
-        search.found = found = self._shelf.walk(space, tokens)
+        self._counters["lookup_tokens_total"] += len(search.query.tokens) // TOKEN_BYTES
+        search.found = found = walk
         if any(entry.body.encoding for _, entry in found):
             self._copy_encoded(search)
         for located, _ in reversed(found):
@@ -66,13 +84,12 @@ class Lookups:
             bodies = [entry.body for _, entry in found]
             for at, copy in search.copies.items():
                 bodies[at] = copy.raw
-            search.lease = self._leases.grant(bodies, space.world_size, owner)
+            search.lease = self._leases.grant(bodies, search.query.world_size, search.owner)
         for copy in search.copies.values():
             self._unpacker.start(copy)
             if copy.state == "running":
                 search.waiting += 1
                 copy.waiters.append(search.one_ended)
-        return search
 
     def finish(self, search: Search) -> Match:
         """What can be read now; a chunk that is not decoded yet, or cannot be, cuts the prefix."""

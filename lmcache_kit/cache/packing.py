@@ -16,13 +16,13 @@ from lmcache_kit.cache.room import Room
 if TYPE_CHECKING:
     from lmcache_kit.cache.entries import Entry
     from lmcache_kit.cache.pins import Pins
-    from lmcache_kit.cache.shelf import Shelf
+    from lmcache_kit.cache.shelf import MemoryShelf
     from lmcache_kit.cache.unpacking import Unpacker
-    from lmcache_kit.interfaces.codec import Codec
+    from lmcache_kit.interfaces.codec import ChunkInfo, Codec
     from lmcache_kit.keys import ChunkKey
 
 _BUSY = "another operation is at work on it"
-_OVER_PIN_BUDGET = "it is pinned, and would not fit into what may be pinned"
+OVER_PIN_BUDGET = "it is pinned, and would not fit into what may be pinned"
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +36,7 @@ class Recoded(NamedTuple):
     bytes_after: int = 0
 
 
-class _Corrupt(ValueError):
+class CorruptPayload(ValueError):
     """A raw payload is not what was stored."""
 
 
@@ -45,7 +45,7 @@ class Packer:
 
     def __init__(
         self,
-        shelf: Shelf,
+        shelf: MemoryShelf,
         pins: Pins,
         unpacker: Unpacker,
         counters: Counter[str],
@@ -63,8 +63,10 @@ class Packer:
             entry = self._shelf.entries.get(key)
             if entry is None or not entry.complete:
                 return Recoded("gone")
-            if entry.body.encoding or entry.busy:
-                return _not_raw(entry, method)
+            if entry.body.encoding:
+                return not_raw(entry.body.encoding.method, method)
+            if entry.busy:
+                return Recoded("failed", _BUSY)
             try:
                 infos = tuple([entry.chunk_info(rank) for rank in range(entry.space.world_size)])
             except ValueError as error:
@@ -78,7 +80,7 @@ class Packer:
             blobs = self._encode(raw, encoding)
         except ValueError as error:
             why = str(error)
-            if isinstance(error, _Corrupt):
+            if isinstance(error, CorruptPayload):
                 self._drop_corrupt(entry, why)
         # A codec is somebody's plugin: whatever it raises, the chunk stays raw, and that is said.
         except Exception as error:
@@ -132,13 +134,8 @@ class Packer:
         blobs = []
         for extent, region, info in zip(raw.extents, raw.regions, encoding.chunks, strict=True):
             with self._shelf.memory.view(region) as payload:
-                if xxh3_64_intdigest(payload) != extent.checksum:
-                    raise _Corrupt("the raw bytes do not match their checksum")
-                blob = encoding.codec.encode(payload, info)
-            if len(blob) >= region.nbytes:
-                raise ValueError("it would not get smaller")
-            encoding.codec.decode(blob, info, bytearray(region.nbytes))
-            blobs.append(blob)
+                check_payload(payload, extent.checksum)
+                blobs.append(encode_payload(payload, info, encoding.codec))
         return blobs
 
     def _end_packing(  # noqa: PLR0917 - all that there is to know of one chunk
@@ -180,7 +177,7 @@ class Packer:
 
     def _swap_to_raw(self, entry: Entry, raw: Body) -> Recoded:
         if self._over_pin_budget(entry, raw.nbytes):  # it may have been pinned meanwhile
-            return Recoded("failed", _OVER_PIN_BUDGET)
+            return Recoded("failed", OVER_PIN_BUDGET)
         bytes_before = entry.nbytes
         self._shelf.forsake(entry)
         self._shelf.adopt(entry, raw)
@@ -192,7 +189,7 @@ class Packer:
         if entry.busy:
             return _BUSY
         raw_bytes = sum([chunk.payload_bytes for chunk in encoding.chunks])
-        return _OVER_PIN_BUDGET if self._over_pin_budget(entry, raw_bytes) else ""
+        return OVER_PIN_BUDGET if self._over_pin_budget(entry, raw_bytes) else ""
 
     def _over_pin_budget(self, entry: Entry, raw_bytes: int) -> bool:
         growth = raw_bytes - entry.nbytes
@@ -205,10 +202,23 @@ class Packer:
             self._shelf.unlink(entry)
 
 
-def _not_raw(entry: Entry, method: str) -> Recoded:
-    encoding = entry.body.encoding
-    if encoding is None:
-        return Recoded("failed", _BUSY)
-    if encoding.method == method:
+def check_payload(payload: memoryview, checksum: int) -> None:
+    """Raises CorruptPayload when these are not the bytes that were stored."""
+    if xxh3_64_intdigest(payload) != checksum:
+        raise CorruptPayload("the bytes do not match their checksum")
+
+
+def encode_payload(payload: memoryview, chunk: ChunkInfo, codec: Codec) -> bytes:
+    """The blob, decoded once to see that it can be. Raises ValueError for one that is of no use."""
+    blob = codec.encode(payload, chunk)
+    if len(blob) >= payload.nbytes:
+        raise ValueError("it would not get smaller")
+    codec.decode(blob, chunk, bytearray(payload.nbytes))
+    return blob
+
+
+def not_raw(encoded_with: str, method: str) -> Recoded:
+    """What becomes of a chunk that is encoded already."""
+    if encoded_with == method:
         return Recoded("already")
-    return Recoded("failed", f"it is encoded with {encoding.method}")
+    return Recoded("failed", f"it is encoded with {encoded_with}")

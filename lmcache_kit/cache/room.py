@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.entries import Entry
-    from lmcache_kit.cache.shelf import Shelf
+    from lmcache_kit.cache.shelf import MemoryShelf, Shelf
     from lmcache_kit.interfaces import Region
     from lmcache_kit.keys import ChunkKey
 
@@ -18,13 +18,14 @@ class Room:
 
     A chunk leaves only after all that follow it have left, because they could not be found
     without it; among those that may leave the policy's order holds. Nothing in use, pinned,
-    pending or in ``keep`` leaves, and nothing at all for a request that cannot be granted.
-    ``wanted_bytes`` is what the whole batch may need: victims are looked for once. What leaves is
-    counted; ``evicted_for_space_total``: out of the policy's order, because of where it lay.
+    being moved, pending or in ``keep`` leaves, and nothing at all for a request that cannot be
+    granted. ``wanted_bytes`` is what the whole batch may need: victims are looked for once. What
+    leaves is counted; ``evicted_for_space_total``: out of the policy's order, because of where it
+    lay.
     """
 
     def __init__(
-        self, shelf: Shelf, counters: Counter[str], keep: Set[ChunkKey], wanted_bytes: int
+        self, shelf: MemoryShelf, counters: Counter[str], keep: Set[ChunkKey], wanted_bytes: int
     ) -> None:
         self._shelf = shelf
         self._counters = counters
@@ -74,7 +75,7 @@ class Room:
     def _look_for_victims(self, nbytes: int) -> None:
         self._victims.clear()
         self._weight = 0
-        for victim in self._leaving():
+        for victim in leaving(self._shelf, self._may_leave):
             self._victims.append(victim)
             self._weight += victim.nbytes
             if self._weight >= max(self._wanted_bytes, nbytes):
@@ -110,34 +111,35 @@ class Room:
         self._shelf.unlink(entry)
 
     def _may_leave(self, entry: Entry) -> bool:
-        held = entry.body.holds or entry.pins
+        held = entry.body.holds or entry.pins or entry.anchors
         return entry.linked and entry.complete and not held and entry.key not in self._keep
 
     def _movable(self, region: Region) -> bool:
         entry = self._shelf.owner_of(region)
         return entry is not None and self._may_leave(entry)
 
-    def _leaving(self) -> Iterator[Entry]:
-        """Chunks in the order in which they may leave: always the first one, as the policy has
-        it, of those that nothing stays behind."""
-        entries = self._shelf.entries
-        passed: set[ChunkKey] = set()
-        gone_children: dict[ChunkKey, int] = {}
 
-        def is_last(key: ChunkKey) -> bool:
-            return self._shelf.followers(key) == gone_children.get(key, 0)
+def leaving(shelf: Shelf, may_leave: Callable[[Entry], bool]) -> Iterator[Entry]:
+    """Chunks in the order in which they may leave: always the first one, as the policy has it, of
+    those that nothing stays behind."""
+    entries = shelf.entries
+    passed: set[ChunkKey] = set()
+    gone_children: dict[ChunkKey, int] = {}
 
-        for key in self._shelf.policy.victims():
-            entry = entries[key]
-            if not self._may_leave(entry):
-                continue
-            if not is_last(key):
-                passed.add(key)
-                continue
-            while True:
-                yield entry
-                gone_children[entry.parent] = gone_children.get(entry.parent, 0) + 1
-                # A parent that was passed over comes before all that has not been seen yet.
-                if entry.parent not in passed or not is_last(entry.parent):
-                    break
-                entry = entries[entry.parent]
+    def is_last(key: ChunkKey) -> bool:
+        return shelf.followers(key) == gone_children.get(key, 0)
+
+    for key in shelf.policy.victims():
+        entry = entries[key]
+        if not may_leave(entry):
+            continue
+        if not is_last(key):
+            passed.add(key)
+            continue
+        while True:
+            yield entry
+            gone_children[entry.parent] = gone_children.get(entry.parent, 0) + 1
+            # A parent that was passed over comes before all that has not been seen yet.
+            if entry.parent not in passed or not is_last(entry.parent):
+                break
+            entry = entries[entry.parent]

@@ -1,4 +1,5 @@
-"""The shelf: which chunks there are in one memory, where they lie, and who follows whom."""
+"""The shelf: which chunks there are at one location, and who follows whom; in memory, also where
+they lie."""
 
 from __future__ import annotations
 
@@ -11,22 +12,21 @@ from lmcache_kit.keys import TOKEN_BYTES, chain
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from lmcache_kit.cache.parcels import SpaceInfo
     from lmcache_kit.cache.records import ChangeListener, StoredChunk
     from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region
     from lmcache_kit.keys import ChunkKey
 
 
 class Shelf:
-    """Keeps entries, their memory, the policy and the listeners in step with each other.
+    """Keeps entries, the policy and the listeners in step with each other.
 
     An entry is *linked* from :meth:`put` to :meth:`unlink`; listeners and policy know it from
     :meth:`complete` on. ``encoded`` counts the entries whose body is.
     """
 
-    def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
-        self.memory = memory
+    def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
-        self.capacity_bytes = memory.usage().capacity_bytes
         self.entries: dict[ChunkKey, Entry] = {}
         self.pending: dict[ChunkKey, Entry] = {}
         self.children: dict[ChunkKey, Children] = {}
@@ -34,7 +34,6 @@ class Shelf:
         self.listeners: list[ChangeListener] = []
         self.encoded = 0
         self._pending_children: dict[ChunkKey, int] = {}
-        self._at: dict[int, Entry] = {}
 
     def space(self, digest: bytes, chunk_size: int, world_size: int) -> Space | None:
         """The namespace, if it has chunks here. Raises ValueError when the shape differs."""
@@ -46,21 +45,33 @@ class Shelf:
             )
         return space
 
+    def space_of(self, info: SpaceInfo) -> Space:
+        """The namespace that ``info`` describes, whether it has chunks here or not, with the forms
+        that were not known. Raises ValueError when the shape differs."""
+        space = self.space(info.digest, info.chunk_size, info.world_size)
+        space = space or Space(info.digest, info.chunk_size, info.world_size)
+        for rank, form in info.forms:
+            space.forms.setdefault(rank, form)
+        return space
+
     def records(self) -> list[StoredChunk]:
         """All complete chunks."""
         return [entry.record for entry in self.entries.values() if entry.complete]
 
-    def walk(self, space: Space, tokens: bytes) -> list[tuple[Located, Entry]]:
-        """The longest stored prefix of packed ``tokens``, chunk by chunk from the first.
+    def walk(
+        self, space: Space, tokens: bytes, start: int = 0, parent: ChunkKey = b""
+    ) -> list[tuple[Located, Entry]]:
+        """The longest stored prefix of packed ``tokens``, chunk by chunk from the first, or from
+        the token ``start`` on, which follows the chunk ``parent``.
 
         Compares tokens, not keys, so the chunk after the last full match counts for as many of
         its first tokens as agree.
         """
         order = big_endian(tokens)
         step = space.chunk_size * TOKEN_BYTES
-        parent = space.root
+        parent = parent or space.root
         found: list[tuple[Located, Entry]] = []
-        for at in range(0, len(order), step):
+        for at in range(start * TOKEN_BYTES, len(order), step):
             children = self.children.get(parent)
             if children is None:
                 break
@@ -110,17 +121,10 @@ class Shelf:
         self.pending[entry.key] = entry
         self._pending_children[entry.parent] = self._pending_children.get(entry.parent, 0) + 1
         self.spaces.setdefault(entry.space.digest, entry.space).entries += 1
-        self._own(entry)
-
-    def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
-        """A rank needs another size than was set aside for it."""
-        self.free(entry.body.regions[rank])
-        entry.body.regions[rank] = region
-        self._own(entry)
+        self.encoded += entry.body.encoding is not None
 
     def complete(self, entry: Entry) -> None:
-        """Every rank has committed: the chunk can be found."""
-        entry.body.seal([entry.checksums[rank] for rank in range(entry.space.world_size)])
+        """It is sealed: the chunk can be found."""
         self._no_longer_pending(entry)
         self.children.setdefault(entry.parent, Children()).add(entry)
         self.policy.added(entry.key)
@@ -153,15 +157,60 @@ class Shelf:
         body.kept = True
         entry.body = body
         self.encoded += body.encoding is not None
-        self._own(entry)
 
     def forsake(self, entry: Entry) -> None:
         """The entry's body goes when nobody uses it any more."""
         entry.body.kept = False
         self.encoded -= entry.body.encoding is not None
+
+    def followers(self, key: ChunkKey) -> int:
+        """How many chunks, pending ones too, have this one as their parent."""
+        children = self.children.get(key)
+        stored = len(children) if children else 0
+        return stored + self._pending_children.get(key, 0)
+
+    def _named(self, digests: Iterable[bytes] | None) -> list[Space]:
+        if digests is None:
+            return list(self.spaces.values())
+        return [self.spaces[digest] for digest in digests if digest in self.spaces]
+
+    def _no_longer_pending(self, entry: Entry) -> None:
+        del self.pending[entry.key]
+        left = self._pending_children[entry.parent] - 1
+        if left:
+            self._pending_children[entry.parent] = left
+        else:
+            del self._pending_children[entry.parent]
+
+
+class MemoryShelf(Shelf):
+    """A shelf that frees the memory of what leaves it."""
+
+    def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
+        super().__init__(policy)
+        self.memory = memory
+        self.capacity_bytes = memory.usage().capacity_bytes
+        self._at: dict[int, Entry] = {}
+
+    def put(self, entry: Entry) -> None:
+        super().put(entry)
+        self._own(entry)
+
+    def adopt(self, entry: Entry, body: Body) -> None:
+        super().adopt(entry, body)
+        self._own(entry)
+
+    def forsake(self, entry: Entry) -> None:
+        super().forsake(entry)
         for region in entry.body.regions:
             self._at.pop(region.offset, None)
         self.settle(entry.body)
+
+    def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
+        """A rank needs another size than was set aside for it."""
+        self.free(entry.body.regions[rank])
+        entry.body.regions[rank] = region
+        self._own(entry)
 
     def settle(self, body: Body) -> None:
         """Free the memory of a body that is neither kept nor in use."""
@@ -179,25 +228,6 @@ class Shelf:
         or of bodies that are used only until their readers are done."""
         return self._at.get(region.offset)
 
-    def followers(self, key: ChunkKey) -> int:
-        """How many chunks, pending ones too, have this one as their parent."""
-        children = self.children.get(key)
-        stored = len(children) if children else 0
-        return stored + self._pending_children.get(key, 0)
-
     def _own(self, entry: Entry) -> None:
         for region in entry.body.regions:
             self._at[region.offset] = entry
-
-    def _named(self, digests: Iterable[bytes] | None) -> list[Space]:
-        if digests is None:
-            return list(self.spaces.values())
-        return [self.spaces[digest] for digest in digests if digest in self.spaces]
-
-    def _no_longer_pending(self, entry: Entry) -> None:
-        del self.pending[entry.key]
-        left = self._pending_children[entry.parent] - 1
-        if left:
-            self._pending_children[entry.parent] = left
-        else:
-            del self._pending_children[entry.parent]

@@ -15,7 +15,7 @@ from lmcache_kit.cache.room import Room
 from lmcache_kit.keys import ChunkKey, chunk_key
 
 if TYPE_CHECKING:
-    from lmcache_kit.cache.shelf import Shelf
+    from lmcache_kit.cache.shelf import MemoryShelf
 
 
 class _Ticket(NamedTuple):
@@ -38,7 +38,9 @@ class _Batch:
 class Stores:
     """The tickets of one shelf. Counts what happens in ``counters``."""
 
-    def __init__(self, shelf: Shelf, counters: Counter[str], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, shelf: MemoryShelf, counters: Counter[str], clock: Callable[[], float]
+    ) -> None:
         self._shelf = shelf
         self._counters = counters
         self._clock = clock
@@ -71,6 +73,7 @@ class Stores:
         entry.checksums[ticket.rank] = checksum
         entry.since = self._clock()
         if len(entry.checksums) == entry.space.world_size:
+            entry.seal()
             self._shelf.complete(entry)
             self._counters["stored_chunks_total"] += 1
             self._counters["stored_bytes_total"] += entry.nbytes

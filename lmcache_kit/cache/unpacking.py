@@ -17,7 +17,7 @@ from lmcache_kit.cache.entries import Body
 if TYPE_CHECKING:
     from lmcache_kit.cache.entries import Entry
     from lmcache_kit.cache.room import Room
-    from lmcache_kit.cache.shelf import Shelf
+    from lmcache_kit.cache.shelf import MemoryShelf
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Unpacker:
 
     def __init__(
         self,
-        shelf: Shelf,
+        shelf: MemoryShelf,
         counters: Counter[str],
         lock: AbstractContextManager[object],
         loaders: Executor,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from lmcache_kit.config.hiding import without_passwords
 from lmcache_kit.config.known import ALIASES, UNSERVED, is_configuration, is_unserved
 from lmcache_kit.config.model import KitConfig
 from lmcache_kit.errors import ConfigError
@@ -161,7 +162,7 @@ def _accept(entries: list[Entry], warnings: list[str]) -> dict[str, Entry]:
             if earlier.value != entry.value:
                 raise ConfigError(
                     f"{earlier.key} ({earlier.origin}) and {entry.key} ({entry.origin}) mean the "
-                    f"same and differ: {_short.repr(earlier.value)}, {_short.repr(entry.value)}"
+                    f"same and differ: {_shown(earlier.value)}, {_shown(entry.value)}"
                 )
         elif is_unserved(key):
             if entry.value not in _NOTHING_ASKED:
@@ -203,4 +204,9 @@ def _problem(detail: Mapping[str, Any], values: Mapping[str, Entry]) -> str:
     entry = values.get(str(location[0])) if location else None
     if entry is None:
         return reason
-    return f"{entry.key}: {_short.repr(entry.value)} ({entry.origin}): {reason}"
+    return f"{entry.key}: {_shown(entry.value)} ({entry.origin}): {reason}"
+
+
+def _shown(value: Any) -> str:
+    """In short: aliases may make it endless. Passwords in URLs are left out of what is a text."""
+    return _short.repr(without_passwords(value) if isinstance(value, str) else value)

@@ -1,94 +1,120 @@
-"""Storage backends."""
+"""The tiers below the first one: stores of blobs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
+Data: TypeAlias = bytes | bytearray | memoryview
 
-class Region(NamedTuple):
-    """A run of bytes in a backend's memory: ``[offset, offset + nbytes)``."""
+MAX_META_BYTES = 1 << 20
 
-    offset: int
+
+class Readable(Protocol):
+    """Bytes to be read, such as a file that was opened with ``buffering=0``."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Put some of what comes next into ``buffer``; how many bytes, 0 after the last one."""
+        ...
+
+    def close(self) -> None:
+        """Always called once at least."""
+        ...
+
+
+class Blob(NamedTuple):
+    """What lies under one key: ``meta`` says what ``data`` is, and both are opaque to a store."""
+
+    meta: bytes
+    data: Data
+
+
+class OpenBlob(NamedTuple):
+    """The same with its data still to be read, from first to last, as ``file`` is positioned: so
+    it comes to its place in memory without a copy. It stays whole, whatever becomes of the key or
+    the backend meanwhile. One thread reads it, and closes it."""
+
+    meta: bytes
+    file: Readable
+
+
+class Stored(NamedTuple):
+    """One of the blobs in a store, without its data, of which there are ``nbytes``."""
+
+    key: bytes
+    meta: bytes
     nbytes: int
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """What a memory backend holds, in bytes.
+class Stock(msgspec.Struct, frozen=True):
+    """How much lies in a store: ``nbytes`` is the room that it takes there, which is at least the
+    sum of the data. ``capacity_bytes`` is None where the store has no limit of its own."""
 
-    ``requested_bytes`` is the sum of what was asked for, ``allocated_bytes`` the same with the
-    allocator's rounding; ``allocated_bytes <= capacity_bytes`` always. ``largest_free_bytes`` is
-    the largest request that would succeed now.
+    entries: int
+    nbytes: int
+    capacity_bytes: int | None = None
+
+
+class Backend(ABC):
+    """A tier below the first one: it keeps blobs under keys of 16 bytes.
+
+    The kit decides what goes in, what leaves and what it means, and verifies what comes out; a
+    backend keeps bytes. Methods are called from several threads at once, and may take their time,
+    but not for ever: a store that does not answer raises
+    :class:`~lmcache_kit.errors.BackendError` within seconds. Serving goes on without it then, and
+    it is asked again after a while.
+
+    Built with an instance of its ``config`` model when the configuration has options for it, and
+    without arguments otherwise.
+
+    ``shared``: others put and remove there too, so that the kit asks :meth:`contains` what it does
+    not know of, and evicts nothing; the store must see to its room itself.
     """
 
-    capacity_bytes: int
-    requested_bytes: int
-    allocated_bytes: int
-    regions: int
-    largest_free_bytes: int
-
-    @property
-    def free_bytes(self) -> int:
-        return self.capacity_bytes - self.allocated_bytes
-
-    @property
-    def external_fragmentation(self) -> float:
-        """Share of the free memory that the largest request could not use, 0 to 1."""
-        return 1 - self.largest_free_bytes / self.free_bytes if self.free_bytes else 0.0
-
-
-class MemoryBackend(ABC):
-    """The first tier: one span of memory that workers map, and an allocator over it.
-
-    The engine owns what lies where, for how long, and what to evict; the backend owns the bytes.
-    Methods are called under the engine's lock and must not block on anything but memory.
-
-    >>> from lmcache_kit_cpu_backend.backend import LocalCPUBackend
-    >>> memory = LocalCPUBackend(capacity_bytes=1 << 20)
-    >>> region = memory.allocate(1000)
-    >>> memory.view(region)[:5] = b"hello"
-    >>> bytes(memory.view(region)[:5])
-    b'hello'
-    >>> memory.free(region)
-    >>> memory.usage().allocated_bytes
-    0
-    >>> memory.close()
-    """
-
-    @property
-    @abstractmethod
-    def fd(self) -> int:
-        """File descriptor of the memory, of ``usage().capacity_bytes`` bytes, for mmap(2)."""
+    shared: ClassVar[bool] = False
 
     @abstractmethod
-    def allocate(self, nbytes: int) -> Region | None:
-        """Take ``nbytes`` (at least 1), or return None when no free run is large enough."""
+    def put(self, key: bytes, meta: bytes, data: Sequence[memoryview]) -> bool:
+        """Keep a blob: ``meta``, at most ``MAX_META_BYTES``, and ``data``, to be joined.
 
-    @abstractmethod
-    def free(self, region: Region) -> None:
-        """Give a region back. Raises ValueError for one that is not allocated."""
+        It takes the place of what lay under the key; whoever reads meanwhile gets the one or the
+        other, never a mixture or a part. Once this has returned, the blob outlives the process if
+        blobs do so at all. ``data`` is not to be used afterwards.
 
-    @abstractmethod
-    def clearance(self, nbytes: int, movable: Callable[[Region], bool]) -> Iterable[Region] | None:
-        """Regions whose release lets ``allocate(nbytes)`` succeed, with as few bytes as can be.
-
-        Only regions for which ``movable`` is true may be named. None only when there is no such
-        set: the engine asks before it evicts anything, so that nothing is lost in vain, and again
-        when eviction in policy order has freed enough bytes in all and none of the holes is large
-        enough; this bounds fragmentation.
+        False: there is no room for it, and what lay under the key is as it was; the kit removes
+        others and tries again. Raises BackendError for all other failures.
         """
 
     @abstractmethod
-    def view(self, region: Region) -> memoryview:
-        """The region's bytes, writable, valid until it is freed or the backend is closed."""
+    def get(self, key: bytes) -> Blob | OpenBlob | None:
+        """The blob, read or opened, or None when there is none; also when it is seen to be damaged.
+        Raises BackendError when that cannot be told."""
 
     @abstractmethod
-    def usage(self) -> Usage:
-        """What is held now; exact at all times."""
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether there is a blob under each of these keys, in order, without reading them; as
+        cheap for many keys as the store allows. Raises BackendError."""
+
+    @abstractmethod
+    def remove(self, keys: Sequence[bytes]) -> None:
+        """Remove what lies under these keys; those that are not there are passed over. Raises
+        BackendError."""
+
+    @abstractmethod
+    def scan(self) -> Iterator[Stored]:
+        """All blobs, each once, those first that were put first where that is known. One that is
+        put or removed meanwhile may come or not; nobody waits until all have come. Raises
+        BackendError."""
+
+    @abstractmethod
+    def stock(self) -> Stock:
+        """How much lies here now. Raises BackendError."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back to the system. Safe to call twice."""
+        """Give everything back to the system; what outlives the process stays where it is. Calls
+        in flight end, with what they are for or with BackendError, and so do all later ones. Safe
+        to call twice."""

@@ -71,7 +71,8 @@ EventState: TypeAlias = Literal[
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """An order for one instance. A pin without a ``pin_id`` gets the id of its event.
+    """An order for one instance: for a move, that which it goes to. A pin without a ``pin_id`` gets
+    the id of its event.
 
     ``deadline_s``: it has ended by then, one way or the other; None: the controller's default for
     this order. The same ``idempotency_key`` with the same order is the same event.
@@ -97,6 +98,8 @@ class EventInfo(msgspec.Struct, frozen=True):
 
     ``tokens``: what it is about; once it has ended, what it took effect on. ``ratio``: bytes
     before by bytes after, where bytes were changed. ``message`` explains any state but ``done``.
+    ``source``: instance and location that a move takes from; ``instance_id`` and ``location`` are
+    where it goes to.
     """
 
     event_id: str
@@ -113,6 +116,7 @@ class EventInfo(msgspec.Struct, frozen=True):
     ended: float | None
     deadline: float
     idempotency_key: str | None
+    source: tuple[str, str] | None = None
 
     @property
     def final(self) -> bool:

@@ -54,7 +54,30 @@ class Decompress(_Order, frozen=True, tag="decompress"):
     method: str
 
 
-Order: TypeAlias = Pin | Unpin | ListPins | Clear | Compress | Decompress
+class Peer(msgspec.Struct, frozen=True):
+    """The cache process that a move takes from: ``HOST:PORT``, and which life of it is meant.
+    ``seal`` proves to it that the controller wants this move; see
+    :mod:`lmcache_kit.peer.claim`."""
+
+    event_id: str
+    url: str
+    incarnation: bytes
+    seal: bytes
+
+
+class Move(_Order, frozen=True, tag="move"):
+    """Fetch what instance ``source`` holds at ``source_location``, and have it forget that
+    afterwards unless ``copy``. An order to the instance that it goes to; ``location`` is there.
+    ``peer`` is filled in by the controller; None for a move from one location of an instance to
+    another."""
+
+    source: str
+    source_location: str
+    copy: bool = False
+    peer: Peer | None = None
+
+
+Order: TypeAlias = Pin | Unpin | ListPins | Clear | Compress | Decompress | Move
 
 
 class PinInfo(msgspec.Struct, frozen=True):
@@ -76,13 +99,30 @@ class Accepted(msgspec.Struct, frozen=True):
     chunks: int
 
 
+class Transfer(msgspec.Struct, frozen=True):
+    """How bytes came from another cache process. ``how``: over what, and why not otherwise.
+    ``seconds``: for how long some were under way."""
+
+    transport: str
+    how: str = ""
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """0 before anything has come."""
+        return self.nbytes / self.seconds if self.seconds else 0.0
+
+
 class Progress(msgspec.Struct, frozen=True):
-    """How far an order has come. Bytes of the chunks done, before and after."""
+    """How far an order has come. Bytes of the chunks done, before and after, where these change.
+    ``transfer`` is of moves."""
 
     chunks_done: int = 0
     chunks: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    transfer: Transfer | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -100,7 +140,9 @@ class Job(Protocol):
     """An order being carried out."""
 
     @property
-    def accepted(self) -> Accepted: ...
+    def accepted(self) -> Accepted | None:
+        """None while that is not known yet; a report comes when it is."""
+        ...
 
     def cancel(self) -> None:
         """Stop soon; what is done stays done."""

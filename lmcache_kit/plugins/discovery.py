@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import importlib_metadata
 import pluggy
 
-from lmcache_kit import hookspecs
+from lmcache_kit import __version__, hookspecs
 from lmcache_kit.plugins.records import Failure, PluginInfo, Raised, attempt
 
 SELECTION_VARIABLE = "LMCACHE_KIT_PLUGINS"
@@ -26,18 +26,22 @@ _GROUP = re.compile(rf"{hookspecs.PROJECT}\.v(\d+)")
 
 
 class Candidate(NamedTuple):
-    """A plugin that is installed, before anything of it is imported."""
+    """A plugin that is installed, before anything of it is imported. ``requires``: what its
+    distribution requires, as its metadata has it."""
 
     info: PluginInfo
     entry_point: importlib_metadata.EntryPoint
+    requires: list[str]
 
 
 class Described(NamedTuple):
-    """What a distribution says about itself: its entry points of our groups, by group."""
+    """What a distribution says about itself: its entry points of our groups, by group, and what
+    it requires."""
 
     name: str
     version: str
     groups: dict[str, list[importlib_metadata.EntryPoint]]
+    requires: list[str]
 
 
 @dataclass
@@ -78,7 +82,7 @@ def _scan(failures: list[Failure]) -> Iterator[Candidate]:
         own = described.groups.pop(hookspecs.ENTRY_POINT_GROUP, [])
         for entry_point in own:
             info = PluginInfo(entry_point.name, described.name, described.version)
-            yield Candidate(info, entry_point)
+            yield Candidate(info, entry_point, described.requires)
         if not own:
             failures += _other_versions(described.name, described.groups)
 
@@ -89,7 +93,10 @@ def _describe(distribution: Any) -> Described | None:
     for entry_point in distribution.entry_points:
         if _GROUP.fullmatch(entry_point.group):
             groups[entry_point.group].append(entry_point)
-    return Described(distribution.name, distribution.version, groups) if groups else None
+    if not groups:
+        return None
+    requires = list(distribution.requires or [])
+    return Described(distribution.name, distribution.version, groups, requires)
 
 
 def _other_versions(
@@ -101,7 +108,7 @@ def _other_versions(
         for entry_point in entry_points:
             error = (
                 f"it is for plugin API {theirs} and this lmcache-kit speaks "
-                f"{hookspecs.API_VERSION}; upgrade {other}"
+                f"{hookspecs.API_VERSION}; upgrade with: pip install -U {other}"
             )
             yield Failure(entry_point.name, distribution, "api version", error)
 
@@ -144,8 +151,16 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
+def _named(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
 def _load(candidate: Candidate, found: Discovery) -> None:
     info, manager = candidate.info, found.manager
+    if unmet := attempt(partial(_unmet, candidate)):
+        stage = "metadata" if isinstance(unmet, Raised) else "requirement"
+        found.failures.append(Failure(info.name, info.distribution, stage, str(unmet)))
+        return
     plugin = attempt(candidate.entry_point.load)
     if isinstance(plugin, Raised):
         found.failures.append(Failure(info.name, info.distribution, "import", str(plugin)))
@@ -159,6 +174,23 @@ def _load(candidate: Candidate, found: Discovery) -> None:
         return
     module = sys.modules.get(candidate.entry_point.module)
     found.loaded.append(replace(info, path=getattr(module, "__file__", None) or ""))
+
+
+def _unmet(candidate: Candidate) -> str:
+    """Which lmcache-kit its distribution requires when that is not this one; else empty. Raises
+    for a requirement that means nothing."""
+    from packaging.requirements import Requirement
+
+    ours = [each for each in candidate.requires if _plain(_named(each)) == hookspecs.PROJECT]
+    for requirement in map(Requirement, ours):
+        applies = not requirement.marker or requirement.marker.evaluate({"extra": ""})
+        if applies and not requirement.specifier.contains(__version__, prereleases=True):
+            both = f"lmcache-kit {candidate.info.distribution}"
+            return (
+                f"it requires lmcache-kit{requirement.specifier} and this is {__version__}; "
+                f"get two that fit with: pip install -U {both}"
+            )
+    return ""
 
 
 def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:

@@ -37,12 +37,17 @@ logger = logging.getLogger(__name__)
 BUILTIN_POLICIES = ("FIFO", "LFU", "LRU")
 FIRST_PARTY: Mapping[tuple[Kind, str], str] = {
     ("backend", "LocalCPUBackend"): "lmcache-kit-cpu-backend",
+    ("backend", "LocalDiskBackend"): "lmcache-kit-disk-backend",
+    ("backend", "ValkeyBackend"): "lmcache-kit-valkey-backend",
     ("codec", "cachegen"): "lmcache-kit-cachegen",
     ("frontend", "http"): "lmcache-kit-http-api",
     ("transport", "nixl"): "lmcache-kit-nixl-transport",
     ("transport", "tcp"): "lmcache-kit-tcp-transport",
 }
 """Which of our own distributions provides a name, for the remedy in messages."""
+
+_VERSIONS = ("api version", "requirement")
+"""Stages whose error has the remedy: another version is needed, not the same one again."""
 
 _BUILTIN = "lmcache_kit.cache.builtin"
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
@@ -216,7 +221,8 @@ class Plugins:
         provider = FIRST_PARTY.get((kind, name))
         for failure in self.failures:
             if failure.distribution == provider:
-                return PluginBroken(f"{kind} {name!r}: {failure}", hint=_reinstall(provider))
+                hint = "" if failure.stage in _VERSIONS else _reinstall(provider)
+                return PluginBroken(f"{kind} {name!r}: {failure}", hint=hint)
         for info in self.blocked:
             if info.distribution == provider:
                 return PluginNotFound(

@@ -16,7 +16,8 @@ class Failure:
     """Why a plugin, or one of its hooks, cannot be used.
 
     ``stage``: where it went wrong: ``"metadata"``, ``"api version"``, ``"selection"``,
-    ``"name"``, ``"import"``, ``"hooks"``, or the name of the hook that failed.
+    ``"name"``, ``"requirement"``, ``"import"``, ``"hooks"``, or the name of the hook that failed.
+    ``error`` says what to do as well, where reinstalling it would not help.
     """
 
     plugin: str

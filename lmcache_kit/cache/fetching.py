@@ -1,0 +1,204 @@
+"""Chunks of one tier on their way into memory, several at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
+
+from xxhash import xxh3_64
+
+from lmcache_kit.cache.content import Content
+from lmcache_kit.cache.labels import Label
+from lmcache_kit.cache.parcels import Landing, Parcel
+from lmcache_kit.cache.transfers import check_blob
+from lmcache_kit.errors import BackendError
+from lmcache_kit.keys import ChunkKey
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.lookups import Query
+    from lmcache_kit.cache.shelf import MemoryShelf
+    from lmcache_kit.cache.tier import Tier
+    from lmcache_kit.cache.transfers import GetCodec, Transfers
+
+THREADS = 4
+AHEAD = 4
+"""So many chunks are asked for before their turn, and as many copied: a store on a network, or a
+disk with many queues, is only fast when several are on their way."""
+_AGAIN_S = 0.002
+_PATIENCE = 500
+_PIECE_BYTES = 2 << 20
+
+_Opened: TypeAlias = "tuple[Label, Content] | None"
+_Opening: TypeAlias = "Future[_Opened]"
+
+
+@dataclass(frozen=True, slots=True)
+class Taker:
+    """Whom chunks are brought for: they are anchored for ``owner``, and must fit ``query``, if it
+    has one. ``gone`` tells whether nobody waits for them any longer."""
+
+    owner: Hashable
+    query: Query | None = None
+    gone: Callable[[], bool] = lambda: False
+
+
+@dataclass(slots=True)
+class _Copy:
+    """A chunk whose turn has come. With ``why``, it is being copied, and that will tell what is
+    wrong with it; else it is ``here`` already, or it has ``failed``, or is none."""
+
+    key: ChunkKey
+    here: bool = False
+    failed: BackendError | None = None
+    ticket: int = 0
+    content: Content | None = None
+    why: Future[str] | None = None
+
+
+class Fetcher:
+    """Reads from ``tier`` into memory; ``transfers`` lands the chunks."""
+
+    def __init__(
+        self, tier: Tier, shelf: MemoryShelf, transfers: Transfers, get_codec: GetCodec
+    ) -> None:
+        self._tier = tier
+        self._memory = shelf.memory
+        self._transfers = transfers
+        self._get_codec = get_codec
+        self._threads = ThreadPoolExecutor(THREADS, f"lmcache-kit-fetch-{tier.location}")
+
+    def fetch(self, keys: Sequence[ChunkKey], taker: Taker) -> Generator[bool, None, None]:
+        """Have these chunks in memory: whether each has come, in order. Each gets its room, and is
+        found, after those before it; those after the last one that was asked for do not come.
+
+        Raises BackendError in the turn of the chunk that it is about.
+        """
+        copies: deque[_Copy] = deque()
+        try:
+            with closing(self._open(keys)) as opened:
+                for key, opening in opened:
+                    # What has come is told of before anything else is waited for.
+                    while copies and (len(copies) == AHEAD or not opening.done()):
+                        yield self._end(copies.popleft())
+                    copies.append(self._begin(key, opening, taker))
+            while copies:
+                yield self._end(copies.popleft())
+        finally:
+            for copy in copies:
+                self._give_up(copy)
+
+    def close(self) -> None:
+        """Wait for what is at work."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _open(self, keys: Sequence[ChunkKey]) -> Generator[tuple[ChunkKey, _Opening], None, None]:
+        rest = iter(keys)
+        coming: deque[tuple[ChunkKey, _Opening]] = deque()
+        try:
+            while True:
+                for key in islice(rest, AHEAD - len(coming)):
+                    coming.append((key, self._threads.submit(self._tier.open, key)))
+                if not coming:
+                    return
+                yield coming[0]
+                coming.popleft()  # it has been begun; before that, it is ours to close
+        finally:
+            for _, opening in coming:
+                opening.cancel()
+                opening.add_done_callback(_close)
+
+    def _begin(self, key: ChunkKey, opening: _Opening, taker: Taker) -> _Copy:
+        """Room for what was found, and a thread that copies it there."""
+        try:
+            opened = opening.result()
+        except BackendError as error:
+            return _Copy(key, failed=error)
+        if opened is None:
+            return _Copy(key)
+        label, content = opened
+        space, query = label.space, taker.query
+        if query and (space.chunk_size, space.world_size) != (query.chunk_size, query.world_size):
+            content.close()
+            self._tier.spoilt(key, "its namespace has another shape")
+            return _Copy(key)
+        landing = self._land(label, taker)
+        if landing.status != "granted":
+            content.close()
+            return _Copy(key, here=landing.status == "present")
+        why = self._threads.submit(self._fill, label.parcel, landing, content)
+        return _Copy(key, ticket=landing.ticket, content=content, why=why)
+
+    def _end(self, copy: _Copy) -> bool:
+        if copy.failed:
+            raise copy.failed
+        if copy.why is None:
+            return copy.here
+        try:
+            why = copy.why.result()
+        except BackendError:
+            self._transfers.discard(copy.ticket)
+            raise
+        if why:
+            self._transfers.discard(copy.ticket)
+            self._tier.spoilt(copy.key, why)
+            return False
+        return self._transfers.landed(copy.ticket)
+
+    def _give_up(self, copy: _Copy) -> None:
+        if copy.why is None or copy.content is None:
+            return
+        if copy.why.cancel():
+            copy.content.close()
+        else:
+            copy.why.exception()  # when it has ended, nobody writes there any more
+        self._transfers.discard(copy.ticket)
+
+    def _land(self, label: Label, taker: Taker) -> Landing:
+        """Memory for a chunk. One that is on its way for somebody else is waited for, shortly."""
+        parcel, space = label
+        for _ in range(_PATIENCE):
+            [landing] = self._transfers.receive(
+                [parcel], {space.digest: space}, taker.owner, self._get_codec
+            )
+            if landing.status != "storing" or taker.gone():
+                break
+            time.sleep(_AGAIN_S)
+        return landing
+
+    def _fill(self, parcel: Parcel, landing: Landing, content: Content) -> str:
+        """Copy it; why it cannot be used, or nothing. Raises BackendError."""
+        with closing(content):
+            for region, extent in zip(landing.regions, parcel.extents, strict=True):
+                with self._memory.view(region) as view:
+                    try:
+                        checksum = _copied(content, view)
+                    except EOFError as error:
+                        return str(error)
+                    if checksum != extent.checksum:
+                        return "the bytes do not match their checksum"
+                    if landing.codec and (why := check_blob(landing.codec, view)):
+                        return why
+        return ""
+
+
+def _close(opening: _Opening) -> None:
+    if not opening.cancelled() and not opening.exception() and (opened := opening.result()):
+        opened[1].close()
+
+
+def _copied(content: Content, target: memoryview) -> int:
+    """The checksum of what is in ``target`` afterwards. Each piece is hashed while the processor's
+    cache has it, which is faster than to hash all of it in the end."""
+    hashed = xxh3_64()
+    for start in range(0, len(target), _PIECE_BYTES):
+        piece = target[start : start + _PIECE_BYTES]
+        content.read_into(piece)
+        hashed.update(piece)
+    checksum: int = hashed.intdigest()
+    return checksum
