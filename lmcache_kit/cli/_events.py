@@ -12,17 +12,28 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _S = TypeVar("_S", bound=msgspec.Struct)
 
 
+class Transfer(msgspec.Struct, frozen=True):
+    """How the bytes of a move come. ``how``: over what, and why not otherwise."""
+
+    transport: str
+    how: str
+    bytes: int
+    gb_per_s: float
+
+
 class Part(msgspec.Struct, frozen=True):
-    """Progress at one location; or the sum of some."""
+    """Progress at one location; or the sum of some. ``transfer``: of moves."""
 
     chunks_done: int
     chunks: int
     bytes_before: int
     bytes_after: int
+    transfer: Transfer | None = None
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One operation; ``ended`` is None while it goes on."""
+    """One operation; ``ended`` is None while it goes on. ``old_position``: instance and location
+    that a move takes from."""
 
     event_id: str
     operation: str
@@ -35,12 +46,16 @@ class Event(msgspec.Struct, frozen=True):
     ratio: float | None
     created: float
     ended: float | None
+    old_position: tuple[str, str] | None = None
 
     @property
     def done(self) -> Part:
         """All of it."""
-        sums = (sum(getattr(part, name) for part in self.progress) for name in _FIELDS)
-        return Part(*sums)
+        done, chunks, before, after = (
+            sum(getattr(part, name) for part in self.progress) for name in _SUMMED
+        )
+        transfers = (part.transfer for part in self.progress if part.transfer)
+        return Part(done, chunks, before, after, next(transfers, None))
 
 
 class Pin(msgspec.Struct, frozen=True):
@@ -55,7 +70,7 @@ class Pin(msgspec.Struct, frozen=True):
     expires_in_s: float | None
 
 
-_FIELDS = Part.__struct_fields__
+_SUMMED = ("chunks_done", "chunks", "bytes_before", "bytes_after")
 
 
 def read(kind: type[_S], answer: Any) -> _S:
@@ -70,15 +85,27 @@ def told(event: Event) -> str:
     """How far it has come or how it ended, in a line."""
     done = event.done
     if event.ended is None:
-        return f"{event.state}: {done.chunks_done} of {done.chunks} chunks"
+        line = f"{event.state}: {done.chunks_done} of {done.chunks} chunks"
+        return f"{line}; {size}" if (size := came(done.transfer)) else line
     words = [f"{event.state}: {_counted(event.num_tokens, 'token')}"]
     if done.chunks:
         words.append(f"{done.chunks_done} of {_counted(done.chunks, 'chunk')}")
     if event.ratio is not None and done.bytes_before != done.bytes_after:
         words.append(f"{changed(done)}, ratio {event.ratio:.2f}")
+    if size := came(done.transfer, with_how=True):
+        words.append(size)
     if event.message:
         words.append(event.message)
     return "; ".join(words)
+
+
+def came(transfer: Transfer | None, *, with_how: bool = False) -> str:
+    """``270.0 KiB by nixl (CMA on one host), 1.2 GB/s``; empty before anything has come."""
+    if transfer is None or not transfer.bytes:
+        return ""
+    how = f" ({transfer.how})" if with_how and transfer.how else ""
+    speed = f", {_speed(transfer.gb_per_s)}" if transfer.gb_per_s else ""
+    return f"{shown_bytes(transfer.bytes)} by {transfer.transport}{how}{speed}"
 
 
 def changed(done: Part) -> str:
@@ -93,6 +120,10 @@ def shown_bytes(number: float) -> str:
             break
         number /= 1024
     return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def _speed(gb_per_s: float) -> str:
+    return f"{gb_per_s:.1f} GB/s" if gb_per_s >= 0.1 else f"{gb_per_s * 1000:.1f} MB/s"
 
 
 def _counted(number: int, what: str) -> str:

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmcache_kit.cli._events import Event, changed, read, told
+from lmcache_kit.cli._events import Event, came, changed, read, told
 from lmcache_kit.cli._rest import get
 from lmcache_kit.cli.output import print_json
 
@@ -77,6 +77,11 @@ def _bar(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 description=f"{event.operation}, {event.state}",
                 completed=done.chunks_done,
                 total=done.chunks,
-                size=changed(done) if done.bytes_before else "",
+                size=came(done.transfer) or _changed(event),
             )
             yield answer
+
+
+def _changed(event: Event) -> str:
+    """Empty where no bytes were changed."""
+    return changed(event.done) if event.ratio is not None else ""

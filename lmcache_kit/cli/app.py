@@ -31,6 +31,8 @@ OWN: Mapping[str, Own] = {
     "events": Own("lmcache_kit.cli.events:events", "Follow operations, or stop one."),
     "keys": Own("lmcache_kit.cli.keys:keys", "Make keys for the monitor port."),
     "lookup": Own("lmcache_kit.cli.lookup:lookup", "Ask the controller who holds some tokens."),
+    "move": Own("lmcache_kit.cli.move:move", "Bring stored KV to another instance."),
+    "new-plugin": Own("lmcache_kit.cli.new_plugin:new_plugin", "Make a plugin to start from."),
     "pin": Own("lmcache_kit.cli.operations:pin", "Keep stored KV from being evicted."),
     "pins": Own("lmcache_kit.cli.events:pins", "List pins."),
     "plugins": Own("lmcache_kit.cli.plugins:plugins", "List the plugins that are installed."),

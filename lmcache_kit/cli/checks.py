@@ -6,7 +6,8 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +19,13 @@ from lmcache_kit import __version__
 from lmcache_kit.config import KitConfig, Loaded
 from lmcache_kit.config.model import GIB
 from lmcache_kit.errors import ConfigError, KitError
+from lmcache_kit.peer.choice import AUTO, candidates
+from lmcache_kit.peer.trial import Tried, tried
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.process.codecs import Codecs
+from lmcache_kit.process.composing import backend_of
 from lmcache_kit.process.paths import secure_directory, socket_path
+from lmcache_kit.specs import TransportSpec
 from lmcache_kit.vllm.plugin import TAKE_OVER, serves_lmcache_name
 
 VLLM_TESTED = "0.32."
@@ -62,6 +67,20 @@ def configuration(loaded: Loaded) -> Iterator[Check]:
         yield Check("warn", "configuration", warning, "Remove it")
 
 
+def tiers(found: Plugins, config: KitConfig) -> Iterator[Check]:
+    """Each tier below memory; those that are shared are opened, too."""
+    for name, options in config.lower_tiers.items():
+        try:
+            make = backend_of(found, name, options)
+            how = "installed"
+            if getattr(found.resolve("backend", name), "shared", False):
+                with closing(make()) as backend:
+                    how = f"answers, {backend.stock().entries} chunks lie there"
+            yield Check("ok", f"tier {name}", how)
+        except KitError as error:
+            yield Check.failed(f"tier {name}", error)
+
+
 def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
     """What the configuration asks for, then whatever else is installed."""
     try:
@@ -69,6 +88,7 @@ def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
         yield Check("ok", f"backend {config.location}", "installed")
     except KitError as error:
         yield Check.failed(f"backend {config.location}", error)
+    yield from tiers(found, config)
     try:
         found.eviction_policy(config.cache_policy)
         yield Check("ok", f"cache_policy {config.cache_policy}", "known")
@@ -229,6 +249,45 @@ def controller(config: KitConfig) -> Iterator[Check]:
         yield Check("warn", "controller", detail, remedy)
     else:
         yield Check("ok", "controller", f"something listens at {config.controller_url}")
+
+
+def peers(found: Plugins, config: KitConfig) -> Iterator[Check]:
+    """What moves of KV from and to other instances would go by."""
+    if not config.enable_p2p:
+        yield Check("ok", "peers", "not configured (enable_p2p)")
+        return
+    if not config.enable_controller:
+        remedy = "Set enable_controller and controller_url: moves are ordered by the controller"
+        yield Check("warn", "peers", "no controller is configured, so nothing moves", remedy)
+    channel, usable = config.transfer_channel, []
+    for offer in found.specs("transport"):
+        name, spec = f"transport {offer.spec.name}", offer.spec
+        result = Tried(why_not=found.trouble(offer))
+        if not result.why_not:
+            result = tried(spec.name, config)
+        if trouble := result.why_not:
+            asked = spec.name == channel
+            remedy = "Repair it, or set transfer_channel to another" if asked else ""
+            state: Literal["ok", "warn"] = "warn" if asked else "ok"
+            yield Check(state, name, f"cannot be used here: {trouble}", remedy)
+        elif isinstance(spec, TransportSpec):
+            usable.append(spec)
+            yield Check("ok", name, f"works; would reach peers on this host by {result.how}")
+    if channel != AUTO:
+        try:
+            found.spec("transport", channel)
+        except KitError as error:
+            yield Check("warn", f"transport {channel}", error.message, error.hint)
+    yield _ways(channel, candidates(channel, usable))
+
+
+def _ways(channel: str, names: Sequence[str]) -> Check:
+    detail = f"transfer_channel {channel}"
+    if not names:
+        remedy = "pip install lmcache-kit-nixl-transport lmcache-kit-tcp-transport"
+        return Check("warn", "peers", f"{detail}: no transport can be used, so moves fail", remedy)
+    then = "".join(f", then {name}" for name in names[1:])
+    return Check("ok", "peers", f"{detail}: {names[0]} is tried first{then}")
 
 
 def version(distribution: str) -> str:

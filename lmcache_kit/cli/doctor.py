@@ -56,4 +56,5 @@ def _all_checks() -> list[checks.Check]:
         *checks.connectors(),
         *checks.gpu(),
         *checks.controller(config),
+        *checks.peers(plugins, config),
     ]

@@ -33,8 +33,8 @@ _COLUMNS = ("event", "operation", "instance", "location", "state", "tokens", "ch
 @click.option("--wait", is_flag=True, help="Show its progress, and wait for its end.")
 @click.option("--cancel", is_flag=True, help="Stop it; what is done stays done.")
 @click.option("--state", help="Only those in this state, such as running.")
-@click.option("--operation", help="Only these, such as compress.")
-@click.option("--instance", "instance_id", help="Only those of this instance.")
+@click.option("--operation", help="Only these, such as move.")
+@click.option("--instance", "instance_id", help="Those of this instance; moves by either end.")
 @click.option("--limit", type=int, help="The latest so many.")
 @click.option("--json", "as_json", is_flag=True, help="Print the controller's answer.")
 def events(
@@ -109,8 +109,8 @@ def _event(event: Event) -> tuple[str, ...]:
     return (
         event.event_id,
         event.operation,
-        event.instance_id,
-        event.location,
+        _from_to(event.old_position and event.old_position[0], event.instance_id),
+        _from_to(event.old_position and event.old_position[1], event.location),
         event.state,
         str(event.num_tokens),
         f"{done.chunks_done}/{done.chunks}",
@@ -118,6 +118,11 @@ def _event(event: Event) -> tuple[str, ...]:
         time.strftime("%H:%M:%S", time.localtime(event.created)),
         event.message,
     )
+
+
+def _from_to(source: str | None, name: str) -> str:
+    """Both ends of a move, where they differ."""
+    return name if source in (None, name) else f"{source} -> {name}"
 
 
 def _pin(pin: Pin) -> tuple[str, ...]:

@@ -25,28 +25,38 @@ _SHARED = (
         "--file", "file", type=click.Path(), help="Read tokens from JSON; - is the input."
     ),
     click.option("--url", default=DEFAULT_URL, show_default=True, help="The controller."),
-    click.option("--instance", "instance_id", default=DEFAULT_INSTANCE, show_default=True),
-    click.option("--location", default=DEFAULT_LOCATION, show_default=True),
     click.option("--model", help="Only KV of this model."),
     click.option("--cache-salt", help="KV of requests with this salt."),
     click.option("--deadline", "deadline_s", type=float, help="Give up after so many seconds."),
     click.option("--idempotency-key", help="Give it again with the same key: it is done once."),
     click.option("--json", "as_json", is_flag=True, help="Print the controller's answer."),
 )
-_everything = click.option("--all", "everything", is_flag=True, help="All at that location.")
-_wait = click.option("--wait", is_flag=True, help="Show its progress, and wait for its end.")
+_PLACE = (
+    click.option("--instance", "instance_id", default=DEFAULT_INSTANCE, show_default=True),
+    click.option("--location", default=DEFAULT_LOCATION, show_default=True),
+)
+everything_option = click.option("--all", "everything", is_flag=True, help="All at that location.")
+wait_option = click.option("--wait", is_flag=True, help="Show its progress, and wait for its end.")
 _method = click.option("--method", default="cachegen", show_default=True, help="The codec.")
 
 
-def _shared(command: _C) -> _C:
-    """What all of them take, in this order."""
+def shared(command: _C) -> _C:
+    """What all of them take."""
     for option in reversed(_SHARED):
         command = option(command)
     return command
 
 
+def at_place(command: _C) -> _C:
+    """Where it is to be done."""
+    for option in reversed(_PLACE):
+        command = option(command)
+    return command
+
+
 @click.command()
-@_shared
+@at_place
+@shared
 @click.option("--ttl", "ttl_s", type=float, help="Keep it for so many seconds.")
 @click.option("--owner", help="Shown by `lmcache-kit pins`.")
 def pin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
@@ -58,11 +68,12 @@ def pin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
     Example:
       lmcache-kit pin 128000 849 21435 --ttl 3600
     """
-    _order("pin", "Pinned", given_tokens(tokens, file), options)
+    order("pin", "Pinned", given_tokens(tokens, file), options)
 
 
 @click.command()
-@_shared
+@at_place
+@shared
 @click.option("--pin", "pin_id", help="This pin: the event it was made by.")
 def unpin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
     """End the pins within these tokens, or one pin.
@@ -73,12 +84,13 @@ def unpin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
       lmcache-kit unpin --pin 0d5f3c...
     """
     by_name = options["pin_id"] is not None and not tokens and file is None
-    _order("unpin", "Unpinned", None if by_name else given_tokens(tokens, file), options)
+    order("unpin", "Unpinned", None if by_name else given_tokens(tokens, file), options)
 
 
 @click.command()
-@_shared
-@_everything
+@at_place
+@shared
+@everything_option
 @click.option("--force", is_flag=True, default=None, help="Pinned KV as well.")
 def clear(tokens: tuple[int, ...], file: str | None, everything: bool, **options: Any) -> None:
     """Forget what is stored of these tokens, or everything.
@@ -88,14 +100,15 @@ def clear(tokens: tuple[int, ...], file: str | None, everything: bool, **options
       lmcache-kit clear 128000 849 21435
       lmcache-kit clear --all
     """
-    _order("clear", "Cleared", tokens_or_all(tokens, file, everything), options)
+    order("clear", "Cleared", tokens_or_all(tokens, file, everything), options)
 
 
 @click.command()
-@_shared
-@_everything
+@at_place
+@shared
+@everything_option
 @_method
-@_wait
+@wait_option
 def compress(
     tokens: tuple[int, ...], file: str | None, everything: bool, wait: bool, **options: Any
 ) -> None:
@@ -106,14 +119,15 @@ def compress(
       lmcache-kit compress 128000 849 21435
       lmcache-kit compress --all --wait
     """
-    _order("compress", "Compressing", tokens_or_all(tokens, file, everything), options, wait=wait)
+    order("compress", "Compressing", tokens_or_all(tokens, file, everything), options, wait=wait)
 
 
 @click.command()
-@_shared
-@_everything
+@at_place
+@shared
+@everything_option
 @_method
-@_wait
+@wait_option
 def decompress(
     tokens: tuple[int, ...], file: str | None, everything: bool, wait: bool, **options: Any
 ) -> None:
@@ -123,12 +137,12 @@ def decompress(
     Example:
       lmcache-kit decompress --all --wait
     """
-    _order(
+    order(
         "decompress", "Decompressing", tokens_or_all(tokens, file, everything), options, wait=wait
     )
 
 
-def _order(
+def order(
     verb: str,
     word: str,
     tokens: list[int] | None,
@@ -136,7 +150,8 @@ def _order(
     *,
     wait: bool | None = None,
 ) -> None:
-    """``wait`` is None for an order that has ended when it is answered."""
+    """POST it with these options, and tell the answer; ``word`` is the verb of that. ``wait`` is
+    None for an order that has ended when it is answered."""
     given = dict(options)
     url, as_json = given.pop("url").rstrip("/"), given.pop("as_json")
     body = {key: value for key, value in given.items() if value is not None}

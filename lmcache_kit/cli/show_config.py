@@ -6,6 +6,7 @@ import click
 
 from lmcache_kit.cli.output import print_json, print_table
 from lmcache_kit.config import KitConfig, load_config
+from lmcache_kit.config.hiding import without_passwords
 
 
 @click.command("show-config")
@@ -23,7 +24,7 @@ def show_config(config: str | None, as_json: bool) -> None:
       LMCACHE_CHUNK_SIZE=64 lmcache-kit show-config examples/lookup/example.yaml
     """
     loaded = load_config(file=config)
-    values = loaded.config.model_dump(mode="json")
+    values = without_passwords(loaded.config.model_dump(mode="json"))
     meanings = {key: field.description or "" for key, field in KitConfig.model_fields.items()}
     if as_json:
         keys = {

@@ -8,6 +8,7 @@ from lmcache_kit.cli.output import quiet_plugins
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.process.codecs import Codecs
+from lmcache_kit.process.composing import backend_of
 from lmcache_kit.process.host import worker_keys
 
 
@@ -34,6 +35,8 @@ def validate(config: str) -> None:
 def check_names(config: KitConfig, plugins: Plugins) -> None:
     """Raises as :class:`Plugins` does for a name that no usable plugin provides."""
     plugins.resolve("backend", config.location)
+    for name, options in config.lower_tiers.items():
+        backend_of(plugins, name, options)
     plugins.eviction_policy(config.cache_policy)
     if config.store_codec:
         Codecs(plugins, config.codec_options).make(config.store_codec)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
 
 import zmq
 
-from lmcache_kit.cache.records import StoredChunk
 from lmcache_kit.control.address import connect_url
-from lmcache_kit.control.announcer import Announcer
+from lmcache_kit.control.bell import Bell
 from lmcache_kit.control.curve import WorkerKeys, handshakes, refusal
 from lmcache_kit.control.jobs import Jobs
-from lmcache_kit.control.session import Engine, Identity, Session
+from lmcache_kit.control.session import Identity, Session
+from lmcache_kit.control.stream import Announced, Stream
 from lmcache_kit.control.wire import (
     MAX_FRAME_BYTES,
     FromAgent,
@@ -26,7 +24,7 @@ from lmcache_kit.control.wire import (
 )
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.operations import Operator
-from lmcache_kit.keys import ChunkKey, Namespace
+from lmcache_kit.keys import Namespace
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +34,22 @@ _SEND_QUEUE = 256
 
 
 class Agent:
-    """Announces what ``engine`` holds to the controller at ``url``, from a thread of its own.
+    """Announces what ``inventories`` hold to the controller at ``url``, from a thread of its own.
 
     Nothing here waits for the controller: it may be absent, start later, restart or move; within
     seconds of its coming its index is right. ``incarnation`` is 16 bytes that name this life.
     ``worker_ports[rank]`` is the port shown for a rank. ``started`` (seconds since the epoch, now
     by default) decides who keeps an instance id that two lives claim: the later one. The other
     one is told so, logs it once, and asks again every ten heartbeats, in case the later one has
-    died. ``operator`` carries out what the controller orders; without one orders are refused.
+    died. ``peer_url`` is where peers fetch KV, and ``peer_key`` the 32 secret bytes that their
+    claims on it are sealed with; both or neither. ``operator`` carries out what the controller
+    orders; without one orders are refused.
     ``keys`` encrypt the connection, and prove to each other who is there.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        inventories: Sequence[Announced],
         *,
         url: str,
         instance_id: str,
@@ -58,16 +58,18 @@ class Agent:
         heartbeat_s: float = 1.0,
         worker_ports: Sequence[int] = (),
         peer_url: str | None = None,
+        peer_key: bytes = b"",
         started: float | None = None,
         operator: Operator | None = None,
         keys: WorkerKeys | None = None,
     ) -> None:
-        self._engine = engine
         self._keys = keys
         self._url = connect_url(url)
         self._instance_id = instance_id
         self._heartbeat_s = heartbeat_s
-        self._announcer = Announcer(engine.location)
+        self._bell = Bell()
+        self._streams = [Stream(each, ring=self._bell.ring) for each in inventories]
+        self._urgent = Bell()
         identity = Identity(
             instance_id=instance_id,
             incarnation=incarnation,
@@ -75,51 +77,60 @@ class Agent:
             heartbeat_s=heartbeat_s,
             worker_ports=tuple(worker_ports),
             peer_url=peer_url,
+            peer_key=peer_key,
             started=time.time() if started is None else started,
         )
-        self._jobs = Jobs(operator, wake=self._wake)
-        self._session = Session(engine, self._announcer, identity, jobs=self._jobs)
-        self._lock = threading.Lock()
+        self._jobs = Jobs(operator, wake=self._urgent.ring)
+        self._session = Session(self._streams, identity, jobs=self._jobs)
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._wake_fd = -1
-        self._woken = False
 
     # Any thread.
 
     def start(self) -> None:
-        """Begin. The engine is listened to from here on."""
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._announcer.begin_with(self._engine.subscribe(self))
+        """Begin. The inventories are listened to from here on."""
+        self._bell.hang_up()
+        self._urgent.hang_up()
+        for stream in self._streams:
+            stream.begin()
         self._thread = threading.Thread(target=self._run, name="lmcache-kit-agent", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Say goodbye and end, within two seconds. Safe to call twice."""
+        for stream in self._streams:
+            stream.confirmations.close()
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        with contextlib.suppress(ValueError):  # an engine that is closed has forgotten us
-            self._engine.unsubscribe(self)
+        for stream in self._streams:
+            stream.end()
         self._stopping = True
-        self._wake()
+        self._urgent.ring()
         thread.join(_STOP_S)
         if thread.is_alive():
             log.warning("the agent of instance %r did not end in time", self._instance_id)
             return
-        with self._lock:
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+        self._bell.take_down()
+        self._urgent.take_down()
 
     def register_worker(self, rank: int) -> None:
         """This rank stores here."""
         self._session.register_worker(rank)
-        self._wake()
+        self._bell.ring()
 
     def register_namespace(self, namespace: Namespace) -> None:
         """Chunks are stored under this base namespace."""
         self._session.register_namespace(namespace)
-        self._wake()
+        self._bell.ring()
+
+    def confirm(self, location: str, timeout_s: float) -> bool:
+        """Wait until the controller says that its index of one location holds everything that was
+        there before this call. False if it does not within ``timeout_s`` seconds, or if we
+        stop."""
+        wait = self._session.streams[location].confirmations.ask()
+        self._urgent.ring()
+        return wait.until(timeout_s)
 
     def stats(self) -> dict[str, float]:
         """Counters ending in ``_total``, and gauges."""
@@ -128,29 +139,11 @@ class Agent:
             **self._jobs.stats(),
             "registered": float(self._session.registered),
             "turned_away": float(self._session.turned_away),
-            "seq": float(self._announcer.seq),
-            "dropped_notes_total": float(self._announcer.dropped_notes),
+            "seq": float(sum(stream.announcer.seq for stream in self._streams)),
+            "dropped_notes_total": float(
+                sum(stream.announcer.dropped_notes for stream in self._streams)
+            ),
         }
-
-    # The engine's threads, under its lock.
-
-    def added(self, chunk: StoredChunk) -> None:
-        """Take a note."""
-        self._announcer.added(chunk)
-        self._wake()
-
-    def removed(self, key: ChunkKey) -> None:
-        """Take a note."""
-        self._announcer.removed(key)
-        self._wake()
-
-    def _wake(self) -> None:
-        """Only the first note after a turn costs a system call."""
-        if not self._woken:
-            self._woken = True
-            with self._lock:
-                if self._wake_fd >= 0:
-                    os.eventfd_write(self._wake_fd, 1)
 
     # The agent's thread.
 
@@ -173,7 +166,8 @@ class Agent:
                 # good. Whatever went wrong, a new connection and a snapshot start clean.
                 self._session.counts["failures_total"] += 1
                 log.exception("the agent of instance %r starts over", self._instance_id)
-                self._announcer.want_snapshot()
+                for stream in self._streams:
+                    stream.announcer.want_snapshot()
                 self._pause()
         self._jobs.stop()  # if it ends between two connections
 
@@ -213,29 +207,24 @@ class Agent:
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if self._session.blocked else 0))
             poller.register(failed, zmq.POLLIN)
-            gathering = self._session.gathering()
-            if not gathering:
-                poller.register(self._wake_fd, zmq.POLLIN)
+            poller.register(self._urgent.fd, zmq.POLLIN)
+            if not self._session.gathering():
+                poller.register(self._bell.fd, zmq.POLLIN)
             wait_s = self._session.wait_s()
             # Rounded up, so that nothing is polled for before it is due.
             poller.poll(int(wait_s * 1000) + 1 if wait_s else 0)
             if refused := refusal(failed, self._keys):
                 return refused
             self._hear(socket)
+            self._urgent.rest()
             if not self._session.gathering():
-                self._rest()
+                self._bell.rest()
             self._session.turn(send)
         self._jobs.stop()
         if self._session.registered:
             self._session.turn(send)
             send(Goodbye())
         return ""
-
-    def _rest(self) -> None:
-        """Whatever is noted after this wakes us again."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
-        self._woken = False
 
     def _hear(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(_MAX_MESSAGES_A_TURN):

@@ -154,6 +154,15 @@ class Announcer:
         return batch
 
     @property
+    def last_seq(self) -> int:
+        """The number that all which is numbered by now is told by, at the latest."""
+        return self.seq + self.wants_snapshot
+
+    def has_sent(self, seq: int) -> bool:
+        """Whether everything up to ``seq`` is on its way."""
+        return not self.wants_snapshot and self._snapshot is None and self._next_seq > seq
+
+    @property
     def sending_snapshot(self) -> bool:
         """Whether parts of one are still to be sent."""
         return self._snapshot is not None

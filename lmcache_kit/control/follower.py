@@ -10,7 +10,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from lmcache_kit.control.index import KeyIndex, Owner
-from lmcache_kit.control.wire import Batch, Position, Resync, SnapshotPart, check_tails, split_keys
+from lmcache_kit.control.wire import (
+    Batch,
+    Confirmed,
+    Position,
+    Resync,
+    SnapshotPart,
+    check_tails,
+    split_keys,
+)
 
 MAX_BUFFERED = 256
 MAX_KEYS = 16_000_000
@@ -107,11 +115,7 @@ class Follower:
     def check(self, position: Position, now: float) -> Resync | None:
         """Compare with what a heartbeat says of the other end."""
         if self._aside:
-            if now - self._aside.touched < self._retry_s:
-                return None
-            self.forget_unfinished()
-            self._counts["snapshots_broken_total"] += 1
-            return self._ask(now, snapshot=True)
+            return self._hurry(self._aside, now)
         if position.seq > self.seq:
             return self._ask(now)
         if position.seq < self.seq or self._full:
@@ -121,6 +125,15 @@ class Follower:
             return self._ask(now, snapshot=True)
         self._asked_at, self._asked_snapshot = None, False
         return None
+
+    def confirm(self, seq: int, now: float) -> Confirmed | Resync | None:
+        """Say so if everything up to ``seq`` is held, and ask for what is missing if not."""
+        if self.seq >= seq and not self._full and not self._asked_snapshot:
+            self._counts["confirmations_total"] += 1
+            return Confirmed(self.holder.owner.location, seq)
+        if self._aside:
+            return self._hurry(self._aside, now)
+        return None if self._full else self._ask(now)
 
     def restart(self) -> int:
         """A new connection begins: forget what the old one left half done. The last seq held."""
@@ -150,6 +163,14 @@ class Follower:
             self._index.remove(self.holder, split_keys(batch.removed))
             self._index.add(self.holder, split_keys(batch.added), batch.tails)
             self.seq = batch.seq
+
+    def _hurry(self, aside: _Aside, now: float) -> Resync | None:
+        """Begin anew when a snapshot has gone quiet."""
+        if now - aside.touched < self._retry_s:
+            return None
+        self.forget_unfinished()
+        self._counts["snapshots_broken_total"] += 1
+        return self._ask(now, snapshot=True)
 
     def _has_room(self, keys: int) -> bool:
         self._full = self._full or self.holder.keys + keys > MAX_KEYS

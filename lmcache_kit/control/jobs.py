@@ -42,8 +42,9 @@ KEEP_S = 600.0
 
 @dataclass(slots=True)
 class _Entry:
-    """One order. ``begin`` is None once it was begun, ``answer`` once it was told. When its
-    progress and its end were told last is on the clock, 0: never on this connection."""
+    """One order. ``begin`` is None once it was begun, ``accepted`` until the job knows what it is
+    about, ``answer`` once it was told. When its progress and its end were told last is on the
+    clock, 0: never on this connection."""
 
     event_id: str
     begin: Begin | None = None
@@ -87,8 +88,9 @@ class Jobs:
             if full:
                 busy = ControlError(f"{MAX_JOBS} orders are under way", hint="Wait for them to end")
                 entry.answer = _rejection(message.event_id, busy)
-        elif entry.accepted is not None:
-            entry.answer = Began(message.event_id, entry.accepted)
+        else:
+            if entry.accepted is not None:
+                entry.answer = Began(message.event_id, entry.accepted)
             entry.end_told = 0.0
 
     def cancel(self, event_id: str) -> None:
@@ -129,6 +131,7 @@ class Jobs:
         for entry in list(self._entries.values()):
             if entry.begin is not None:
                 self._start(entry, entry.begin)
+            self._look(entry)
             if not self._tell(entry, tell, now):
                 return
             if entry.outcome is not None and now - entry.ended > KEEP_S:
@@ -174,9 +177,13 @@ class Jobs:
             log.exception("an order could not be begun: %s", begin.event_id)
             message = "the cache process failed to begin it"
             entry.answer = Rejected(begin.event_id, "failed", message, "Its log says why")
-        else:
+
+    def _look(self, entry: _Entry) -> None:
+        """Answer once the job knows what it is about."""
+        if entry.job is not None and entry.accepted is None:
             entry.accepted = entry.job.accepted
-            entry.answer = Began(begin.event_id, entry.accepted)
+            if entry.accepted is not None:
+                entry.answer = Began(entry.event_id, entry.accepted)
 
     def _tell(self, entry: _Entry, tell: Tell, now: float) -> bool:
         """False: the connection takes nothing more."""
@@ -227,7 +234,7 @@ def _due(entry: _Entry) -> float | None:
         return 0.0
     if entry.outcome is not None:
         return entry.end_told + AGAIN_S if entry.end_told else 0.0
-    if entry.progress is not None:
+    if entry.progress is not None and entry.accepted is not None:
         return entry.progress_told + PROGRESS_S if entry.progress_told else 0.0
     return None
 

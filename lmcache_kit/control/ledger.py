@@ -17,13 +17,21 @@ from typing import get_args
 import msgspec
 from blake3 import blake3
 
+from lmcache_kit.control.moves import with_peer
 from lmcache_kit.control.registry import Process
 from lmcache_kit.control.wire import MAX_TEXT, Begin
-from lmcache_kit.errors import ControlError, DeadlineExceeded, KitError, UnknownName
+from lmcache_kit.errors import (
+    ControlError,
+    DeadlineExceeded,
+    KitError,
+    OperationFailed,
+    UnknownName,
+)
 from lmcache_kit.interfaces.frontend import EventInfo, EventPart, EventState, Operation
 from lmcache_kit.interfaces.operations import (
     Accepted,
     ListPins,
+    Move,
     Order,
     Outcome,
     Pin,
@@ -38,8 +46,10 @@ MAX_WAITING_BYTES = 64 * 1024 * 1024
 TAKE_S = 10.0
 QUICK_S = 10.0
 LONG_S = 600.0
-_LONG = {"compress", "decompress"}
+_LONG = {"compress", "decompress", "move"}
 _MAX_KNOWN = 20
+_UNDONE: dict[str, type[ControlError]] = {"failed": OperationFailed, "expired": DeadlineExceeded}
+"""How an order that ended so before it was accepted is refused."""
 
 
 def default_deadline_s(operation: str) -> float:
@@ -48,23 +58,35 @@ def default_deadline_s(operation: str) -> float:
 
 
 class Event:
-    """One order given to one life of a cache process. Only the ledger changes it.
+    """One order given to one life of a cache process. Only the ledger changes it. ``source``: that
+    which a move takes from.
 
     ``begin`` is there until the order was answered. ``answered`` and ``ended`` are set once that
     is so; ``refusal`` is why it never began. On the ledger's clock it is to be taken on by
     ``take_by``, and has ended by ``deadline``.
     """
 
-    def __init__(self, operation: Operation, process: Process, *, now: float, wall: float) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        process: Process,
+        source: Process | None = None,
+        *,
+        now: float,
+        wall: float,
+    ) -> None:
         order = operation.order
         self.event_id = uuid.uuid4().hex
         self.operation = str(type(order).__struct_config__.tag)
         self.location = order.location
         self.process = process
+        self.source = (order.source, order.source_location) if isinstance(order, Move) else None
         self.idempotency_key = operation.idempotency_key
         self.fingerprint = _fingerprint(operation) if operation.idempotency_key else b""
         self.deadline_s = operation.deadline_s or default_deadline_s(self.operation)
-        self.begin: Begin | None = Begin(self.event_id, self.deadline_s, _named(order, self))
+        self.begin: Begin | None = Begin(
+            self.event_id, self.deadline_s, _filled_in(order, self, source)
+        )
         self.take_by = now + min(TAKE_S, self.deadline_s)
         self.deadline = now + self.deadline_s
         self.created = wall
@@ -100,6 +122,7 @@ class Event:
     def info(self) -> EventInfo:
         """What is known of it now."""
         before, after = self.progress.bytes_before, self.progress.bytes_after
+        changed = before and after and self.source is None
         part = EventPart(
             self.process.instance_id,
             self.location,
@@ -114,13 +137,14 @@ class Event:
             state=self.state,
             tokens=self.tokens,
             parts=(part,),
-            ratio=before / after if before and after else None,
+            ratio=before / after if changed else None,
             message=self.message,
             created=self.created,
             started=self.started_at,
             ended=self.ended_at,
             deadline=self.ends_by,
             idempotency_key=self.idempotency_key,
+            source=self.source,
         )
 
 
@@ -152,9 +176,9 @@ class Ledger:
             if state not in ("queued", "running"):
                 counts[f"operations_{state}_total"] += 0
 
-    def open(self, operation: Operation, process: Process) -> Event:
+    def open(self, operation: Operation, process: Process, source: Process | None = None) -> Event:
         """A new event. Raises ControlError when too much is under way."""
-        event = Event(operation, process, now=self._clock(), wall=self._wall())
+        event = Event(operation, process, source, now=self._clock(), wall=self._wall())
         waiting = sum(each.waiting_bytes for each in self._active.values())
         if len(self._active) >= self._max_active or (
             waiting + event.waiting_bytes > MAX_WAITING_BYTES
@@ -218,9 +242,8 @@ class Ledger:
         event.answered.set()
 
     def refuse(self, event: Event, error: KitError) -> None:
-        """It was not begun. Its idempotency key is free again, so that another try is one."""
-        if event.idempotency_key is not None:
-            self._keys.pop(event.idempotency_key, None)
+        """It was not begun."""
+        self._free_key(event)
         self._end_untold(event, "failed", error)
 
     def fail(self, event: Event, error: KitError) -> None:
@@ -233,6 +256,11 @@ class Ledger:
     def finish(self, event: Event, outcome: Outcome) -> None:
         """It has ended; only the first end counts."""
         if event.event_id in self._active:
+            if event.state == "queued" and outcome.state in _UNDONE:
+                event.refusal = _UNDONE[outcome.state](
+                    f"event {event.event_id}: {outcome.message[:MAX_TEXT] or outcome.state}"
+                )
+                self._free_key(event)
             event.tokens = outcome.tokens
             event.progress = outcome.progress
             event.pins = () if event.listed else outcome.pins
@@ -249,6 +277,11 @@ class Ledger:
                 break
             self._forget(event)
         return late
+
+    def _free_key(self, event: Event) -> None:
+        """Nothing was done, so that another try is one."""
+        if event.idempotency_key is not None:
+            self._keys.pop(event.idempotency_key, None)
 
     def _end_untold(self, event: Event, state: EventState, error: KitError) -> None:
         if event.event_id in self._active:
@@ -287,8 +320,10 @@ def _too_late(event: Event) -> DeadlineExceeded:
     )
 
 
-def _named(order: Order, event: Event) -> Order:
-    """A pin without a name gets the event's."""
+def _filled_in(order: Order, event: Event, source: Process | None) -> Order:
+    """A pin without a name gets the event's, a move what it needs of its source."""
+    if isinstance(order, Move) and source is not None:
+        return with_peer(order, event.event_id, event.process, source)
     if isinstance(order, Pin) and not order.pin_id:
         return msgspec.structs.replace(order, pin_id=event.event_id)
     return order

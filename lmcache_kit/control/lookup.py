@@ -36,7 +36,7 @@ def lookup(registry: Registry, query: LookupQuery) -> LookupAnswer:
                 known = best.get(owner)
                 if known is None or known.tokens < stretch.tokens:
                     best[owner] = LocationMatch(owner.location, stretch.tokens, stretch.stopped)
-    return LookupAnswer(uuid.uuid4().hex, _by_instance(best))
+    return LookupAnswer(uuid.uuid4().hex, _by_instance(registry, best))
 
 
 def pack(tokens: Sequence[int]) -> bytes:
@@ -58,12 +58,14 @@ def pack(tokens: Sequence[int]) -> bytes:
         raise
 
 
-def _by_instance(best: dict[Owner, LocationMatch]) -> tuple[InstanceMatch, ...]:
+def _by_instance(registry: Registry, best: dict[Owner, LocationMatch]) -> tuple[InstanceMatch, ...]:
+    """Of equally long ones that of the higher tier first."""
     grouped: dict[str, list[LocationMatch]] = {}
     for owner, found in best.items():
         grouped.setdefault(owner.instance_id, []).append(found)
-    for locations in grouped.values():
-        locations.sort(key=lambda found: (-found.tokens, found.location))
+    for instance_id, locations in grouped.items():
+        tiers = registry.find(instance_id).said.locations
+        locations.sort(key=lambda found: (-found.tokens, tiers.index(found.location)))
     instances = [InstanceMatch(name, tuple(found)) for name, found in grouped.items()]
     instances.sort(key=lambda instance: (-instance.best.tokens, instance.instance_id))
     return tuple(instances)

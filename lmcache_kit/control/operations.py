@@ -16,6 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from lmcache_kit.control.ledger import Event, Ledger
+from lmcache_kit.control.moves import check_ends, check_location
 from lmcache_kit.control.registry import Connection, Process, Registry
 from lmcache_kit.control.wire import (
     AboutOrders,
@@ -36,7 +37,7 @@ from lmcache_kit.errors import (
     UnknownName,
 )
 from lmcache_kit.interfaces.frontend import EventInfo, InstancePin, Operation, PinList
-from lmcache_kit.interfaces.operations import ListPins
+from lmcache_kit.interfaces.operations import ListPins, Move
 from lmcache_kit.keys import TOKEN_BYTES
 
 Send: TypeAlias = Callable[[Connection, FromController], None]
@@ -194,13 +195,16 @@ class Operations:
     def _open(self, operation: Operation, process: Process) -> Event:
         if self._closed:
             raise NoWorker(_STOPPING)
-        location = operation.order.location
-        if location not in process.said.locations:
-            raise UnknownName("location", location, sorted(process.said.locations))
-        tokens = len(operation.order.tokens or b"") // TOKEN_BYTES
+        order, source = operation.order, None
+        if isinstance(order, Move):
+            source = self._reachable(order.source)
+            check_ends(order, source, process)
+        else:
+            check_location(process, order.location)
+        tokens = len(order.tokens or b"") // TOKEN_BYTES
         if tokens > MAX_TOKENS:
             raise InvalidQuery(f"{tokens} tokens are over the {MAX_TOKENS} that an order may name")
-        event = self._ledger.open(operation, process)
+        event = self._ledger.open(operation, process, source)
         self._say(event)
         return event
 

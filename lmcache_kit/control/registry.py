@@ -22,6 +22,8 @@ from lmcache_kit.control.index import KeyIndex, Owner
 from lmcache_kit.control.wire import (
     MAX_NAMESPACES,
     Batch,
+    Confirm,
+    Confirmed,
     Fenced,
     FromAgent,
     FromController,
@@ -36,6 +38,7 @@ from lmcache_kit.control.wire import (
 )
 from lmcache_kit.errors import NoWorker, ProtocolError, UnknownName
 from lmcache_kit.keys import Namespace
+from lmcache_kit.peer.claim import KEY_BYTES
 
 Connection: TypeAlias = Hashable
 """What a message came on; a registration speaks for the connection it came on, and no other."""
@@ -52,6 +55,7 @@ COUNTERS = (
     "batches_repeated_total",
     "batches_total",
     "commands_late_total",
+    "confirmations_total",
     "connections_refused_total",
     "digest_mismatches_total",
     "fenced_total",
@@ -188,22 +192,24 @@ class Registry:
             self.counts["messages_unregistered_total"] += 1
             return [] if isinstance(message, Goodbye) else [(connection, WhoAreYou())]
         now = self._clock()
-        asked: list[Resync | None] = []
+        answers: list[Resync | Confirmed | None] = []
         match message:
             case Batch():
-                asked.append(self._follower(process, message.location).batch(message, now))
+                answers.append(self._follower(process, message.location).batch(message, now))
             case SnapshotPart():
-                asked.append(self._follower(process, message.location).snapshot(message, now))
+                answers.append(self._follower(process, message.location).snapshot(message, now))
             case Heartbeat():
                 for position in message.positions:
                     follower = self._follower(process, position.location)
-                    asked.append(follower.check(position, now))
+                    answers.append(follower.check(position, now))
+            case Confirm(location, seq):
+                answers.append(self._follower(process, location).confirm(seq, now))
             case Goodbye():
                 self.counts["goodbyes_total"] += 1
                 self._drop(process)
             case _:
                 pass
-        return [(connection, question) for question in asked if question]
+        return [(connection, answer) for answer in answers if answer]
 
     def hear(self, connection: Connection) -> Process | None:
         """Note that the process of this connection is alive; None when it has not registered."""
@@ -349,6 +355,7 @@ def _refusal(said: Register) -> str:
         (all(0 < len(name) <= MAX_NAME for name in names), "a name is empty or too long"),
         (len(said.host) <= MAX_NAME, "the host is too long"),
         (len(said.peer_url or "") <= 4 * MAX_NAME, "the peer url is too long"),
+        (len(said.peer_key) == (KEY_BYTES if said.peer_url else 0), "the peer key does not fit"),
         (len(said.incarnation) == 16, "the incarnation is not 16 bytes"),
         (math.isfinite(said.started), "the start time is not a time"),
         (math.isfinite(said.heartbeat_s) and said.heartbeat_s > 0, "the heartbeat is not a time"),

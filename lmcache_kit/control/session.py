@@ -14,16 +14,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
-from lmcache_kit.cache.records import ChangeListener, StoredChunk
-from lmcache_kit.control.announcer import Announcer
 from lmcache_kit.control.jobs import Jobs
+from lmcache_kit.control.stream import Stream
 from lmcache_kit.control.wire import (
     MAX_NAMESPACES,
     Begin,
     Cancel,
     Command,
+    Confirm,
+    Confirmed,
     Fenced,
     FromAgent,
     FromController,
@@ -51,19 +52,6 @@ _MAX_RESULTS = 256
 _MAX_MESSAGES_A_TURN = 64
 
 
-class Engine(Protocol):
-    """What the agent needs of a :class:`~lmcache_kit.cache.engine.CacheEngine`."""
-
-    @property
-    def location(self) -> str: ...
-
-    def subscribe(self, listener: ChangeListener) -> list[StoredChunk]: ...
-
-    def unsubscribe(self, listener: ChangeListener) -> None: ...
-
-    def snapshot(self, receive: Callable[[list[StoredChunk]], None]) -> None: ...
-
-
 class _State(enum.Enum):
     STRANGER = "stranger"
     REGISTERED = "registered"
@@ -74,7 +62,8 @@ class _State(enum.Enum):
 class Identity:
     """Who announces. ``incarnation``: 16 bytes that name this life. ``started``: seconds since
     the epoch; of two lives that claim an instance id the later one keeps it.
-    ``worker_ports[rank]`` is the port shown for a rank."""
+    ``worker_ports[rank]`` is the port shown for a rank. ``peer_url`` and ``peer_key``: where peers
+    fetch KV, and the 32 bytes that their claims on it are sealed with; None and empty: nowhere."""
 
     instance_id: str
     incarnation: bytes
@@ -82,6 +71,7 @@ class Identity:
     heartbeat_s: float = 1.0
     worker_ports: Sequence[int] = ()
     peer_url: str | None = None
+    peer_key: bytes = field(default=b"", repr=False)
     started: float = field(default_factory=time.time)
 
 
@@ -91,8 +81,7 @@ class Session:
 
     def __init__(
         self,
-        engine: Engine,
-        announcer: Announcer,
+        streams: Sequence[Stream],
         identity: Identity,
         *,
         jobs: Jobs | None = None,
@@ -100,8 +89,7 @@ class Session:
     ) -> None:
         self.blocked = False
         self.counts: Counter[str] = Counter()
-        self._engine = engine
-        self._announcer = announcer
+        self.streams = {stream.location: stream for stream in streams}
         self._identity = identity
         self._jobs = jobs or Jobs(None, clock=clock)
         self._heartbeat_s = identity.heartbeat_s
@@ -146,6 +134,8 @@ class Session:
         self._state = _State.STRANGER
         self._next_register = self._next_heartbeat = self._next_flush = 0.0
         self._jobs.restart()
+        for stream in self.streams.values():
+            stream.confirmations.restart()
         self.blocked = False
 
     def shut_out(self, why: str) -> None:
@@ -154,7 +144,7 @@ class Session:
 
     def gathering(self) -> bool:
         """Whether there are notes that wait for more to come, so that none need wake us."""
-        return self._announcer.has_notes() and self._clock() < self._next_flush
+        return self._has_notes() and self._clock() < self._next_flush
 
     def wait_s(self) -> float:
         """How long until something is due."""
@@ -163,12 +153,15 @@ class Session:
             due = now + self._heartbeat_s
         elif self._state is not _State.REGISTERED:
             due = self._next_register
-        elif self._announcer.position() is None:
+        elif any(stream.announcer.position() is None for stream in self.streams.values()):
             due = now
         else:
             soon = self._jobs.wait_s()
             due = self._next_heartbeat if soon is None else min(now + soon, self._next_heartbeat)
-        if self._announcer.has_notes():
+            for stream in self.streams.values():
+                if stream.confirmations.wanted is not None:
+                    due = min(due, stream.confirmations.due())
+        if self._has_notes():
             due = min(due, self._next_flush)
         return max(0.0, due - now)
 
@@ -176,9 +169,7 @@ class Session:
         """Say what is due; :attr:`blocked` tells whether ``send`` refused some of it."""
         self.blocked = False
         now = self._clock()
-        if self._announcer.has_notes() and now >= self._next_flush:
-            self._announcer.flush()
-            self._next_flush = now + FLUSH_S
+        self._number(now)
         if self._state is not _State.REGISTERED:
             if now >= self._next_register and self._register(send):
                 slow = self._state is _State.TURNED_AWAY
@@ -191,19 +182,42 @@ class Session:
         if not self.blocked:
             self._jobs.turn(lambda message: self._try(send, message))
         if now >= self._next_heartbeat:
-            position = self._announcer.position()
-            if self._try(send, Heartbeat((position,) if position else ())):
+            positions = [stream.announcer.position() for stream in self.streams.values()]
+            if self._try(send, Heartbeat(tuple([each for each in positions if each]))):
                 self._next_heartbeat = now + self._heartbeat_s
-        if not self.blocked:
-            self._announce(send)
+        for stream in self.streams.values():
+            if not self.blocked:
+                self._announce(stream, send)
+            if not self.blocked:
+                self._confirm(stream, send, now)
 
-    def _announce(self, send: Send) -> None:
+    def _has_notes(self) -> bool:
+        return any(stream.announcer.has_notes() for stream in self.streams.values())
+
+    def _number(self, now: float) -> None:
+        """What was noted, unless more may come and nobody waits."""
+        due = now >= self._next_flush
+        for stream in self.streams.values():
+            waits = stream.confirmations.fresh()
+            if waits or (due and stream.announcer.has_notes()):
+                stream.announcer.flush()
+                self._next_flush = now + FLUSH_S
+            stream.confirmations.number(waits, stream.announcer.last_seq)
+
+    def _confirm(self, stream: Stream, send: Send, now: float) -> None:
+        """Ask whether the index holds what somebody waits for, once it is on its way."""
+        seq = stream.confirmations.wanted
+        if seq is None or now < stream.confirmations.due() or not stream.announcer.has_sent(seq):
+            return
+        if self._try(send, Confirm(stream.location, seq)):
+            stream.confirmations.said(now)
+
+    def _announce(self, stream: Stream, send: Send) -> None:
         """Send changes or a snapshot, as much as goes in one turn."""
-        announcer = self._announcer
+        announcer = stream.announcer
         for _ in range(_MAX_MESSAGES_A_TURN):
             if announcer.wants_snapshot:
-                self._engine.snapshot(announcer.snapshot_is)
-                announcer.start_snapshot()
+                stream.take_snapshot()
                 self.counts["snapshots_total"] += 1
             message = announcer.next_message()
             if message is None and announcer.wants_snapshot:
@@ -224,10 +238,11 @@ class Session:
             started=who.started,
             host=who.host,
             heartbeat_s=who.heartbeat_s,
-            locations=(self._announcer.location,),
+            locations=tuple(self.streams),
             workers=tuple(WorkerPort(rank, ports.get(rank, 0)) for rank in ranks),
             namespaces=namespaces,
             peer_url=who.peer_url,
+            peer_key=who.peer_key,
         )
         sent = self._try(send, said)
         self._changed = self._changed or not sent
@@ -255,6 +270,9 @@ class Session:
                     self._next_register = 0.0
             case Resync():
                 self._resync(message)
+            case Confirmed():
+                if stream := self.streams.get(message.location):
+                    stream.confirmations.answered(message.seq)
             case Fenced():
                 self._turned_away(
                     f"a cache process at {message.by_host or 'another host'} that started later "
@@ -282,17 +300,18 @@ class Session:
         self.counts["registrations_total"] += 1
         log.info("instance %r is registered", self._identity.instance_id)
         for location, after_seq in message.resume:
-            if location == self._announcer.location:
-                self._announcer.resume(after_seq)
+            if stream := self.streams.get(location):
+                stream.announcer.resume(after_seq)
 
     def _resync(self, message: Resync) -> None:
-        if self._state is not _State.REGISTERED or message.location != self._announcer.location:
+        stream = self.streams.get(message.location)
+        if self._state is not _State.REGISTERED or stream is None:
             return
         self.counts["resyncs_total"] += 1
         if message.snapshot:
-            self._announcer.want_snapshot()
-        elif not self._announcer.sending_snapshot:
-            self._announcer.resume(message.after_seq)
+            stream.announcer.want_snapshot()
+        elif not stream.announcer.sending_snapshot:
+            stream.announcer.resume(message.after_seq)
 
     def _turned_away(self, why: str) -> None:
         self.counts["turned_away_total"] += 1

@@ -65,7 +65,8 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     """First message of a connection, and again whenever something in it changes.
 
     ``incarnation``: 16 bytes that name this life. ``started``: seconds since the epoch; of two
-    that claim the same instance the later one wins.
+    that claim the same instance the later one wins. ``peer_key``: what claims on the KV behind
+    ``peer_url`` are sealed with (:mod:`lmcache_kit.peer.claim`); a secret.
     """
 
     instance_id: str
@@ -77,6 +78,10 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
     workers: tuple[WorkerPort, ...]
     namespaces: tuple[Namespace, ...]
     peer_url: str | None = None
+    peer_key: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"Register({self.instance_id!r}, {self.incarnation.hex()})"
 
 
 class Batch(msgspec.Struct, frozen=True, tag="batch"):
@@ -105,6 +110,14 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     """Alive, and where each location stands."""
 
     positions: tuple[Position, ...]
+
+
+class Confirm(msgspec.Struct, frozen=True, tag="confirm"):
+    """Does the index hold everything at ``location`` up to ``seq``? Said again until
+    :class:`Confirmed` comes."""
+
+    location: str
+    seq: int
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
@@ -189,6 +202,13 @@ class Resync(msgspec.Struct, frozen=True, tag="resync"):
     snapshot: bool = False
 
 
+class Confirmed(msgspec.Struct, frozen=True, tag="confirmed"):
+    """The index holds everything at ``location`` up to ``seq``."""
+
+    location: str
+    seq: int
+
+
 class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
     """A later incarnation holds this instance id; it runs at ``by_host``."""
 
@@ -231,9 +251,19 @@ class Settled(msgspec.Struct, frozen=True, tag="settled"):
 
 
 AboutOrders: TypeAlias = Began | Rejected | Progressed | Ended
-FromAgent: TypeAlias = Register | Batch | SnapshotPart | Heartbeat | Result | AboutOrders | Goodbye
+AboutKeys: TypeAlias = Batch | SnapshotPart | Heartbeat | Confirm
+FromAgent: TypeAlias = Register | AboutKeys | Result | AboutOrders | Goodbye
 FromController: TypeAlias = (
-    Registered | WhoAreYou | Resync | Fenced | Refused | Command | Begin | Cancel | Settled
+    Registered
+    | WhoAreYou
+    | Resync
+    | Confirmed
+    | Fenced
+    | Refused
+    | Command
+    | Begin
+    | Cancel
+    | Settled
 )
 
 _M = TypeVar("_M")

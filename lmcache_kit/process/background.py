@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lmcache_kit.errors import KitError
@@ -25,13 +26,22 @@ MAX_WAITING = 1 << 16
 class BackgroundEncoder:
     """Listens to an engine, and encodes what is stored with codec ``method``.
 
-    Not more than ``MAX_WAITING`` chunks wait; what comes then stays raw, and is counted.
+    Not more than ``MAX_WAITING`` chunks wait; what comes then stays raw, and is counted. ``then``
+    hears of each chunk afterwards, encoded or not.
     """
 
-    def __init__(self, engine: CacheEngine, codecs: Codecs, method: str) -> None:
+    def __init__(
+        self,
+        engine: CacheEngine,
+        codecs: Codecs,
+        method: str,
+        *,
+        then: Callable[[ChunkKey], None] = lambda _: None,
+    ) -> None:
         self._engine = engine
         self._codecs = codecs
         self._method = method
+        self._then = then
         self._pool = ThreadPoolExecutor(encoding_threads(), thread_name_prefix="lmcache-kit-encode")
         self._lock = threading.Lock()
         self._waiting = 0
@@ -44,9 +54,11 @@ class BackgroundEncoder:
         with self._lock:
             if self._waiting >= MAX_WAITING:
                 self._passed_over += 1
+            else:
+                self._waiting += 1
+                self._pool.submit(self._encode, chunk.key)
                 return
-            self._waiting += 1
-        self._pool.submit(self._encode, chunk.key)
+        self._then(chunk.key)
 
     def removed(self, key: ChunkKey) -> None:
         """Its turn will come, and find nothing."""
@@ -57,7 +69,7 @@ class BackgroundEncoder:
 
     def close(self) -> None:
         """End, when the chunks at work are done. To be called before the engine's."""
-        with contextlib.suppress(ValueError):  # an engine that is closed has forgotten us
+        with suppress(ValueError):  # an engine that is closed has forgotten us
             self._engine.unsubscribe(self)
         self._pool.shutdown(cancel_futures=True)
 
@@ -68,13 +80,10 @@ class BackgroundEncoder:
             logger.error("chunks stay raw, since codec %r does not work: %s", self._method, error)
 
     def _encode(self, key: ChunkKey) -> None:
-        try:
-            codec = self._codecs.get(self._method)
-        except KitError:
-            return  # it was said once
-        finally:
-            with self._lock:
-                self._waiting -= 1
-        result = self._engine.pack(key, self._method, codec)
-        if result.why:
-            logger.debug("chunk %s stays raw: %s", key.hex(), result.why)
+        with suppress(KitError):  # a codec that does not work was said once
+            result = self._engine.pack(key, self._method, self._codecs.get(self._method))
+            if result.why:
+                logger.debug("chunk %s stays raw: %s", key.hex(), result.why)
+        with self._lock:
+            self._waiting -= 1
+        self._then(key)

@@ -90,6 +90,45 @@ def greet(connection: socket.socket, hello: Hello, timeout_s: float) -> tuple[We
             os.close(fd)
 
 
+class Pending:
+    """A request whose answer may come; it is waited for until ``timeout_s`` after it was sent."""
+
+    def __init__(self, channel: Channel, request_id: int, slot: _Slot, timeout_s: float) -> None:
+        self._channel = channel
+        self._request_id = request_id
+        self._slot = slot
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+
+    def result(self) -> Answer:
+        """Wait for the answer. Raises CacheUnavailable, CacheTimeout."""
+        try:
+            while (answer := self.poll(self._timeout_s)) is None:
+                pass
+            return answer
+        except KeyboardInterrupt:  # nobody will read it
+            self.abandon()
+            raise
+
+    def poll(self, wait_s: float = 0.0) -> Answer | None:
+        """The answer, if it comes within ``wait_s``; to be read once. Raises CacheTimeout when the
+        time is over, and CacheUnavailable."""
+        left_s = self._deadline - time.monotonic()
+        try:
+            answer = self._slot.get(timeout=max(0.0, min(wait_s, left_s)))
+        except queue.Empty:
+            if wait_s < left_s:
+                return None
+            answer = self._channel._give_up(self._request_id, self._slot, self._timeout_s)
+        if answer is None:
+            raise CacheUnavailable("the cache process has gone")
+        return answer
+
+    def abandon(self) -> None:
+        """Nobody wants the answer any more: what it grants is given back."""
+        self._channel._abandon(self._request_id, self._slot)
+
+
 class Channel:
     """A greeted connection. It owns ``connection``; ``stop`` ends :meth:`run`."""
 
@@ -107,23 +146,16 @@ class Channel:
 
     def call(self, request: Request, timeout_s: float) -> Answer:
         """Send and wait for the answer. Raises CacheUnavailable, CacheTimeout."""
-        deadline = time.monotonic() + timeout_s
+        return self.begin(request, timeout_s).result()
+
+    def begin(self, request: Request, timeout_s: float) -> Pending:
+        """Send, and wait for the answer later. Raises CacheUnavailable, CacheTimeout."""
         slot: _Slot = queue.SimpleQueue()
         with self._lock:
             self._refuse_while_overdue()
             request_id = self._send(request)
             self._waiting[request_id] = slot
-        try:
-            answer = slot.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            answer = self._give_up(request_id, slot, timeout_s)
-        except BaseException:  # KeyboardInterrupt: nobody will read the slot
-            with contextlib.suppress(CacheTimeout):
-                self._give_back(self._give_up(request_id, slot, timeout_s))
-            raise
-        if answer is None:
-            raise CacheUnavailable("the cache process has gone")
-        return answer
+        return Pending(self, request_id, slot, timeout_s)
 
     def post(self, request: Request) -> None:
         """Send without an answer. Raises CacheUnavailable."""
@@ -178,6 +210,13 @@ class Channel:
             self._outbox += frame
             self._wake.set()
         return request_id
+
+    def _abandon(self, request_id: int, slot: _Slot) -> None:
+        with self._lock:
+            came = self._waiting.pop(request_id, None) is None
+        if came:
+            with contextlib.suppress(queue.Empty):  # it was read
+                self._give_back(slot.get_nowait())
 
     def _give_up(self, request_id: int, slot: _Slot, timeout_s: float) -> Answer | None:
         with self._lock:

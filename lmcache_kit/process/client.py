@@ -25,7 +25,7 @@ from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.errors import CacheUnavailable, ConfigError, KitError, PluginError, ProtocolError
 from lmcache_kit.keys import ChunkKey
 from lmcache_kit.process import protocol
-from lmcache_kit.process.channel import Channel, greet
+from lmcache_kit.process.channel import Channel, Pending, greet
 from lmcache_kit.process.protocol import Answer, Failed, Found, Hello, Request, Stats, Welcome
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,28 @@ class _Link:
         finally:
             os.close(fd)
         self.channel = Channel(connection)
+
+
+class PendingLookup:
+    """A lookup whose answer may take a while."""
+
+    def __init__(self, pending: Pending, channel: Channel) -> None:
+        self._pending = pending
+        self._channel = channel
+
+    def result(self) -> Found:
+        """Wait for it. Raises CacheUnavailable, CacheTimeout."""
+        return _checked(self._pending.result(), Found, self._channel)
+
+    def poll(self, wait_s: float = 0.0) -> Found | None:
+        """What was found, if the answer comes within ``wait_s`` seconds; to be read once. Raises
+        CacheUnavailable, and CacheTimeout when it has taken too long."""
+        answer = self._pending.poll(wait_s)
+        return None if answer is None else _checked(answer, Found, self._channel)
+
+    def abandon(self) -> None:
+        """Nobody wants to know any more."""
+        self._pending.abandon()
 
 
 class CacheClient:
@@ -140,9 +162,15 @@ class CacheClient:
     def lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> Found:
         """Find and lease the longest stored prefix of packed ``tokens``; ``namespace`` is a
         digest."""
+        return self.begin_lookup(namespace, tokens, chunk_size).result()
+
+    def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> PendingLookup:
+        """The same without waiting: what has to be decoded, or to come from another tier, takes
+        its time."""
         wait_s = min(WAIT_SHARE * self._timeout_s, protocol.MAX_WAIT_S)
         request = protocol.Lookup(namespace, chunk_size, tokens, self._hello.world_size, wait_s)
-        return self._call(request, Found)[0]
+        link = self._connected_link()
+        return PendingLookup(link.channel.begin(request, self._timeout_s), link.channel)
 
     def allocate(self, namespace: bytes, chunk_size: int, items: Sequence[StoreItem]) -> Grants:
         """Ask for memory for this rank's payloads; one grant per item, in order."""
@@ -214,16 +242,15 @@ class CacheClient:
         return self._incarnation is None and isinstance(self._problem, ConfigError | PluginError)
 
     def _call(self, request: Request, expected: type[_A]) -> tuple[_A, _Link]:
+        link = self._connected_link()
+        answer = link.channel.call(request, self._timeout_s)
+        return _checked(answer, expected, link.channel), link
+
+    def _connected_link(self) -> _Link:
         link = self._link
         if link is None:
             raise CacheUnavailable("no cache process is connected", hint=self._why())
-        answer = link.channel.call(request, self._timeout_s)
-        if isinstance(answer, Failed):
-            raise CacheUnavailable(f"the cache process could not serve a call: {answer.message}")
-        if not isinstance(answer, expected):
-            link.channel.close()
-            raise CacheUnavailable(f"the cache process answered with {type(answer).__name__}")
-        return answer, link
+        return link
 
     def _why(self) -> str:
         if self._closing.is_set():
@@ -316,6 +343,16 @@ class CacheClient:
                 return
             if time.monotonic() >= self._memory_until:
                 self._memory = None
+
+
+def _checked(answer: Answer, expected: type[_A], channel: Channel) -> _A:
+    """Raises CacheUnavailable for one that is another."""
+    if isinstance(answer, Failed):
+        raise CacheUnavailable(f"the cache process could not serve a call: {answer.message}")
+    if not isinstance(answer, expected):
+        channel.close()
+        raise CacheUnavailable(f"the cache process answered with {type(answer).__name__}")
+    return answer
 
 
 def _waits(policy: Reconnect) -> itertools.chain[float]:

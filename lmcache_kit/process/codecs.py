@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
-
 from lmcache_kit.errors import ConfigError, PluginBroken
 from lmcache_kit.interfaces import Codec
+from lmcache_kit.plugins.options import validated
 
 if TYPE_CHECKING:
     from lmcache_kit.plugins import Plugins
@@ -72,15 +70,8 @@ class Codecs:
         given = self._options.get(name)
         if given is None:
             return []
-        config = self._plugins.spec("codec", name).config
-        if not config:
-            raise ConfigError(f"codec_options: codec {name!r} takes no options")
-        try:
-            return [pkgutil.resolve_name(config)(**given)]
-        except ValidationError as error:
-            detail = error.errors()[0]
-            where = ".".join(map(str, [name, *detail["loc"]]))
-            raise ConfigError(f"codec_options: {where}: {detail['msg']}") from None
+        spec = self._plugins.spec("codec", name)
+        return [validated("codec_options", "codec", spec, given)]
 
 
 def encoding_threads() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import secrets
@@ -20,33 +21,50 @@ from lmcache_kit.errors import CacheUnavailable
 from lmcache_kit.process import paths
 
 if TYPE_CHECKING:
-    from lmcache_kit.cache.engine import CacheEngine
+    from lmcache_kit.cache.tiers import Tiers
     from lmcache_kit.config import KitConfig
     from lmcache_kit.control.agent import Agent
     from lmcache_kit.control.curve import WorkerKeys
-    from lmcache_kit.interfaces import MemoryBackend
-    from lmcache_kit.plugins import Plugins
+    from lmcache_kit.peer.node import Node
+    from lmcache_kit.process.codecs import Codecs
     from lmcache_kit.process.operations import EngineOperator
     from lmcache_kit.process.protocol import Hello
 
 logger = logging.getLogger(__name__)
 
+END_S = 30.0
+"""So long a process may take to end. Then it says what hangs, such as a disk, and is gone."""
+
 _SETTINGS = {
+    "backend_options",
     "cache_linger_s",
     "cache_policy",
     "codec_options",
     "controller_key",
     "controller_url",
     "enable_controller",
+    "enable_p2p",
     "lease_ttl_s",
     "lmcache_worker_heartbeat_time",
     "lmcache_worker_ids",
     "lmcache_worker_ports",
     "local_cpu",
+    "local_disk",
     "max_local_cpu_size",
+    "max_local_disk_size",
     "max_pinned_share",
+    "nixl_backends",
+    "p2p_host",
+    "p2p_init_ports",
+    "p2p_tls_ca",
+    "p2p_tls_cert",
+    "p2p_tls_key",
     "pin_timeout_sec",
+    "remote_url",
     "store_codec",
+    "tiers",
+    "transfer_channel",
+    "transport_options",
     "worker_key",
 }
 
@@ -88,28 +106,54 @@ class Host:
     def __init__(self, config: KitConfig, *, linger_s: float | None = None) -> None:
         # Deferred: plugins and the engine take time to import, and clients need none of them.
         from lmcache_kit.interfaces import CacheInfo
+        from lmcache_kit.plugins import Plugins
         from lmcache_kit.process.background import BackgroundEncoder
         from lmcache_kit.process.codecs import Codecs
+        from lmcache_kit.process.composing import make_engine, make_tiers
+        from lmcache_kit.process.namespaces import Namespaces
         from lmcache_kit.process.operations import EngineOperator
         from lmcache_kit.process.server import CacheServer
 
         self.config = config
         self.incarnation = secrets.token_hex(16)
-        self._plugins, self.memory, self.engine = _compose(config)
+        self._plugins = Plugins.load()
         codecs = Codecs(self._plugins, config.codec_options)
-        self.operator = EngineOperator(
-            self.engine, codecs, pin_ttl_s=config.pin_timeout_sec or None
-        )
+        self.memory, self.engine = make_engine(config, self._plugins)
+        self._tiers: Tiers | None = None
+        self.namespaces = Namespaces()
+        self._agent: Agent | None = None
         self._encoder: BackgroundEncoder | None = None
+        self._node: Node | None = None
+        self.operator: EngineOperator | None = None
         try:
+            if config.lower_tiers:
+                self._tiers = self.engine.attach(
+                    make_tiers(config, self._plugins, codecs.make), codecs.make
+                )
+            self._node = self._make_node(codecs)
+            self.operator = EngineOperator(
+                self.engine,
+                codecs,
+                namespaces=self.namespaces,
+                pin_ttl_s=config.pin_timeout_sec or None,
+                mover=self._node.mover if self._node else None,
+                confirm=self._confirm,
+            )
             if config.store_codec:
                 codecs.make(config.store_codec)
-                self._encoder = BackgroundEncoder(self.engine, codecs, config.store_codec)
-            self._agent = _agent(config, self.engine, self.operator, self.incarnation)
+                self._encoder = BackgroundEncoder(
+                    self.engine,
+                    codecs,
+                    config.store_codec,
+                    then=self._tiers.send if self._tiers else lambda _: None,
+                )
+            elif self._tiers:
+                self.engine.subscribe(self._tiers)
+            self._agent = self._make_agent()
         except BaseException:
             self.close()
             raise
-        self._info = CacheInfo(config.lmcache_instance_id, self.incarnation, (config.location,))
+        self._info = CacheInfo(config.lmcache_instance_id, self.incarnation, config.locations)
         self._server = CacheServer(
             self.engine,
             self.memory,
@@ -135,21 +179,28 @@ class Host:
             ending.callback(listener.close)
             self._plugins.cache_opened(self._info)
             ending.callback(self._plugins.cache_closing, self._info)
+            if self._tiers:
+                self._tiers.start()
+            if self._node:
+                self._node.start()
             if self._agent:
                 self._agent.start()
                 ending.callback(self._agent.stop)
             logger.info(
-                "cache process %d serves instance %r at %s: %s of %.2f GiB, %s, incarnation %s",
+                "cache process %d serves instance %r at %s: %s of %.2f GiB%s, %s, incarnation %s",
                 os.getpid(),
                 self.config.lmcache_instance_id,
                 path,
                 self.config.location,
                 self.config.max_local_cpu_size,
+                "".join([f", {name}" for name in self.config.lower_tiers]),
                 self.config.cache_policy,
                 self.incarnation,
             )
             asyncio.run(self._serve(listener, on_ready, signals))
             logger.info("cache process %d ends: %s", os.getpid(), self._server.why_ended)
+            if signals:  # it is a process of its own
+                faulthandler.dump_traceback_later(END_S, exit=True)
 
     def stop(self) -> None:
         """Make :meth:`run` return, from any thread."""
@@ -157,9 +208,14 @@ class Host:
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
-        self.operator.close()
+        if self._node:
+            self._node.close()
+        if self.operator:
+            self.operator.close()
         if self._encoder:
             self._encoder.close()
+        if self._tiers:
+            self._tiers.close()
         self.engine.close()
 
     async def _serve(
@@ -173,9 +229,48 @@ class Host:
             loop.add_signal_handler(each, self._server.stop, each.name)
         await self._server.serve(listener, on_ready)
 
+    def _make_node(self, codecs: Codecs) -> Node | None:
+        if not self.config.enable_p2p:
+            return None
+        from lmcache_kit.peer.node import Node
+
+        return Node(
+            self.config,
+            self._plugins,
+            self.memory,
+            self.engine,
+            namespaces=self.namespaces,
+            get_codec=codecs.make,
+            incarnation=bytes.fromhex(self.incarnation),
+            confirm=self._confirm,
+        )
+
+    def _make_agent(self) -> Agent | None:
+        config, node = self.config, self._node
+        if not config.enable_controller or not config.controller_url:
+            return None
+        from lmcache_kit.control.agent import Agent
+
+        return Agent(
+            tuple(self.engine.inventories.values()),
+            url=config.controller_url,
+            instance_id=config.lmcache_instance_id,
+            incarnation=bytes.fromhex(self.incarnation),
+            host=sockets.gethostname(),
+            heartbeat_s=config.lmcache_worker_heartbeat_time,
+            worker_ports=config.lmcache_worker_ports or (),
+            peer_url=node.url if node else None,
+            peer_key=node.key if node else b"",
+            operator=self.operator,
+            keys=worker_keys(config),
+        )
+
+    def _confirm(self, location: str, timeout_s: float) -> bool:
+        return bool(self._agent and self._agent.confirm(location, timeout_s))
+
     def _register(self, hello: Hello) -> None:
         if hello.namespace is not None:
-            self.operator.register_namespace(hello.namespace)
+            self.namespaces.register(hello.namespace)
         if self._agent is None:
             return
         ranks = self.config.lmcache_worker_ids
@@ -187,45 +282,9 @@ class Host:
     def _more_stats(self) -> dict[str, float]:
         stats = self._agent.stats() if self._agent else {}
         more = {f"agent_{name}": value for name, value in stats.items()}
-        return {**more, **(self._encoder.stats() if self._encoder else {})}
-
-
-def _compose(config: KitConfig) -> tuple[Plugins, MemoryBackend, CacheEngine]:
-    from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.plugins import Plugins
-
-    plugins = Plugins.load()
-    backend = plugins.resolve("backend", config.location)
-    policy = plugins.eviction_policy(config.cache_policy)
-    memory: MemoryBackend = backend(capacity_bytes=config.max_local_cpu_bytes)
-    engine = CacheEngine(
-        memory,
-        policy,
-        location=config.location,
-        lease_ttl_s=config.lease_ttl_s,
-        max_pinned_share=config.max_pinned_share,
-    )
-    return plugins, memory, engine
-
-
-def _agent(
-    config: KitConfig, engine: CacheEngine, operator: EngineOperator, incarnation: str
-) -> Agent | None:
-    if not config.enable_controller or not config.controller_url:
-        return None
-    from lmcache_kit.control.agent import Agent
-
-    return Agent(
-        engine,
-        url=config.controller_url,
-        instance_id=config.lmcache_instance_id,
-        incarnation=bytes.fromhex(incarnation),
-        host=sockets.gethostname(),
-        heartbeat_s=config.lmcache_worker_heartbeat_time,
-        worker_ports=config.lmcache_worker_ports or (),
-        operator=operator,
-        keys=worker_keys(config),
-    )
+        for part in (self._encoder, self._node):
+            more |= part.stats() if part else {}
+        return more
 
 
 def worker_keys(config: KitConfig) -> WorkerKeys | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.checks import check_lookup
 from lmcache_kit.cache.records import Selected
-from lmcache_kit.errors import InvalidQuery, UnknownName
+from lmcache_kit.cache.tier import Tier
+from lmcache_kit.errors import ControlError, InvalidQuery, KitError, UnknownName
 from lmcache_kit.interfaces.operations import (
     Accepted,
     Clear,
@@ -18,6 +19,7 @@ from lmcache_kit.interfaces.operations import (
     Decompress,
     Job,
     ListPins,
+    Move,
     Operator,
     Order,
     Outcome,
@@ -27,11 +29,15 @@ from lmcache_kit.interfaces.operations import (
 )
 from lmcache_kit.process.codecs import encoding_threads
 from lmcache_kit.process.jobs import RecodeJob
+from lmcache_kit.process.namespaces import Namespaces
+from lmcache_kit.process.shifting import Confirm, Shift
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
+    from lmcache_kit.cache.inventory import Inventory
     from lmcache_kit.cache.packing import Recoded
-    from lmcache_kit.keys import ChunkKey, Namespace
+    from lmcache_kit.keys import ChunkKey
+    from lmcache_kit.peer.mover import Mover
     from lmcache_kit.process.codecs import Codecs
 
 Report = Callable[[Progress], None]
@@ -48,14 +54,38 @@ class DoneAtOnce:
         """Too late."""
 
 
-class EngineOperator(Operator):
-    """Orders name namespaces by salt and model; it knows those that workers registered.
+class Waits:
+    """A job that ends when a store has answered; it cannot be stopped."""
 
-    ``pin_ttl_s``: of pins that do not say how long they last.
+    def __init__(self) -> None:
+        self.selected: Selected | None = None
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """What it is about, once that is known."""
+        return self.selected and Accepted(self.selected.tokens, self.selected.chunks)
+
+    def cancel(self) -> None:
+        """It goes on."""
+
+
+class EngineOperator(Operator):
+    """Orders name namespaces by salt and model; ``namespaces`` are those that workers registered.
+
+    ``pin_ttl_s``: of pins that do not say how long they last. ``mover``: of moves; without one
+    those from other instances are refused. ``confirm`` waits for so many seconds until the
+    controller knows all that is at a location.
     """
 
     def __init__(
-        self, engine: CacheEngine, codecs: Codecs, *, pin_ttl_s: float | None = None
+        self,
+        engine: CacheEngine,
+        codecs: Codecs,
+        *,
+        namespaces: Namespaces,
+        pin_ttl_s: float | None = None,
+        mover: Mover | None = None,
+        confirm: Confirm = lambda location, timeout_s: False,
     ) -> None:
         self._engine = engine
         self._codecs = codecs
@@ -63,11 +93,9 @@ class EngineOperator(Operator):
         self._width = encoding_threads()
         self._pool = ThreadPoolExecutor(self._width, thread_name_prefix="lmcache-kit-order")
         self._jobs: weakref.WeakSet[RecodeJob] = weakref.WeakSet()
-        self._namespaces: dict[Namespace, None] = {}
-
-    def register_namespace(self, namespace: Namespace) -> None:
-        """Chunks are stored under this base namespace."""
-        self._namespaces = {**self._namespaces, namespace: None}
+        self._namespaces = namespaces
+        self._mover = mover
+        self._confirm = confirm
 
     def close(self) -> None:
         """Cancel what runs, and wait for the chunks at work. To be called before the engine's."""
@@ -77,52 +105,57 @@ class EngineOperator(Operator):
 
     def begin(self, order: Order, *, deadline_s: float, report: Report, finish: Finish) -> Job:
         """See :class:`~lmcache_kit.interfaces.operations.Operator`."""
-        if order.location != self._engine.location:
-            raise UnknownName("location", order.location, [self._engine.location])
-        namespaces = self._chosen(order)
+        inventories = self._engine.inventories
+        if order.location not in inventories:
+            raise UnknownName("location", order.location, list(inventories))
+        inventory = inventories[order.location]
+        if isinstance(order, Move) and order.peer is None:
+            return self._shift(inventory, order, deadline_s, report, finish)
+        if isinstance(order, Move):
+            if self._mover is None:
+                raise ControlError(
+                    "this cache process takes no part in moves",
+                    hint="Set enable_p2p in its configuration",
+                )
+            return self._mover.begin(order, deadline_s=deadline_s, report=report, finish=finish)
+        namespaces = self._namespaces.chosen(order.tokens, order.model, order.cache_salt)
         try:
             check_lookup(order.tokens or b"")
             if isinstance(order, Compress | Decompress):
-                return self._recode(order, namespaces, deadline_s, report, finish)
-            selected, outcome = self._at_once(order, namespaces)
+                return self._recode(inventory, order, namespaces, deadline_s, report, finish)
+            if isinstance(order, Clear) and isinstance(inventory, Tier):
+                return self._clear_store(inventory, order, namespaces, finish)
+            selected, outcome = self._at_once(inventory, order, namespaces)
         except ValueError as error:
             raise InvalidQuery(str(error)) from error
         finish(outcome)
         return DoneAtOnce(selected)
 
-    def _chosen(self, order: Order) -> list[bytes] | None:
-        """Digests of the namespaces that an order is about; None for all."""
-        if order.tokens is None and order.model is None and not order.cache_salt:
-            return None
-        bases = list(self._namespaces)
-        if order.model is not None:
-            known = sorted({base.model for base in bases})
-            if order.model not in known:
-                raise UnknownName("model", order.model, known)
-            bases = [base for base in bases if base.model == order.model]
-        return [base.variant(cache_salt=order.cache_salt).digest for base in bases]
-
-    def _at_once(self, order: Order, namespaces: list[bytes] | None) -> tuple[Selected, Outcome]:
+    def _at_once(
+        self, inventory: Inventory, order: Order, namespaces: list[bytes] | None
+    ) -> tuple[Selected, Outcome]:
         match order:
             case Pin():
-                return self._pin(order, namespaces)
+                return self._pin(inventory, order, namespaces)
             case Unpin():
-                freed = self._engine.unpin(namespaces, order.tokens, order.pin_id)
+                freed = inventory.unpin(namespaces, order.tokens, order.pin_id)
                 message = "" if freed.chunks else "there was no such pin"
                 return freed, _done(freed, message)
             case Clear():
-                return self._clear(order, namespaces)
+                return _clear(inventory, order, namespaces)
             case ListPins():
-                pins = tuple(self._engine.pins())
+                pins = tuple(inventory.pins())
                 return Selected(), Outcome("done", pins=pins)
             case _:
                 raise AssertionError(order)
 
-    def _pin(self, order: Pin, namespaces: list[bytes] | None) -> tuple[Selected, Outcome]:
+    def _pin(
+        self, inventory: Inventory, order: Pin, namespaces: list[bytes] | None
+    ) -> tuple[Selected, Outcome]:
         ttl_s = self._pin_ttl_s if order.ttl_s is None else order.ttl_s
         if ttl_s is not None and not ttl_s > 0:
             raise ValueError(f"ttl_s is {ttl_s}; it must be over 0")
-        there, pinned = self._engine.pin(
+        there, pinned = inventory.pin(
             namespaces,
             order.tokens,
             order.pin_id,
@@ -133,23 +166,35 @@ class EngineOperator(Operator):
         if pinned.chunks < there.chunks:
             message = (
                 f"pinned {pinned.tokens} of {there.tokens} tokens: all pins together may hold "
-                f"{self._engine.pin_budget_bytes} bytes (max_pinned_share)"
+                f"{inventory.pin_budget_bytes} bytes (max_pinned_share)"
             )
         return pinned, Outcome(
             "partial" if pinned.chunks < there.chunks else "done",
             pinned.tokens,
             _progress(pinned, there),
             message,
-            tuple(pin for pin in self._engine.pins() if pin.pin_id == order.pin_id),
+            tuple(pin for pin in inventory.pins() if pin.pin_id == order.pin_id),
         )
 
-    def _clear(self, order: Clear, namespaces: list[bytes] | None) -> tuple[Selected, Outcome]:
-        gone, kept = self._engine.clear(namespaces, order.tokens, force=order.force)
-        message = f"{kept.tokens} tokens stay because they are pinned" if kept.chunks else ""
-        return gone, _done(gone, message or ("" if gone.chunks else "nothing of this is stored"))
+    def _clear_store(
+        self, tier: Tier, order: Clear, namespaces: list[bytes] | None, finish: Finish
+    ) -> Job:
+        """As :func:`_clear`, where the store may take its time."""
+        job = Waits()
 
-    def _recode(
+        def run() -> None:
+            try:
+                job.selected, outcome = _clear(tier, order, namespaces)
+            except KitError as error:
+                outcome = Outcome("failed", message=str(error))
+            finish(outcome)
+
+        self._pool.submit(run)
+        return job
+
+    def _recode(  # noqa: PLR0917 - what begin was told
         self,
+        inventory: Inventory,
         order: Compress | Decompress,
         namespaces: list[bytes] | None,
         deadline_s: float,
@@ -161,8 +206,8 @@ class EngineOperator(Operator):
             raise UnknownName("method", method, self._codecs.names)
         encodes = isinstance(order, Compress)
         job = RecodeJob(
-            self._engine.keys(namespaces, order.tokens),
-            partial(self._pack if encodes else self._engine.unpack, method=method),
+            inventory.keys(namespaces, order.tokens),
+            partial(partial(self._pack, inventory) if encodes else inventory.unpack, method=method),
             done_word=f"encoded with {method}" if encodes else "raw",
             report=report,
             finish=finish,
@@ -171,8 +216,39 @@ class EngineOperator(Operator):
         job.start(self._pool, self._width, deadline_s)
         return job
 
-    def _pack(self, key: ChunkKey, method: str) -> Recoded:
-        return self._engine.pack(key, method, self._codecs.get(method))
+    def _shift(
+        self, goal: Inventory, order: Move, deadline_s: float, report: Report, finish: Finish
+    ) -> Job:
+        inventories, tiers = self._engine.inventories, self._engine.tiers
+        source = inventories.get(order.source_location)
+        if source is None or tiers is None:
+            raise UnknownName("location", order.source_location, list(inventories))
+        if source is goal:
+            raise InvalidQuery("source and destination are the same")
+        namespaces = self._namespaces.chosen(order.tokens, order.model, order.cache_salt)
+        holdings = source.holdings(namespaces, order.tokens)
+        shift = Shift(tiers, source, goal, holdings, copy=order.copy, confirm=self._confirm)
+        job = RecodeJob(
+            [(holding.key, holding.tokens) for holding in holdings],
+            shift.shift,
+            done_word="there",
+            report=report,
+            finish=lambda outcome: finish(shift.end(outcome)),
+        )
+        self._jobs.add(job)
+        job.start(self._pool, 1, deadline_s)
+        return job
+
+    def _pack(self, inventory: Inventory, key: ChunkKey, method: str) -> Recoded:
+        return inventory.pack(key, method, self._codecs.get(method))
+
+
+def _clear(
+    inventory: Inventory, order: Clear, namespaces: list[bytes] | None
+) -> tuple[Selected, Outcome]:
+    gone, kept = inventory.clear(namespaces, order.tokens, force=order.force)
+    message = f"{kept.tokens} tokens stay because they are pinned" if kept.chunks else ""
+    return gone, _done(gone, message or ("" if gone.chunks else "nothing of this is stored"))
 
 
 def _done(selected: Selected, message: str) -> Outcome:

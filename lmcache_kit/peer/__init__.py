@@ -1,0 +1,1 @@
+"""From cache process to cache process: how KV moves between instances."""

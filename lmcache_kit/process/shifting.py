@@ -1,0 +1,88 @@
+"""Moves from one location of a cache process to another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from lmcache_kit.cache.packing import Recoded
+from lmcache_kit.cache.tier import Tier
+from lmcache_kit.errors import BackendError
+from lmcache_kit.interfaces.operations import Outcome, Transfer
+from lmcache_kit.peer.report import kept_chunks
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.inventory import Inventory
+    from lmcache_kit.cache.parcels import Holding
+    from lmcache_kit.cache.tiers import Tiers
+    from lmcache_kit.keys import ChunkKey
+
+CONFIRM_S = 15.0
+Confirm = Callable[[str, float], bool]
+"""Waits for so many seconds until the controller knows what is at a location."""
+
+
+class Shift:
+    """Of ``holdings`` from ``source`` to ``goal``, chunk by chunk; what lies in a tier goes through
+    memory. The source forgets what has come once the controller knows, unless it is a ``copy``."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        source: Inventory,
+        goal: Inventory,
+        holdings: Sequence[Holding],
+        *,
+        copy: bool,
+        confirm: Confirm,
+    ) -> None:
+        self._tiers = tiers
+        self._source = source
+        self._goal = goal
+        self._sizes = {holding.key: holding.nbytes for holding in holdings}
+        self._copy = copy
+        self._confirm = confirm
+        self._come: dict[ChunkKey, None] = {}
+        self._begun = time.monotonic()
+
+    def shift(self, key: ChunkKey) -> Recoded:
+        """Have one chunk at the goal. It stays in memory until the end."""
+        try:
+            if isinstance(self._source, Tier):
+                self._tiers.recalls.bring(self._source, [key], self)
+            if isinstance(self._goal, Tier):
+                self._tiers.write(self._goal, [key])
+        except BackendError as error:
+            return Recoded("failed", str(error))
+        goal = self._goal
+        if goal.anchor(key, self) if isinstance(goal, Tier) else goal.holds(key):
+            self._come[key] = None
+            return Recoded("done")
+        if self._source.holds(key):
+            return Recoded("failed", "there is no room for it")
+        return Recoded("gone")
+
+    def end(self, outcome: Outcome) -> Outcome:
+        """Have the source forget what has come; how it all ended."""
+        try:
+            why = "" if self._copy or not self._come else self._hand_over()
+        finally:
+            self._tiers.recalls.let_go(self)
+            if isinstance(self._goal, Tier):
+                self._goal.let_go(self)
+        nbytes = sum([self._sizes[key] for key in self._come])
+        transfer = Transfer("local", "within the host", nbytes, time.monotonic() - self._begun)
+        return msgspec.structs.replace(
+            outcome,
+            progress=msgspec.structs.replace(outcome.progress, transfer=transfer),
+            message="; ".join([each for each in (outcome.message, why) if each]),
+        )
+
+    def _hand_over(self) -> str:
+        if not self._confirm(self._goal.location, CONFIRM_S):
+            return "the controller did not confirm it in time, so the source keeps all"
+        there = [key for key in self._come if self._goal.holds(key)]
+        return kept_chunks(self._source.forget(there))
