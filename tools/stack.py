@@ -141,8 +141,10 @@ def vllm_server(
     environment: Mapping[str, str],
     model: Path = MODEL,
     more: tuple[str, ...] = (),
+    name: str = "vllm",
 ) -> Program:
-    """``vllm serve`` as the walk-throughs have it; ``more`` are further flags."""
+    """``vllm serve`` as the walk-throughs have it; ``more`` are further flags, ``environment``
+    comes before what they set."""
     transfer = json.dumps({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"})
     command = [
         program("vllm"), "serve", str(model),
@@ -158,15 +160,23 @@ def vllm_server(
         "CUDA_VISIBLE_DEVICES": "0",
         "LMCACHE_CONFIG_FILE": str(config_file),
     }
-    return Program("vllm", command, log, {**settings, **VLLM_ENVIRONMENT, **environment})
+    return Program(name, command, log, {**settings, **VLLM_ENVIRONMENT, **environment})
 
 
-def controller(log: Path, *, port: int, monitor_port: int) -> Program:
-    """``lmcache_controller`` as the walk-throughs have it."""
-    command = [
-        program("lmcache_controller"), "--host", "localhost",
-        "--port", str(port), "--monitor-port", str(monitor_port),
-    ]  # fmt: skip
+def controller(
+    log: Path,
+    *,
+    port: int,
+    monitor_port: int = 9001,
+    monitor_ports: Mapping[str, int] | None = None,
+) -> Program:
+    """``lmcache_controller`` as the walk-throughs have it; the one of moves has two
+    ``monitor_ports``, ``pull`` and ``reply``, instead of one."""
+    command = [program("lmcache_controller"), "--host", "localhost", "--port", str(port)]
+    if monitor_ports is None:
+        command += ["--monitor-port", str(monitor_port)]
+    else:
+        command += ["--monitor-ports", json.dumps(dict(monitor_ports))]
     return Program("lmcache_controller", command, log, {"PYTHONHASHSEED": "123"})
 
 

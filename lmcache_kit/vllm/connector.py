@@ -133,7 +133,7 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
-    ) -> tuple[int, bool]:
+    ) -> tuple[int | None, bool]:
         if self.scheduler_side is None:
             return 0, False
         return self.scheduler_side.matched_tokens(request, num_computed_tokens), False

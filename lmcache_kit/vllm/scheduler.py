@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from lmcache_kit.process.client import PendingLookup
     from lmcache_kit.process.protocol import Found
     from lmcache_kit.vllm.model import Model
 
@@ -27,7 +28,7 @@ _log = logging.getLogger("vllm.lmcache_kit")
 class LookupClient(Protocol):
     """What the scheduler's side needs of a :class:`~lmcache_kit.process.client.CacheClient`."""
 
-    def lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> Found: ...
+    def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> PendingLookup: ...
 
     def release(self, lease: int, *, everyone: bool = False) -> None: ...
 
@@ -37,13 +38,15 @@ class LookupClient(Protocol):
 @dataclass(frozen=True, slots=True)
 class Policy:
     """``load`` and ``save``: what vLLM's ``kv_role`` allows. ``lookup_age_s``: how long an answer
-    holds for a request that waits; well under the lease's time to live."""
+    holds for a request that waits; well under the lease's time to live. ``patience_s``: how long
+    all others wait for the answer to one; what is in memory comes within a part of it."""
 
     saving: SavePolicy
     load: bool = True
     save: bool = True
     min_load_tokens: int = 0
     lookup_age_s: float = 60.0
+    patience_s: float = 0.005
 
 
 class SchedulerSide:
@@ -68,8 +71,9 @@ class SchedulerSide:
         self._passive = ""
         self.counts: Counter[str] = Counter()
 
-    def matched_tokens(self, request: Request, computed: int) -> int:
-        """Tokens that can be loaded beyond the ``computed`` ones that vLLM holds itself.
+    def matched_tokens(self, request: Request, computed: int) -> int | None:
+        """Tokens that can be loaded beyond the ``computed`` ones that vLLM holds itself; None while
+        that is not known, so that other requests go on and this one is asked for again.
 
         vLLM asks again in each step in which the request cannot be placed: the cache process is
         asked once. The last token is never loaded, since vLLM must compute something.
@@ -81,7 +85,9 @@ class SchedulerSide:
         hit = tracked.hit
         if hit is None or self._clock() - hit.at > self._policy.lookup_age_s:
             self._give_back(hit)
-            hit = Hit(self._lookup(tracked), self._clock(), computed)
+            tracked.hit = hit = self._look_up(tracked, computed)
+            if hit is None:
+                return None
         tracked.hit = hit._replace(computed=computed)
         if hit.found is None:
             return 0
@@ -162,6 +168,8 @@ class SchedulerSide:
         if tracked is None:
             return False
         self._give_back(tracked.hit)
+        if tracked.asked is not None:
+            tracked.asked.abandon()
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         valid = min(computed, request.num_tokens - 1)
         policy = self._policy.saving
@@ -193,17 +201,26 @@ class SchedulerSide:
     def _saves(self, tracked: Tracked) -> bool:
         return tracked.saves and self._policy.save and not self._passive
 
-    def _lookup(self, tracked: Tracked) -> Found | None:
-        self.counts["lookups"] += 1
+    def _look_up(self, tracked: Tracked, computed: int) -> Hit | None:
+        """The answer, None while it has not come."""
         try:
-            found = self._client.lookup(
-                tracked.namespace, tracked.packed(), self._policy.saving.chunk_size
-            )
+            if tracked.asked is None:
+                self.counts["lookups"] += 1
+                tracked.asked = self._client.begin_lookup(
+                    tracked.namespace, tracked.packed(), self._policy.saving.chunk_size
+                )
+                found = tracked.asked.poll(self._policy.patience_s)
+                self.counts["lookups_waited_for"] += found is None
+            else:
+                found = tracked.asked.poll()
+            if found is None:
+                return None
         except KitError as error:
             self.counts["lookups_failed"] += 1
             _log.debug("a lookup failed, which counts as a miss: %s", error)
-            return None
-        return found if found.lease else None
+            found = None
+        tracked.asked = None
+        return Hit(found if found and found.lease else None, self._clock(), computed)
 
     def _give_back(self, hit: Hit | None) -> None:
         if hit is not None and hit.found is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from lmcache_kit.keys import Namespace
+    from lmcache_kit.process.client import PendingLookup
     from lmcache_kit.process.protocol import Found
 
 SKIP_SAVE = "lmcache.skip_save"
@@ -46,12 +47,14 @@ class Due(NamedTuple):
 
 @dataclass(slots=True)
 class Tracked:
-    """``saved``: the first so many tokens are in the cache, or on their way to it."""
+    """``asked``: the lookup under way. ``saved``: the first so many tokens are in the cache, or on
+    their way to it."""
 
     request: Request
     namespace: bytes
     saves: bool
     hit: Hit | None = None
+    asked: PendingLookup | None = None
     saved: int = 0
     _keys: list[ChunkKey] = field(default_factory=list)
 

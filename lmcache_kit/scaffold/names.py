@@ -1,0 +1,110 @@
+"""What a new plugin is called, in all the places where it has a name."""
+
+from __future__ import annotations
+
+import importlib.util
+import keyword
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import importlib_metadata
+
+from lmcache_kit.errors import KitError
+from lmcache_kit.plugins import Plugins
+from lmcache_kit.specs import Kind
+
+KINDS: Mapping[Kind, tuple[str, ...]] = {
+    "backend": ("pydantic>=2.7",),
+    "codec": ("msgspec>=0.19", "xxhash>=3.4"),
+    "frontend": ("msgspec>=0.19", "pydantic>=2.7"),
+    "transport": ("xxhash>=3.4",),
+}
+"""What can be generated: each has templates of its name, which need these distributions."""
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*")
+_RESERVED: Mapping[Kind, tuple[str, ...]] = {"transport": ("auto",)}
+"""What configurations say where a name of this kind may stand, and mean something else by."""
+_LETTERS = "letters, digits, and single - or _ between them, starting with a letter"
+_MAX_NAME = 64
+
+
+class ScaffoldError(KitError, ValueError):
+    """No plugin can be generated like this; nothing has been written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """``distribution``: what pip calls it. ``offer``: what configurations and requests do."""
+
+    kind: Kind
+    distribution: str
+    offer: str
+
+    @classmethod
+    def named(cls, kind: str, name: str, *, distribution: str = "", offer: str = "") -> Project:
+        """Raises ScaffoldError for an unknown kind, and for names that cannot be used."""
+        if kind not in KINDS:
+            raise ScaffoldError(f"unknown kind {kind!r}", hint=f"Known: {', '.join(KINDS)}")
+        dashes = _checked("name", distribution or name).replace("_", "-").lower()
+        offer = _checked("offer", offer or name)
+        project = cls(next(each for each in KINDS if each == kind), dashes, offer)
+        if offer in _RESERVED.get(project.kind, ()):
+            raise ScaffoldError(
+                f"a {kind} cannot be called {offer!r}: the word has a meaning of its own",
+                hint="Choose another one with --name",
+            )
+        if keyword.iskeyword(project.package) or project.package in sys.stdlib_module_names:
+            raise ScaffoldError(
+                f"{project.package!r} cannot be a package: Python has it already",
+                hint=f"Choose another one: --distribution my-{project.distribution}",
+            )
+        return project
+
+    @property
+    def package(self) -> str:
+        """What Python imports, and the name of the entry point."""
+        return self.distribution.replace("-", "_")
+
+    @property
+    def class_name(self) -> str:
+        """Such as ``AcmeZipCodec``."""
+        words = "".join(word.capitalize() for word in self.distribution.split("-"))
+        return (words.removesuffix(self.kind.capitalize()) or "My") + self.kind.capitalize()
+
+
+def check_free(project: Project, plugins: Plugins) -> None:
+    """Raises ScaffoldError when something that is installed has one of its names already."""
+    for offer in plugins.specs(project.kind):
+        if offer.spec.name == project.offer:
+            raise ScaffoldError(
+                f"the {project.kind} {project.offer!r} is there already, from "
+                f"{offer.plugin.distribution} {offer.plugin.version}",
+                hint="Choose another one with --name, or uninstall that one",
+            )
+    try:
+        installed = importlib_metadata.version(project.distribution)
+    except importlib_metadata.PackageNotFoundError:
+        installed = ""
+    if installed:
+        raise ScaffoldError(
+            f"the distribution {project.distribution!r} is installed already, in version "
+            f"{installed}",
+            hint="Choose another one with --distribution, or uninstall that one",
+        )
+    if importlib.util.find_spec(project.package):
+        raise ScaffoldError(
+            f"a module {project.package!r} is installed already",
+            hint="Choose another one with --distribution",
+        )
+
+
+def _checked(what: str, name: str) -> str:
+    if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        option = "NAME or --distribution" if what == "name" else "NAME or --name"
+        raise ScaffoldError(
+            f"{name!r} cannot be the {what} of a plugin",
+            hint=f"{option} has {_LETTERS}; at most {_MAX_NAME} of them",
+        )
+    return name

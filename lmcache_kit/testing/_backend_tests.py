@@ -1,0 +1,104 @@
+"""What the parts of the suite of backends share."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import ClassVar, TypeAlias
+
+import pytest
+
+from lmcache_kit.interfaces import Backend, Blob, OpenBlob, Readable
+from lmcache_kit.testing.suite import Suite
+
+MakeBackend: TypeAlias = Callable[[], Backend]
+Damage: TypeAlias = Callable[[bytes], None]
+
+
+def key_of(number: int) -> bytes:
+    """16 bytes that look like those that the kit uses: anything."""
+    return hashlib.blake2b(b"%d" % number, digest_size=16).digest()
+
+
+def bytes_of(nbytes: int, seed: int = 0) -> bytes:
+    """Bytes that no other seed gives."""
+    return random.Random(f"{nbytes} {seed}").randbytes(nbytes)
+
+
+def put(backend: Backend, key: bytes, data: bytes, meta: bytes = b"meta") -> None:
+    """Put it, in one piece; it has to fit."""
+    assert backend.put(key, meta, [memoryview(data)]) is True, "put() found no room"
+
+
+def plain(blob: Blob | OpenBlob | None) -> tuple[bytes, bytes] | None:
+    """What was got, as bytes."""
+    if isinstance(blob, OpenBlob):
+        return bytes(blob.meta), read_all(blob.file)
+    return None if blob is None else (bytes(blob.meta), bytes(blob.data))
+
+
+def read_all(file: Readable) -> bytes:
+    """All that is left in it, read as the kit does."""
+    data, piece = bytearray(), memoryview(bytearray(1 << 19))
+    with closing(file):
+        while count := file.readinto(piece):
+            assert 0 < count <= len(piece), f"readinto() of {len(piece)} bytes said {count}"
+            data += piece[:count]
+    return bytes(data)
+
+
+class BackendTests(Suite):
+    """Base of the parts of :class:`~lmcache_kit.testing.BackendSuite`."""
+
+    persists: ClassVar[bool] = False
+    bounded_bytes: ClassVar[int | None] = None
+
+    @pytest.fixture
+    def make_backend(self) -> MakeBackend:
+        self.missing(
+            "the fixture 'make_backend'",
+            """
+            @pytest.fixture
+            def make_backend(self, tmp_path):
+                return lambda: MyBackend(Options(path=tmp_path))
+            """,
+        )
+
+    @pytest.fixture
+    def damage(self) -> Damage | None:
+        """Spoils what lies under a key, where the backend notices that by itself."""
+        return None
+
+    @pytest.fixture
+    def opened(self, make_backend: MakeBackend) -> Iterator[MakeBackend]:
+        """Opens the store of this test, and closes it in the end."""
+        made: list[Backend] = []
+
+        def build() -> Backend:
+            made.append(make_backend())
+            return made[-1]
+
+        yield build
+        for backend in made:
+            self.within(backend.close, what="close()")
+
+    @pytest.fixture
+    def backend(self, opened: MakeBackend) -> Backend:
+        return opened()
+
+    def needs_persistence(self) -> None:
+        if not self.persists:
+            pytest.skip("persists = False: blobs end with what keeps them")
+
+    def needs_bound(self) -> int:
+        if self.bounded_bytes is None:
+            pytest.skip("bounded_bytes = None: make_backend sets no limit")
+        return self.bounded_bytes
+
+    def is_empty(self, backend: Backend, keys: Sequence[bytes]) -> None:
+        """Nothing of these is there, whoever is asked."""
+        assert [plain(backend.get(key)) for key in keys] == [None] * len(keys)
+        assert backend.contains(keys) == [False] * len(keys)
+        assert {stored.key for stored in backend.scan()}.isdisjoint(keys)
