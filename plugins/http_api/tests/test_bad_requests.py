@@ -101,7 +101,7 @@ async def test_a_field_of_the_wrong_type_is_named(client, path, body, told):
         ("limit=0", "limit: input should be greater than or equal to 1"),
         ("limit=x", "limit: input should be a valid integer, unable to parse"),
         ("state=over", "state: input should be 'queued', 'running'"),
-        ("operation=move", "operation: input should be 'pin'"),
+        ("operation=fly", "operation: input should be 'pin'"),
         ("instance_id=", "instance_id: string should have at least 1 character"),
         ("sate=done", "sate: unknown field"),
         ("limit=1&limit=2", "limit: stands twice"),

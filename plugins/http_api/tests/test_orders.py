@@ -6,7 +6,14 @@ import msgspec
 import pytest
 
 from lmcache_kit.interfaces.frontend import InstancePin, PinList
-from lmcache_kit.interfaces.operations import Clear, Compress, Decompress, Pin, PinInfo, Unpin
+from lmcache_kit.interfaces.operations import (
+    Clear,
+    Compress,
+    Decompress,
+    Pin,
+    PinInfo,
+    Unpin,
+)
 from lmcache_kit.keys import pack_tokens
 
 SEED = {
@@ -140,6 +147,8 @@ async def test_an_event_is_shown_with_its_progress(client, controller):
         "operation": "compress",
         "instance_id": "a",
         "location": "ram",
+        "old_position": None,
+        "new_position": None,
         "state": "running",
         "num_tokens": 12,
         "message": "",
@@ -153,6 +162,7 @@ async def test_an_event_is_shown_with_its_progress(client, controller):
                 "chunks": 3,
                 "bytes_before": 600,
                 "bytes_after": 100,
+                "transfer": None,
             }
         ],
         "created": 100.0,

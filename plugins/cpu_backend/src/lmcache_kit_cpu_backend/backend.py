@@ -49,6 +49,10 @@ class LocalCPUBackend(MemoryBackend):
     def fd(self) -> int:
         return self._fd
 
+    @property
+    def memory(self) -> memoryview:
+        return self._memory
+
     def allocate(self, nbytes: int) -> Region | None:
         self._check_open()
         region = self._allocator.allocate(nbytes)

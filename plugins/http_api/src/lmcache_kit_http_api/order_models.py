@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lmcache_kit.interfaces.frontend import EventInfo, EventPart, EventState, InstancePin, PinList
+from lmcache_kit.interfaces.operations import Transfer
 from lmcache_kit_http_api.models import Name, Reply, Request, Tokens
 
 MAX_SECONDS = 10 * 365 * 86400.0
@@ -27,28 +28,50 @@ def _not_none(tokens: list[int]) -> list[int]:
 
 
 SomeTokens = Annotated[Tokens, AfterValidator(_not_none)]
+Position = tuple[Name, Name]
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Salt = Annotated[str, StringConstraints(max_length=1024)]
-OperationName = Literal["pin", "unpin", "clear", "compress", "decompress"]
+OperationName = Literal["pin", "unpin", "clear", "compress", "decompress", "move"]
 
 
-class OrderRequest(Request):
-    """What every operation is asked with."""
+class Place(NamedTuple):
+    """A location of an instance."""
 
-    instance_id: Name
-    location: Name = Field(description="Name of the storage, such as LocalCPUBackend.")
+    instance_id: str
+    location: str
+
+
+class AnyOrderRequest(Request):
+    """What every operation is asked with. ``place``: which cache process the order goes to."""
+
+    tokens: Tokens | None = None
     model: Name | None = Field(None, description="Only KV of this model (its served name).")
     cache_salt: Salt | None = Field(
         None, description="The cache_salt that the prompt was sent with."
     )
     deadline_s: Seconds | None = Field(
         None,
-        description="It has ended by then, in one way or another. Default: 600 for compress and "
-        "decompress, else 10.",
+        description="It has ended by then, in one way or another. Default: 600 for compress, "
+        "decompress and move, else 10.",
     )
     idempotency_key: Name | None = Field(
         None, description="The same key with the same request is the same event."
     )
+
+    @property
+    def place(self) -> Place:
+        raise NotImplementedError
+
+
+class OrderRequest(AnyOrderRequest):
+    """What every operation at one place is asked with."""
+
+    instance_id: Name
+    location: Name = Field(description="Name of the storage, such as LocalCPUBackend.")
+
+    @property
+    def place(self) -> Place:
+        return Place(self.instance_id, self.location)
 
 
 class PinRequest(OrderRequest):
@@ -88,9 +111,41 @@ class CodecRequest(OrderRequest):
     tokens: Tokens | None = Field(None, description="Absent or empty: everything at that location.")
 
 
+class MoveRequest(AnyOrderRequest):
+    """Bring what is stored of these tokens, or everything there, to another instance."""
+
+    old_position: Position = Field(
+        description="Instance and location to take from.",
+        examples=[["lmcache_instance_1", "LocalCPUBackend"]],
+    )
+    new_position: Position = Field(
+        description="Instance and location to bring it to.",
+        examples=[["lmcache_instance_2", "LocalCPUBackend"]],
+    )
+    tokens: Tokens | None = Field(None, description="Absent or empty: everything at that location.")
+    # Models have a method of this name.
+    copy_: bool = Field(False, alias="copy", description="Leave it where it was as well.")
+    should_copy: bool | None = Field(None, description="Another name of copy.")
+
+    @property
+    def place(self) -> Place:
+        return Place(*self.new_position)
+
+    @property
+    def stays(self) -> bool:
+        """Whether the source keeps it."""
+        return self.copy_ if self.should_copy is None else self.should_copy
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if "copy_" in self.model_fields_set and self.stays != self.copy_:
+            raise PydanticCustomError("two_wishes", "copy and should_copy say different things")
+        return self
+
+
 class OrderReply(Reply):
-    """``num_tokens``: what it took effect on, exactly; for compress and decompress what it is
-    about, as they go on after the reply. ``message`` is there if there is more to say."""
+    """``num_tokens``: what it took effect on, exactly; for compress, decompress and move what it
+    is about, as they go on after the reply. ``message`` is there if there is more to say."""
 
     event_id: str
     num_tokens: int
@@ -104,9 +159,32 @@ class OrderReply(Reply):
         return shown
 
 
+class TransferReply(Reply):
+    """How KV comes from another cache process. ``how``: over what, and why not otherwise.
+    ``seconds``: for how long bytes were under way."""
+
+    transport: str
+    how: str
+    bytes: int
+    seconds: float
+    gb_per_s: float
+
+    @classmethod
+    def of(cls, transfer: Transfer) -> TransferReply:
+        """As its cache process told it."""
+        return cls(
+            transport=transfer.transport,
+            how=transfer.how,
+            bytes=transfer.nbytes,
+            seconds=transfer.seconds,
+            gb_per_s=transfer.bytes_per_s / 1e9,
+        )
+
+
 class PartReply(Reply):
     """How far it has come at one location. The workers named hold each chunk together; bytes are
-    those of the chunks done, before and after."""
+    those of the chunks done, before and after. ``transfer`` is null unless it is a move, and until
+    a way was found."""
 
     instance_id: str
     location: str
@@ -115,10 +193,12 @@ class PartReply(Reply):
     chunks: int
     bytes_before: int
     bytes_after: int
+    transfer: TransferReply | None
 
     @classmethod
     def of(cls, part: EventPart) -> PartReply:
         """One part of an event."""
+        transfer = part.progress.transfer
         return cls(
             instance_id=part.instance_id,
             location=part.location,
@@ -127,17 +207,21 @@ class PartReply(Reply):
             chunks=part.progress.chunks,
             bytes_before=part.progress.bytes_before,
             bytes_after=part.progress.bytes_after,
+            transfer=TransferReply.of(transfer) if transfer else None,
         )
 
 
 class EventReply(Reply):
     """One operation. Times are seconds since the epoch; ``num_tokens`` is what it is about, and
-    once it has ended what it took effect on; ``ratio`` is bytes before by bytes after."""
+    once it has ended what it took effect on; ``ratio`` is bytes before by bytes after. Positions
+    are null unless it is a move; ``instance_id`` and ``location`` are where that goes to."""
 
     event_id: str
     operation: str
     instance_id: str
     location: str
+    old_position: tuple[str, str] | None
+    new_position: tuple[str, str] | None
     state: EventState
     num_tokens: int
     message: str
@@ -157,6 +241,8 @@ class EventReply(Reply):
             operation=info.operation,
             instance_id=info.instance_id,
             location=info.location,
+            old_position=info.source,
+            new_position=(info.instance_id, info.location) if info.source else None,
             state=info.state,
             num_tokens=info.tokens,
             message=info.message,
@@ -181,7 +267,9 @@ class EventsRequest(Request):
 
     state: EventState | None = Field(None, description="Only those in this state.")
     operation: OperationName | None = Field(None, description="Only these.")
-    instance_id: Name | None = Field(None, description="Only those of this instance.")
+    instance_id: Name | None = Field(
+        None, description="Only those of this instance; moves from and to it."
+    )
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="The latest so many.")
 
 

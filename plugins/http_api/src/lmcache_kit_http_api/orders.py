@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, TypeVar
 
 from lmcache_kit.errors import ControlError, DeadlineExceeded, OperationFailed
 from lmcache_kit.interfaces.frontend import EventInfo, Operation
-from lmcache_kit.interfaces.operations import Clear, Compress, Decompress, Order, Pin, Unpin
+from lmcache_kit.interfaces.operations import (
+    Clear,
+    Compress,
+    Decompress,
+    Move,
+    Order,
+    Pin,
+    Unpin,
+)
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit_http_api.operations import Service
 from lmcache_kit_http_api.order_models import (
+    AnyOrderRequest,
     CheckFinishReply,
     ClearRequest,
     CodecRequest,
@@ -17,61 +27,48 @@ from lmcache_kit_http_api.order_models import (
     EventRequest,
     EventsReply,
     EventsRequest,
+    MoveRequest,
     OrderReply,
-    OrderRequest,
     PinRequest,
     PinsReply,
     PinsRequest,
     UnpinRequest,
 )
 
+_O = TypeVar("_O", Pin, Unpin, Clear, Compress, Decompress, Move)
+
 
 async def pin(service: Service, request: PinRequest) -> OrderReply:
     """Answered when it is done."""
-    order = Pin(
-        location=request.location,
-        tokens=_packed(request.tokens),
-        cache_salt=request.cache_salt or "",
-        model=request.model,
-        pin_id="",
-        owner=request.owner,
-        ttl_s=request.ttl_s,
-    )
+    order = _order(Pin, request, pin_id="", owner=request.owner, ttl_s=request.ttl_s)
     return await _done(service, request, order)
 
 
 async def unpin(service: Service, request: UnpinRequest) -> OrderReply:
     """Answered when it is done."""
-    order = Unpin(
-        location=request.location,
-        tokens=_packed(request.tokens),
-        cache_salt=request.cache_salt or "",
-        model=request.model,
-        pin_id=request.pin_id,
-    )
-    return await _done(service, request, order)
+    return await _done(service, request, _order(Unpin, request, pin_id=request.pin_id))
 
 
 async def clear(service: Service, request: ClearRequest) -> OrderReply:
     """Answered when it is done."""
-    order = Clear(
-        location=request.location,
-        tokens=_packed(request.tokens),
-        cache_salt=request.cache_salt or "",
-        model=request.model,
-        force=request.force,
-    )
-    return await _done(service, request, order)
+    return await _done(service, request, _order(Clear, request, force=request.force))
 
 
 async def compress(service: Service, request: CodecRequest) -> OrderReply:
     """Answered when it has begun."""
-    return await _recode(service, request, Compress)
+    return await _begun(service, request, _order(Compress, request, method=request.method))
 
 
 async def decompress(service: Service, request: CodecRequest) -> OrderReply:
     """Answered when it has begun."""
-    return await _recode(service, request, Decompress)
+    return await _begun(service, request, _order(Decompress, request, method=request.method))
+
+
+async def move(service: Service, request: MoveRequest) -> OrderReply:
+    """Answered when it has begun: when its source has told what there is to move."""
+    source, location = request.old_position
+    order = _order(Move, request, source=source, source_location=location, copy=request.stays)
+    return await _begun(service, request, order)
 
 
 async def pins(service: Service, request: PinsRequest) -> PinsReply:
@@ -91,7 +88,7 @@ def events(service: Service, request: EventsRequest) -> EventsReply:
         for info in service.controller.events()
         if request.state in (None, info.state)
         and request.operation in (None, info.operation)
-        and request.instance_id in (None, info.instance_id)
+        and request.instance_id in (None, info.instance_id, *(info.source or ())[:1])
     ]
     return EventsReply(events=[EventReply.of(info) for info in chosen[: request.limit]])
 
@@ -106,20 +103,24 @@ def check_finish(service: Service, request: EventRequest) -> CheckFinishReply:
     return CheckFinishReply(status=service.controller.event(request.event_id).state)
 
 
-async def _recode(
-    service: Service, request: CodecRequest, kind: type[Compress | Decompress]
-) -> OrderReply:
-    order = kind(
-        location=request.location,
-        tokens=_packed(request.tokens),
+def _order(kind: type[_O], request: AnyOrderRequest, **more: Any) -> _O:
+    """With what all orders have in common; no tokens at all are all of them."""
+    return kind(
+        location=request.place.location,
+        tokens=pack_tokens(request.tokens) if request.tokens else None,
         cache_salt=request.cache_salt or "",
         model=request.model,
-        method=request.method,
+        **more,
     )
-    return _reply(await service.controller.operate(_operation(request, order)))
 
 
-async def _done(service: Service, request: OrderRequest, order: Order) -> OrderReply:
+async def _begun(service: Service, request: AnyOrderRequest, order: Order) -> OrderReply:
+    """Do not wait for the end, unless it came before it began."""
+    info = await service.controller.operate(_operation(request, order))
+    return _reply(info if info.started is not None else _well(info))
+
+
+async def _done(service: Service, request: AnyOrderRequest, order: Order) -> OrderReply:
     """Wait for the end; one that is not as asked is an error, with the event to look at."""
     begun = await service.controller.operate(_operation(request, order))
     try:
@@ -129,6 +130,11 @@ async def _done(service: Service, request: OrderRequest, order: Order) -> OrderR
         raise DeadlineExceeded(
             f"event {begun.event_id} goes on", hint=f"Ask GET /events/{begun.event_id} later"
         ) from None
+    return _reply(_well(info))
+
+
+def _well(info: EventInfo) -> EventInfo:
+    """The same, if it has not ended otherwise than it was asked for."""
     told = f"event {info.event_id}: {info.message or info.state}"
     match info.state:
         case "failed":
@@ -137,12 +143,12 @@ async def _done(service: Service, request: OrderRequest, order: Order) -> OrderR
             raise DeadlineExceeded(told)
         case "cancelled":
             raise ControlError(told)
-    return _reply(info)
+    return info
 
 
-def _operation(request: OrderRequest, order: Order) -> Operation:
+def _operation(request: AnyOrderRequest, order: Order) -> Operation:
     return Operation(
-        instance_id=request.instance_id,
+        instance_id=request.place.instance_id,
         order=order,
         deadline_s=request.deadline_s,
         idempotency_key=request.idempotency_key,
@@ -151,8 +157,3 @@ def _operation(request: OrderRequest, order: Order) -> Operation:
 
 def _reply(info: EventInfo) -> OrderReply:
     return OrderReply(event_id=info.event_id, num_tokens=info.tokens, message=info.message)
-
-
-def _packed(tokens: list[int] | None) -> bytes | None:
-    """No tokens at all are all of them."""
-    return pack_tokens(tokens) if tokens else None

@@ -47,6 +47,11 @@ def parse_url(model: type[_R], names: Mapping[str, str], query: MultiMapping[str
         raise _explain(model, error) from None
 
 
+def field_names(model: type[BaseModel]) -> list[str]:
+    """As they stand in a request."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
 def _explain(model: type[BaseModel], error: ValidationError) -> ApiError:
     details = error.errors(include_url=False)
     if details[0]["type"] == "json_invalid":
@@ -75,14 +80,14 @@ def _tell(detail: ErrorDetails) -> str:
 def _hint(model: type[BaseModel], details: list[ErrorDetails]) -> str:
     for detail in details:
         if detail["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(detail["loc"][-1])[:64], model.model_fields, n=1)
+            near = difflib.get_close_matches(str(detail["loc"][-1])[:64], field_names(model), n=1)
             if near:
                 return f"Did you mean {near[0]!r}? {_fields(model)}"
     return _fields(model)
 
 
 def _fields(model: type[BaseModel]) -> str:
-    return f"Fields: {', '.join(model.model_fields)}. See GET /openapi.json"
+    return f"Fields: {', '.join(field_names(model))}. See GET /openapi.json"
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

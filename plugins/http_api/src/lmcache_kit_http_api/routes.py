@@ -94,6 +94,12 @@ ROUTES: tuple[Route[Any], ...] = (
         errors=_ORDER_ERRORS,
     ),
     Route(
+        "POST", "/move", orders.move, order_models.MoveRequest, order_models.OrderReply,
+        "Begin to bring what is stored of a prompt, or everything at a location, to another "
+        "instance",
+        errors=_ORDER_ERRORS,
+    ),
+    Route(
         "GET", "/pins", orders.pins, order_models.PinsRequest, order_models.PinsReply,
         "List pins",
         errors=_ORDER_ERRORS, source="url",

@@ -1,0 +1,1 @@
+"""The storage backend ``LocalDiskBackend``: KV cache in files on a local disk."""

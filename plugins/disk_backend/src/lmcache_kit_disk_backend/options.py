@@ -1,0 +1,45 @@
+"""Options of the backend."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.functional_validators import AfterValidator
+
+_GIB = 1 << 30
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} has no home folder to begin with: {error}") from error
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)!r} must be absolute, such as /var/cache/lmcache_kit")
+    return path
+
+
+def _user_cache() -> Path:
+    return _absolute(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lmcache_kit")
+
+
+class DiskOptions(BaseModel):
+    """Where blobs lie, and how much room they may take there.
+
+    ``path``: a folder on a local disk; ``~`` is the user's own. ``max_size_gib``: of the files, in
+    blocks of the file system. ``subfolder``: a name for what is kept here, such as the instance's;
+    backends with different ones can have one ``path``, and each its own ``max_size_gib`` in it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Annotated[Path, AfterValidator(_absolute)] = Field(default_factory=_user_cache)
+    max_size_gib: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    subfolder: str = ""
+
+    @property
+    def capacity_bytes(self) -> int:
+        return int(self.max_size_gib * _GIB)

@@ -1,0 +1,20 @@
+"""What this plugin offers."""
+
+from __future__ import annotations
+
+from lmcache_kit.hookspecs import hookimpl
+from lmcache_kit.specs import TransportSpec
+
+
+@hookimpl
+def register_transports() -> list[TransportSpec]:
+    return [
+        TransportSpec(
+            name="nixl",
+            target="lmcache_kit_nixl_transport.transport:NixlTransport",
+            summary="KV by NIXL: RDMA between hosts, CMA on one host",
+            config="lmcache_kit_nixl_transport.options:NixlOptions",
+            capabilities=frozenset({"one-sided"}),
+            probe="lmcache_kit_nixl_transport.probe:why_not",
+        )
+    ]

@@ -1,0 +1,80 @@
+"""What this side lets its peers read."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+
+from lmcache_kit.interfaces import Offered
+from lmcache_kit_tcp_transport.connection import Connection
+from lmcache_kit_tcp_transport.wire import MAX_REGIONS, TOKEN_BYTES
+
+# A peer that has all the bytes may say so before the thread that sent them has gone on.
+_GRACE_S = 0.05
+
+
+class Offer:
+    """Regions, and the connections that they are being sent on."""
+
+    def __init__(self, regions: Sequence[Offered]) -> None:
+        self.regions = tuple(regions)
+        self.sending: set[Connection] = set()
+
+
+class Offers:
+    """Offers by token. Thread-safe."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._offers: dict[bytes, Offer] = {}
+        self._changed = threading.Condition()
+
+    def add(self, regions: Sequence[Offered]) -> bytes:
+        """Its token. Raises ValueError for regions that are not all in memory."""
+        if len(regions) > MAX_REGIONS:
+            raise ValueError(f"{len(regions)} regions; one offer has at most {MAX_REGIONS}")
+        for (offset, nbytes), checksum in regions:
+            if offset < 0 or nbytes < 0 or offset + nbytes > self._memory_bytes:
+                raise ValueError(
+                    f"[{offset}, {offset + nbytes}) is not in the memory, which has "
+                    f"{self._memory_bytes} bytes"
+                )
+            if not 0 <= checksum < 1 << 64:
+                raise ValueError(f"{checksum} is no xxh3-64")
+        token = secrets.token_bytes(TOKEN_BYTES)
+        with self._changed:
+            self._offers[token] = Offer(regions)
+        return token
+
+    @contextlib.contextmanager
+    def sending(self, token: bytes, connection: Connection) -> Iterator[Offer | None]:
+        """The offer, if there is one. While the body runs, :meth:`withdraw` closes the
+        connection."""
+        with self._changed:
+            offer = self._offers.get(token)
+            if offer:
+                offer.sending.add(connection)
+        try:
+            yield offer
+        finally:
+            if offer:
+                with self._changed:
+                    offer.sending.discard(connection)
+                    self._changed.notify_all()
+
+    def withdraw(self, token: bytes) -> None:
+        """When this returns, nobody reads the regions' memory for this offer any more."""
+        with self._changed:
+            offer = self._offers.pop(token, None)
+            if offer is None:
+                return
+            self._changed.wait_for(lambda: not offer.sending, _GRACE_S)
+            cut = list(offer.sending)
+        for connection in cut:
+            connection.close()
+
+    def clear(self) -> None:
+        with self._changed:
+            self._offers.clear()

@@ -1,0 +1,17 @@
+"""What this plugin offers."""
+
+from __future__ import annotations
+
+from lmcache_kit.hookspecs import hookimpl
+from lmcache_kit.specs import TransportSpec
+
+
+@hookimpl
+def register_transports() -> list[TransportSpec]:
+    return [
+        TransportSpec(
+            name="tcp",
+            target="lmcache_kit_tcp_transport.transport:TcpTransport",
+            summary="KV over one plain or TLS connection a peer, on any network",
+        )
+    ]

@@ -1,0 +1,102 @@
+"""The transport ``tcp``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import msgspec
+
+from lmcache_kit.errors import TransportError
+from lmcache_kit.interfaces import Dial, Link, Offered, Transport
+from lmcache_kit_tcp_transport.connection import Connection
+from lmcache_kit_tcp_transport.link import TcpLink
+from lmcache_kit_tcp_transport.offers import Offers
+from lmcache_kit_tcp_transport.serving import answer_all
+from lmcache_kit_tcp_transport.wire import (
+    VERSION,
+    Address,
+    pack_offer,
+    unpack_address,
+    unpack_offer,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TcpTransport(Transport):
+    """KV over the connections that peers dial: plain, or TLS where the cache process has it so.
+
+    ``host`` tells it nothing: who dials knows where to.
+    """
+
+    def __init__(self, memory: memoryview, host: str) -> None:
+        self._memory = memory.cast("B")
+        self._offers = Offers(len(self._memory))
+        self._lock = threading.Lock()
+        self._closed = False
+        self._connections: WeakSet[Connection] = WeakSet()
+
+    def address(self) -> bytes:
+        return msgspec.msgpack.encode(Address(version=VERSION))
+
+    def offer(self, regions: Sequence[Offered]) -> bytes:
+        """Raises ValueError for regions that are not all in memory."""
+        if self._closed:
+            raise TransportError("the transport is closed")
+        return pack_offer(self._offers.add(regions), len(regions))
+
+    def withdraw(self, offer: bytes) -> None:
+        with contextlib.suppress(TransportError):
+            self._offers.withdraw(unpack_offer(offer)[0])
+
+    def connect(self, address: bytes, dial: Dial, timeout_s: float) -> Link:
+        deadline = time.monotonic() + timeout_s
+        unpack_address(address)
+        try:
+            dialled = dial(timeout_s)
+        except TransportError:
+            raise
+        except OSError as error:
+            raise TransportError(f"the peer cannot be reached over TCP: {error}") from error
+        link = TcpLink(self._adopt(dialled), self._memory)
+        try:
+            link.hello(deadline - time.monotonic())
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    def serve(self, connection: socket.socket) -> None:
+        try:
+            peer = self._adopt(connection)
+        except TransportError:
+            return
+        try:
+            answer_all(peer, self._memory, self._offers)
+        except TransportError as error:
+            logger.debug("no longer serving %s: %s", peer.peer, error)
+        finally:
+            peer.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            connections = list(self._connections)
+        self._offers.clear()
+        for connection in connections:
+            connection.close()
+
+    def _adopt(self, connection: socket.socket) -> Connection:
+        adopted = Connection(connection)
+        with self._lock:
+            if not self._closed:
+                self._connections.add(adopted)
+                return adopted
+        adopted.close()
+        raise TransportError("the transport is closed")

@@ -1,0 +1,144 @@
+"""What is said on the wire: requests of 32 bytes one way, frames of 32 bytes the other."""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgspec
+from xxhash import xxh32_intdigest
+
+from lmcache_kit.errors import TransportError
+
+VERSION = 1
+TOKEN_BYTES = 16
+HEADER_BYTES = 32
+MAX_REGIONS = 1 << 20
+MAX_REASON_BYTES = 1024
+
+_REQUEST_MAGIC = b"LKTq"
+_FRAME_MAGIC = b"LKTa"
+# Magic and version stand first in every version, so that each can tell the others apart.
+_PREFIX = struct.Struct("!4sH")
+_REQUEST = struct.Struct("!4sHHI16s")
+_FRAME = struct.Struct("!4sHHIQQ")
+_OFFER = struct.Struct("!16sI")
+_CHECK = struct.Struct("!I")
+
+
+class Op(IntEnum):
+    """What a request asks for."""
+
+    HELLO = 1
+    READ = 2
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    HELLO = 1
+    READING = 2
+    REGION = 3
+    REFUSED = 4
+
+
+class Request(NamedTuple):
+    """``regions``: how many the asker thinks that the offer has."""
+
+    op: Op
+    regions: int = 0
+    token: bytes = bytes(TOKEN_BYTES)
+
+
+class Frame(NamedTuple):
+    """``nbytes`` follow a REGION and a REFUSED (its reason, in UTF-8); ``checksum`` is their
+    xxh3-64. ``number``: of the region; in READING, how many there will be."""
+
+    kind: Kind
+    number: int = 0
+    nbytes: int = 0
+    checksum: int = 0
+
+
+class OtherVersion(TransportError):
+    """The peer speaks another version of this protocol."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"the peer speaks version {version} of the transport tcp, and this side {VERSION}",
+            hint="Install the same lmcache-kit-tcp-transport on both hosts",
+        )
+
+
+class Address(msgspec.Struct, frozen=True):
+    """What a peer must know to connect; later versions may add to it."""
+
+    version: int
+
+
+def pack_request(request: Request) -> bytes:
+    return _checked(
+        _REQUEST.pack(_REQUEST_MAGIC, VERSION, request.op, request.regions, request.token)
+    )
+
+
+def unpack_request(header: bytes) -> Request:
+    """Raises TransportError for what is no request, OtherVersion for one that is not ours."""
+    _, _, op, regions, token = _REQUEST.unpack(_body(header, _REQUEST_MAGIC, "request"))
+    if op not in set(Op):
+        raise TransportError(f"the peer asks for {op}, which is none of {list(map(int, Op))}")
+    return Request(Op(op), regions, token)
+
+
+def pack_frame(frame: Frame) -> bytes:
+    return _checked(_FRAME.pack(_FRAME_MAGIC, VERSION, *frame))
+
+
+def unpack_frame(header: bytes) -> Frame:
+    """Raises TransportError for what is no frame, OtherVersion for one that is not ours."""
+    _, _, kind, number, nbytes, checksum = _FRAME.unpack(_body(header, _FRAME_MAGIC, "frame"))
+    if kind not in set(Kind):
+        raise TransportError(f"the peer sends a {kind}, which is none of {list(map(int, Kind))}")
+    return Frame(Kind(kind), number, nbytes, checksum)
+
+
+def pack_offer(token: bytes, count: int) -> bytes:
+    return _OFFER.pack(token, count)
+
+
+def unpack_offer(offer: bytes) -> tuple[bytes, int]:
+    """Its token, and how many regions it has. Raises TransportError."""
+    if len(offer) != _OFFER.size:
+        raise TransportError(
+            f"{len(offer)} bytes are no offer of the transport tcp, which has {_OFFER.size}"
+        )
+    token, count = _OFFER.unpack(offer)
+    return token, count
+
+
+def unpack_address(address: bytes) -> Address:
+    """Raises TransportError for what is no address, OtherVersion for one that is not ours."""
+    try:
+        peer = msgspec.msgpack.decode(address, type=Address)
+    except msgspec.DecodeError as error:
+        raise TransportError(f"what the peer says is no address of tcp: {error}") from error
+    if peer.version != VERSION:
+        raise OtherVersion(peer.version)
+    return peer
+
+
+def _checked(body: bytes) -> bytes:
+    return body + _CHECK.pack(xxh32_intdigest(body))
+
+
+def _body(header: bytes, magic: bytes, what: str) -> bytes:
+    found, version = _PREFIX.unpack_from(header)
+    if found != magic:
+        raise TransportError(f"the peer sends {header[:8].hex()}..., which starts no {what}")
+    if version != VERSION:
+        raise OtherVersion(version)
+    body = header[: -_CHECK.size]
+    if _checked(body) != header:
+        raise TransportError(f"a {what} from the peer is corrupt: its check does not match")
+    return body

@@ -1,0 +1,1 @@
+"""The storage backend ``ValkeyBackend``: KV cache on a server that many share."""

@@ -1,0 +1,101 @@
+"""Options of the backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from lmcache_kit.errors import BackendError
+
+SCHEMES = ("redis", "rediss", "valkey", "valkeys", "unix")
+ENCRYPTED = ("rediss", "valkeys")
+
+
+class ValkeyOptions(BaseModel):
+    """Which server, and how to reach it.
+
+    ``url``: ``valkey://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE]``, ``valkeys://`` for TLS, the same
+    with ``redis``, or ``unix://PATH``. ``password_file``: holds the password, in its first line.
+    ``ca``: authorities to trust instead of the system's; ``cert`` and ``key``: our own, if the
+    server asks for one (PEM). ``prefix``: of all keys here. ``timeout_ms``: for an answer.
+    ``connections``: at a time, at most; a cache process reads four chunks of a lookup at once.
+    ``ttl_s``: seconds after which what nobody reads is gone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    url: SecretStr = SecretStr("valkey://localhost:6379")
+    password_file: Path | None = None
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    prefix: str = Field(default="lmcache_kit:", max_length=100, pattern=r"^[!-~]*$")
+    timeout_ms: int = Field(default=1000, ge=1, le=60_000)
+    connections: int = Field(default=10, ge=1, le=256)
+    ttl_s: int | None = Field(default=None, ge=1)
+
+    @field_validator("url")
+    @classmethod
+    def _of_a_server(cls, url: SecretStr) -> SecretStr:
+        parts = urlsplit(url.get_secret_value())
+        if parts.scheme not in SCHEMES:
+            raise ValueError(f"a URL begins with one of {', '.join(SCHEMES)}, then ://")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("the port of the URL is no number from 0 to 65535") from None
+        if parts.query or parts.fragment:  # the client would take ?ssl_cert_reqs=none from there
+            raise ValueError("nothing comes after ? or # in the URL; see the other options")
+        if parts.scheme == "unix":
+            if parts.hostname or not parts.path:
+                raise ValueError("a unix:// URL has the path of a socket: unix:///PATH")
+        elif not parts.hostname:
+            raise ValueError("the URL names no host")
+        elif parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+            raise ValueError("what follows the host is the number of a database")
+        return url
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ValkeyOptions:
+        if any((self.ca, self.cert, self.key)) and not self.encrypted:
+            raise ValueError(f"ca, cert and key are for TLS: {' or '.join(ENCRYPTED)}://")
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key need each other")
+        if self.password_file is not None and urlsplit(self.url.get_secret_value()).password:
+            raise ValueError("there is a password in url and a password_file; give one of them")
+        return self
+
+    def password(self) -> str:
+        """What ``password_file`` says. Raises BackendError when it cannot be read."""
+        assert self.password_file is not None
+        return _text("password_file", self.password_file).split("\n")[0].strip()
+
+    def tls(self) -> dict[str, str | None]:
+        """The files for TLS, by option. Raises BackendError when one cannot be read."""
+        files = {"ca": self.ca, "cert": self.cert, "key": self.key}
+        for option, path in files.items():
+            if path is not None:
+                _text(option, path)
+        return {option: str(path) if path else None for option, path in files.items()}
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection is."""
+        return urlsplit(self.url.get_secret_value()).scheme in ENCRYPTED
+
+    @property
+    def server(self) -> str:
+        """Whom messages are about: no user, no password."""
+        parts = urlsplit(self.url.get_secret_value())
+        if parts.scheme == "unix":
+            return parts.path
+        return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+
+
+def _text(option: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackendError(f"{option}: {error}") from None

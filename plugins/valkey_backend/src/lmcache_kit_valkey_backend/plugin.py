@@ -1,0 +1,19 @@
+"""What this plugin offers."""
+
+from __future__ import annotations
+
+from lmcache_kit.hookspecs import hookimpl
+from lmcache_kit.specs import BackendSpec
+
+
+@hookimpl
+def register_backends() -> list[BackendSpec]:
+    return [
+        BackendSpec(
+            name="ValkeyBackend",
+            target="lmcache_kit_valkey_backend.backend:ValkeyBackend",
+            summary="KV cache on a Valkey or Redis server that several instances share",
+            config="lmcache_kit_valkey_backend.options:ValkeyOptions",
+            capabilities=frozenset({"shared"}),
+        )
+    ]
