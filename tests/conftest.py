@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,13 +39,47 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash.get(_RUNTIME_DIR, ""), ignore_errors=True)
 
 
+# Which tests share an engine, or wheels: these stay together on one worker. The slow ones begin, so
+# that no worker is left with them in the end.
+TOGETHER = ("tests/vllm", "tests/packaging", "tests/scaffold")
+SLOW_FIRST = (
+    "tests/vllm",
+    "tests/serve/test_serve.py",
+    "tests/peer/test_processes.py",
+    "tests/serve/test_move.py",
+    "tests/testing/test_suites_bite.py",
+    "tests/packaging",
+    "tests/scaffold",
+)
+
+
+def group_of(nodeid: str) -> str:
+    """What runs on one worker, one after the other."""
+    file = nodeid.partition("::")[0]
+    folder = file.rpartition("/")[0]
+    return folder if folder in TOGETHER else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip by name what needs a GPU; run what starts vLLM last."""
+    """Skip by name what needs a GPU, and begin with what is slow."""
     if not any(Path("/proc/driver/nvidia/gpus").glob("*")):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
+    ranks = {group: rank for rank, group in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: ranks.get(group_of(item.nodeid), len(ranks)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups of tests, each for the next worker that is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return InGroups(config, log)
 
 
 @dataclass

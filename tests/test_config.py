@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,56 @@ def test_a_mistake_in_a_file_is_named_with_its_line(file: Path, line: str, messa
     assert re.search(message.replace("FILE", re.escape(str(file))), str(caught.value))
 
 
+def test_a_password_in_a_url_is_not_shown(file: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_text(file, "remote_url: lm://me:s3cret@cache.example:1")
+    assert "'lm://***@cache.example:1'" in str(refused.value)
+    assert "begins with one of redis, rediss" in str(refused.value)
+
+
+def test_tiers_stand_in_their_order_with_their_options(file: Path) -> None:
+    text = """
+        tiers: [Mine, ValkeyBackend]
+        backend_options: {Mine: {a: 1}, ValkeyBackend: {ttl_s: 60}}
+        local_disk: file:///kv
+        max_local_disk_size: 3
+        remote_url: redis://cache:6379
+    """
+    config = from_text(file, textwrap.dedent(text)).config
+    assert config.lower_tiers == {
+        "Mine": {"a": 1},
+        "ValkeyBackend": {"url": "redis://cache:6379", "ttl_s": 60},
+        "LocalDiskBackend": {
+            "path": "/kv",
+            "max_size_gib": 3.0,
+            "subfolder": "lmcache_default_instance",
+        },
+    }
+    assert config.locations == ("LocalCPUBackend", *config.lower_tiers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tiers: [A, A]", "names a backend twice"),
+        ("tiers: A, LocalCPUBackend", "LocalCPUBackend is none of them"),
+        ("local_disk: /kv", "needs max_local_disk_size"),
+        ("local_disk: true", "a folder is expected"),
+        ("backend_options: {B: {}}", "has 'B', which tiers does not name"),
+        ("remote_url: cache:6379", "begins with one of redis"),
+        ("tiers: [a, b, c, d, e, f, g, h]", "there may be 7 tiers"),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused(file: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_text(file, text)
+
+
+@pytest.mark.parametrize("text", ["local_disk: false", "local_disk: null", "tiers: []"])
+def test_no_tier_is_none(file: Path, text: str) -> None:
+    assert from_text(file, text).config.lower_tiers == {}
+
+
 def test_a_value_without_end_is_shown_in_short(file: Path) -> None:
     levels = ["&a0 [x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
     with pytest.raises(ConfigError, match=r"chunk_size: .*integer") as caught:
@@ -290,7 +341,8 @@ def test_a_mistake_in_vllms_extra_is_named_with_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["local_disk", "remote_url", "enable_p2p", "pd_role", "extra_config"]
+    "key",
+    ["local_disk_path_sharding", "remote_serde", "enable_blending", "pd_role", "extra_config"],
 )
 def test_a_key_that_only_lmcache_serves_is_warned_about_once(file: Path, key: str) -> None:
     file.write_text(f"{key}: something\n")
@@ -301,7 +353,8 @@ def test_a_key_that_only_lmcache_serves_is_warned_about_once(file: Path, key: st
 
 @pytest.mark.parametrize("value", ["null", "false", "0", "''"])
 def test_an_unserved_key_that_asks_for_nothing_is_no_warning(file: Path, value: str) -> None:
-    assert from_text(file, f"enable_p2p: {value}\nmax_local_disk_size: {value}\n").warnings == []
+    text = f"enable_blending: {value}\nremote_serde: {value}\n"
+    assert from_text(file, text).warnings == []
 
 
 def test_a_near_miss_in_the_environment_is_an_error() -> None:

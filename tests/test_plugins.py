@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from lmcache_kit import __version__
 from lmcache_kit.errors import ConfigError, DuplicateName, PluginBroken, PluginNotFound
 from lmcache_kit.interfaces import CacheInfo
 from lmcache_kit.plugins import BUILTIN_POLICIES, FIRST_PARTY, Failure, Plugins
@@ -142,17 +144,24 @@ def test_one_object_under_two_names_is_loaded_once(site: FakeSite) -> None:
     assert "the same object as plugin 'acme_a'" in plugins.failures[0].error
 
 
+# Versions.
+
+
 @pytest.mark.parametrize(
     ("group", "who"), [("lmcache_kit.v2", "lmcache-kit"), ("lmcache_kit.v0", "acme-late")]
 )
-def test_a_plugin_for_another_api_version_is_reported_and_not_imported(
+def test_a_plugin_for_another_api_version_is_not_imported_and_says_which_side_to_upgrade(
     site: FakeSite, group: str, who: str
 ) -> None:
-    site.install("acme-late", "raise AssertionError('imported')", group=group)
+    site.install("acme-late", "import acme_was_imported", group=group)
+    site.module("acme_was_imported", "")
     (failure,) = load().failures
     assert failure.stage == "api version"
-    assert f"it is for plugin API {group[-1]} and this lmcache-kit speaks 1" in failure.error
-    assert failure.error.endswith(f"upgrade {who}")
+    assert failure.error == (
+        f"it is for plugin API {group[-1]} and this lmcache-kit speaks 1; "
+        f"upgrade with: pip install -U {who}"
+    )
+    assert "acme_was_imported" not in sys.modules
 
 
 def test_a_distribution_for_two_api_versions_is_used_with_ours(site: FakeSite) -> None:
@@ -162,6 +171,78 @@ def test_a_distribution_for_two_api_versions_is_used_with_ours(site: FakeSite) -
     plugins = load()
     assert names(plugins) == ["acme_shelf"]
     assert not plugins.failures
+
+
+def requires(site: FakeSite, *requirements: str) -> None:
+    """Install ``acme-shelf``, which cannot be imported unnoticed, with these requirements."""
+    code = BACKEND.format(module="acme_shelf") + "\nimport acme_was_imported"
+    site.install("acme-shelf", code)
+    site.module("acme_was_imported", "")
+    with (site.folder / "acme_shelf-1.2.dist-info" / "METADATA").open("a") as metadata:
+        metadata.writelines(f"Requires-Dist: {each}\n" for each in requirements)
+
+
+@pytest.mark.parametrize("wanted", [">=9", "<0.1", "!=0.1.0,>=0.0.1", "==0.2.*", "~=1.4"])
+def test_a_plugin_for_another_release_of_the_kit_is_not_imported_and_says_what_to_do(
+    site: FakeSite, wanted: str
+) -> None:
+    requires(site, f"lmcache-kit{wanted}")
+    plugins = load()
+    (failure,) = plugins.failures
+    assert (failure.plugin, failure.distribution) == ("acme_shelf", "acme-shelf")
+    assert failure.stage == "requirement"
+    assert failure.error.startswith("it requires lmcache-kit")
+    assert wanted.partition(",")[0] in failure.error
+    assert f"and this is {__version__}; " in failure.error
+    assert failure.error.endswith("pip install -U lmcache-kit acme-shelf")
+    assert "acme_was_imported" not in sys.modules
+    with pytest.raises(PluginNotFound, match=r"no backend 'Shelf'.*it requires lmcache-kit"):
+        plugins.spec("backend", "Shelf")
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        "lmcache-kit",
+        f"LMCache_Kit (=={__version__})",
+        f"lmcache-kit<1,>={__version__}; python_version > '3'",
+        "lmcache-kit>=9; python_version < '3'",
+        "lmcache-kit[testing]>=9; extra == 'test'",
+        "lmcache-kit-extras>=9",
+        "acme?",
+    ],
+)
+def test_what_does_not_ask_for_another_release_of_the_kit_is_no_obstacle(
+    site: FakeSite, requirement: str
+) -> None:
+    requires(site, requirement)
+    plugins = load()
+    assert names(plugins) == ["acme_shelf"]
+    assert not plugins.failures
+
+
+def test_a_requirement_that_means_nothing_is_broken_metadata(site: FakeSite) -> None:
+    requires(site, "lmcache-kit>=nine")
+    (failure,) = load().failures
+    assert failure.stage == "metadata"
+    assert "InvalidRequirement" in failure.error
+
+
+def test_a_blocked_plugin_may_require_what_it_likes(site: FakeSite) -> None:
+    requires(site, "lmcache-kit>=9")
+    assert not load("-acme_shelf").failures
+
+
+@pytest.mark.usefixtures("acme_is_ours")
+def test_one_of_our_plugins_for_another_release_is_broken_and_not_missing(
+    site: FakeSite,
+) -> None:
+    site.install("lmcache-kit-acme", "1 / 0")
+    metadata = site.folder / "lmcache_kit_acme-1.2.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text() + "Requires-Dist: lmcache-kit<0.1\n")
+    with pytest.raises(PluginBroken, match="pip install -U lmcache-kit lmcache-kit-acme") as caught:
+        load().spec("codec", "acme")
+    assert "reinstall" not in str(caught.value)
 
 
 def test_other_groups_are_none_of_our_business(site: FakeSite) -> None:

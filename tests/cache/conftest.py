@@ -8,6 +8,7 @@ import pytest
 from lmcache_kit.cache.engine import CacheEngine
 from lmcache_kit.cache.eviction import LRU
 from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region, Usage
+from tests.cache.stores import Cache, Dict, MakeCache
 
 
 class FakeMemory(MemoryBackend):
@@ -54,6 +55,10 @@ class FakeMemory(MemoryBackend):
             if all(movable(region) for region in inside) and (best is None or cost < best[0]):
                 best = (cost, inside)
         return best[1] if best else None
+
+    @property
+    def memory(self) -> memoryview:
+        return memoryview(self._bytes)
 
     def view(self, region: Region) -> memoryview:
         return memoryview(self._bytes)[region.offset : region.offset + region.nbytes]
@@ -113,3 +118,19 @@ def make_engine(clock: Clock) -> Iterator[Callable[..., CacheEngine]]:
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def make(make_engine: Callable[..., object], clock: Clock) -> Iterator[MakeCache]:
+    """Caches with tiers below memory."""
+    made: list[Cache] = []
+
+    def make(*stores: Dict, memory: int = 1000) -> Cache:
+        made.append(Cache(make_engine, *stores, memory=memory, clock=clock))
+        return made[-1]
+
+    yield make
+    for cache in made:
+        for store in cache.stores:
+            store.gate.set()
+        cache.close()

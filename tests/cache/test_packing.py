@@ -477,7 +477,7 @@ def test_payloads_that_do_not_fit_their_layout_stay_raw(cache: Cache) -> None:
 def test_a_raw_chunk_that_is_corrupt_is_dropped_instead_of_encoded(cache: Cache) -> None:
     cache.store(range(4))
     cache.memory.view(Region(7, 1))[:] = b"\xff"
-    why = "the raw bytes do not match their checksum"
+    why = "the bytes do not match their checksum"
     assert cache.pack(range(4)) == [Recoded("failed", why)]
     assert cache.hit(range(4)) == 0
     assert cache.stat("corrupt_total") == 1

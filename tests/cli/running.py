@@ -3,16 +3,19 @@ the KV of TOKENS, as a connector stored it."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from click.testing import CliRunner, Result
@@ -55,6 +58,19 @@ class Kit(NamedTuple):
             client.close()
 
 
+def ask(kit: Kit, path: str, body: bytes | None = None) -> tuple[int, Any]:
+    """What the controller's REST interface answers: status and document."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(kit.url + path, body)) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def post(kit: Kit, path: str, body: dict[str, object]) -> tuple[int, Any]:
+    return ask(kit, path, json.dumps(body).encode())
+
+
 @contextmanager
 def running_kit(
     folder: Path,
@@ -65,28 +81,43 @@ def running_kit(
     **keys: object,
 ) -> Iterator[Kit]:
     """All of it, with ``tokens`` stored; ended afterwards. ``flags``: more for the controller."""
+    with running_kits(folder, namespace, {"c": keys}, flags=flags) as [kit]:
+        with kit.worker() as client:
+            store(client, namespace, tokens)
+        yield kit
+
+
+@contextmanager
+def running_kits(
+    folder: Path,
+    namespace: Namespace,
+    instances: Mapping[str, Mapping[str, object]],
+    *,
+    flags: tuple[str, ...] = (),
+) -> Iterator[list[Kit]]:
+    """A controller, and cache processes with these files and keys; nothing is stored yet."""
     with ExitStack() as stack:
         line = _start(stack, "lmcache_controller", "--port", "0", "--monitor-port", "0", *flags)
         http = re.search(r"http on (http://\S+?)[;,]", line)
         monitor = re.search(r"cache processes on (?:tcp://)?([^;\s,]+)", line)
         assert http, line
         assert monitor, line
-        settings = {
-            "chunk_size": namespace.chunk_size,
-            "max_local_cpu_size": 0.01,
-            "enable_controller": "true",
-            "controller_url": monitor[1],
-            "cache_process": "attach",
-            "cache_socket": f"{folder}/c.sock",
-            **keys,
-        }
-        file = folder / "kit.yaml"
-        file.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
-        _start(stack, "lmcache-kit", "cache-server", "--config", str(file))
-        kit = Kit(http[1], load_config(file=file, environ={}).config, namespace)
-        with kit.worker() as client:
-            store(client, namespace, tokens)
-        yield kit
+        kits = []
+        for name, keys in instances.items():
+            settings = {
+                "chunk_size": namespace.chunk_size,
+                "max_local_cpu_size": 0.01,
+                "enable_controller": "true",
+                "controller_url": monitor[1],
+                "cache_process": "attach",
+                "cache_socket": f"{folder}/{name}.sock",
+                **keys,
+            }
+            file = folder / f"{name}.yaml"
+            file.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+            _start(stack, "lmcache-kit", "cache-server", "--config", str(file))
+            kits.append(Kit(http[1], load_config(file=file, environ={}).config, namespace))
+        yield kits
 
 
 def store(client: CacheClient, namespace: Namespace, tokens: list[int]) -> None:

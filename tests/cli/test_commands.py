@@ -212,10 +212,10 @@ def test_validate_looks_at_the_file_and_not_at_the_environment() -> None:
 
 
 def test_validate_warns_about_what_is_not_served(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("remote_url: redis://x\n")
+    (tmp_path / "x.yaml").write_text("remote_serde: naive\n")
     result = kit("validate", str(tmp_path / "x.yaml"))
     assert result.exit_code == 0
-    assert "Warning: remote_url" in result.stderr
+    assert "Warning: remote_serde" in result.stderr
 
 
 # show-config
@@ -229,6 +229,14 @@ def test_show_config_has_every_key_with_value_origin_and_meaning() -> None:
     assert keys["max_local_cpu_size"]["origin"] == f"{EXAMPLE}:3"
     assert keys["lease_ttl_s"]["origin"] == "default"
     assert all(key["meaning"] for key in keys.values())
+
+
+def test_show_config_leaves_passwords_out() -> None:
+    url = "redis://me:s3cret@cache.example:6379"
+    for flags in ((), ("--json",)):
+        said = kit("show-config", str(EXAMPLE), *flags, LMCACHE_REMOTE_URL=url).output
+        assert "redis://***@cache.example:6379" in said
+        assert "s3cret" not in said
 
 
 def test_show_config_is_one_line_a_key_in_a_pipe() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +13,7 @@ from click.testing import CliRunner, Result
 from lmcache_kit.cli import _follow
 from lmcache_kit.cli.app import app
 from tests.cli.conftest import Start
+from tests.cli.terminal import on_a_terminal
 
 PLACE = {"instance_id": "lmcache_default_instance", "location": "LocalCPUBackend"}
 ANSWER = {"event_id": "e1", "num_tokens": 3}
@@ -211,31 +210,12 @@ def test_an_interrupt_says_that_the_operation_goes_on(
 
 def test_on_a_terminal_there_is_a_live_bar(start: Start) -> None:
     server = start(ANSWER, event("running"), event())
-    ours, theirs = pty.openpty()
-    done = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from lmcache_kit.cli import main; main()"),
-            *("compress", "--all", "--wait", "--url", server.url),
-        ],
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    shown = bytearray()
-    try:
-        while piece := os.read(ours, 4096):
-            shown += piece
-    except OSError:  # how Linux says that nobody writes any more
-        pass
-    os.close(ours)
-    stdout, _ = done.communicate(timeout=20)
+    done = on_a_terminal("compress", "--all", "--wait", "--url", server.url, columns=120)
     assert done.returncode == 0
-    assert stdout.decode().startswith("done: 12 tokens")
-    assert b"compress, running" in shown
-    assert "━" in shown.decode()
-    assert b"1 of 3 chunks" in shown
+    assert done.stdout.startswith("done: 12 tokens")
+    assert "compress, running" in done.screen
+    assert "━" in done.screen
+    assert "1 of 3 chunks" in done.screen
 
 
 # Listing.
@@ -294,7 +274,7 @@ def test_an_answer_that_is_none_is_reported(start: Start, arguments: tuple[str, 
     assert "what answered is no controller" in result.stderr
 
 
-@pytest.mark.parametrize("module", ["lookup", "operations", "events"])
+@pytest.mark.parametrize("module", ["lookup", "operations", "events", "move"])
 def test_the_commands_that_ask_import_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, lmcache_kit.cli.{module}\n"

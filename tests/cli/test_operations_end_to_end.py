@@ -15,7 +15,7 @@ import pytest
 
 from lmcache_kit.keys import Namespace, pack_tokens
 from lmcache_kit.layout import KVLayout
-from tests.cli.running import INSTANCE, Kit, eventually, items_of, payload, running_kit
+from tests.cli.running import INSTANCE, Kit, ask, eventually, items_of, payload, post, running_kit
 
 pytest.importorskip("lmcache_kit_cachegen")
 
@@ -42,18 +42,6 @@ def kit(served: Kit) -> Kit:
     post(served, "/unpin", PIN)
     served.run("decompress", "--all", "--wait")
     return served
-
-
-def ask(kit: Kit, path: str, body: bytes | None = None) -> tuple[int, Any]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(kit.url + path, body)) as reply:
-            return reply.status, json.load(reply)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def post(kit: Kit, path: str, body: dict[str, object]) -> tuple[int, Any]:
-    return ask(kit, path, json.dumps(body).encode())
 
 
 def finished(kit: Kit, event_id: str) -> dict[str, Any]:

@@ -100,16 +100,18 @@ def controller(start_controller: StartController) -> Running:
 
 @pytest.fixture
 def start_agent() -> Iterator[StartAgent]:
-    """An agent that runs, and its engine. It has rank 0 and one namespace unless told otherwise."""
+    """An agent that runs, and its engine; ``below`` are inventories below that. It has rank 0 and
+    one namespace unless told otherwise."""
     with ExitStack() as ending:
 
         def start(url: str, instance_id: str = "a", **options: Any) -> tuple[Agent, FakeEngine]:
             engine = options.pop("engine", None) or FakeEngine()
+            below = options.pop("below", ())
             ranks = options.pop("ranks", (0,))
             namespaces = options.pop("namespaces", (NAMESPACE,))
             options.setdefault("incarnation", secrets.token_bytes(16))
             options.setdefault("heartbeat_s", 0.1)
-            agent = Agent(engine, url=url, instance_id=instance_id, **options)
+            agent = Agent([engine, *below], url=url, instance_id=instance_id, **options)
             for rank in ranks:
                 agent.register_worker(rank)
             for namespace in namespaces:

@@ -154,7 +154,9 @@ class Proxy:
 class FakeJob:
     """An order that goes on until a test says how it ends."""
 
-    def __init__(self, order: Order, accepted: Accepted, report: Report, finish: Finish) -> None:
+    def __init__(
+        self, order: Order, accepted: Accepted | None, report: Report, finish: Finish
+    ) -> None:
         self.order = order
         self.accepted = accepted
         self.report = report
@@ -167,12 +169,13 @@ class FakeJob:
 
 
 class FakeOperator:
-    """Takes every order on for 12 tokens in 3 chunks. ``at_once``: how orders end that end at
-    once. ``refusal``: raised instead."""
+    """Takes every order on for 12 tokens in 3 chunks. ``accepts``: None for orders of which that is
+    not known yet. ``at_once``: how orders end that end at once. ``refusal``: raised instead."""
 
     def __init__(self) -> None:
         self.jobs: list[FakeJob] = []
         self.deadlines: list[float] = []
+        self.accepts: Accepted | None = Accepted(12, 3)
         self.at_once: Outcome | None = None
         self.refusal: Exception | None = None
 
@@ -180,7 +183,7 @@ class FakeOperator:
         if self.refusal is not None:
             raise self.refusal
         self.deadlines.append(deadline_s)
-        job = FakeJob(order, Accepted(12, 3), report, finish)
+        job = FakeJob(order, self.accepts, report, finish)
         self.jobs.append(job)
         if self.at_once is not None:
             finish(self.at_once)

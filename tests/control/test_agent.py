@@ -16,6 +16,7 @@ from lmcache_kit.control.address import connect_url
 from lmcache_kit.control.agent import Agent
 from lmcache_kit.control.registry import Registry
 from lmcache_kit.errors import ConfigError
+from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import LAYOUT, NAMESPACE, FakeEngine, Proxy, chunks_of, eventually
@@ -77,6 +78,56 @@ def test_a_controller_that_moves_is_found_again(
         eventually(lambda: first.held(PROMPT) == {})
 
 
+def test_each_location_is_announced_and_found_by_itself(
+    start_controller: StartController, start_agent: StartAgent
+) -> None:
+    below = [FakeEngine("disk"), FakeEngine("server")]
+    controller = start_controller()
+    agent, memory = start_agent(controller.url, below=below)
+    memory.store(chunks_of(PROMPT)[:1])
+    below[0].store(chunks_of(PROMPT))
+
+    def held() -> dict[str, int]:
+        answer = controller.call(lambda: controller.controller.lookup(LookupQuery(PROMPT)))
+        return {at.location: at.tokens for each in answer.instances for at in each.locations}
+
+    eventually(lambda: held() == {"disk": 12, memory.location: 4})
+    below[0].evict([chunks_of(PROMPT)[2].key])
+    assert agent.confirm("disk", 30)
+    assert held() == {"disk": 8, memory.location: 4}
+    below[1].store(chunks_of(PROMPT))
+    assert agent.confirm("server", 30)
+    assert held() == {"server": 12, "disk": 8, memory.location: 4}
+
+
+def test_of_equally_long_matches_that_of_the_higher_tier_is_the_answer(
+    controller: Running, start_agent: StartAgent
+) -> None:
+    agent, memory = start_agent(controller.url, below=[below := FakeEngine("A")])
+    for engine in (below, memory):
+        engine.store(chunks_of(PROMPT))
+        assert agent.confirm(engine.location, 30)
+    answer = controller.call(controller.controller.lookup, LookupQuery(PROMPT))
+    assert answer.instances[0].best.location == memory.location
+
+
+def test_a_controller_that_restarts_learns_every_location_again(
+    start_controller: StartController, start_agent: StartAgent
+) -> None:
+    first, second = start_controller(), start_controller()
+    with Proxy(first.port) as proxy:
+        disk = FakeEngine("disk")
+        agent, memory = start_agent(proxy.url, below=[disk])
+        memory.store(chunks_of(PROMPT))
+        disk.store(chunks_of(PROMPT))
+        eventually(lambda: first.counters()["index_keys"] == 3)
+        proxy.port = second.port
+        proxy.cut()
+        eventually(lambda: second.counters()["index_keys"] == 3)
+        assert agent.confirm("disk", 30)
+        assert agent.confirm(memory.location, 30)
+
+
 def test_a_large_cache_comes_over_in_parts_while_it_changes(
     start_controller: StartController, start_agent: StartAgent
 ) -> None:
@@ -119,7 +170,7 @@ def test_more_changes_than_are_kept_are_healed_by_a_snapshot(
 ) -> None:
     agent, engine = start_agent(controller.url)
     eventually(lambda: agent.stats()["registered"])
-    monkeypatch.setattr(agent._announcer, "_max_notes", 50)
+    monkeypatch.setattr(agent._streams[0].announcer, "_max_notes", 50)
     with engine.lock:
         engine.store(many_chunks(5000))
     eventually(lambda: controller.counters()["index_keys"] == 5000)
@@ -268,7 +319,7 @@ def test_an_engine_that_fails_does_not_end_the_agent(
 
 
 def test_an_agent_that_never_started_stops() -> None:
-    Agent(FakeEngine(), url="localhost:1", instance_id="a", incarnation=b"i" * 16).stop()
+    Agent([FakeEngine()], url="localhost:1", instance_id="a", incarnation=b"i" * 16).stop()
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,8 @@ def test_4_a_gap_is_healed(controller: Running, start_agent: StartAgent) -> None
     # A batch is lost on its way, though the agent thinks that it was sent.
     with engine.lock:
         engine.store(chunks_of(PROMPT[:8]))
-        agent._announcer.flush()
-        agent._announcer.sent()
+        agent._streams[0].announcer.flush()
+        agent._streams[0].announcer.sent()
     eventually(lambda: controller.held(PROMPT) == {"a": 8})
     assert controller.counters()["resyncs_total"] == 1
     assert engine.snapshots == 0

@@ -10,6 +10,7 @@ from lmcache_kit.control import jobs as module
 from lmcache_kit.control.announcer import Announcer
 from lmcache_kit.control.jobs import Jobs
 from lmcache_kit.control.session import Identity, Session
+from lmcache_kit.control.stream import Stream
 from lmcache_kit.control.wire import (
     AboutOrders,
     Began,
@@ -79,6 +80,38 @@ def test_an_order_that_is_said_again_is_begun_once_and_answered_again(side: Side
     assert len(side.operator.jobs) == 1
 
 
+def test_an_order_whose_size_is_not_known_yet_is_answered_when_it_is(side: Side) -> None:
+    side.operator.accepts = None
+    side.jobs.begin(BEGIN)
+    assert side.turn() == []
+    side.jobs.begin(BEGIN)
+    assert side.turn() == []
+    job = side.operator.jobs[0]
+    job.report(Progress())
+    assert side.turn() == []
+    assert side.jobs.wait_s() is None
+    job.accepted = Accepted(12, 3)
+    job.report(Progress(0, 3))
+    assert side.woken == 2
+    assert side.turn() == [BEGAN, Progressed("e1", Progress(0, 3))]
+    side.jobs.begin(BEGIN)
+    assert side.turn() == [BEGAN]
+    assert len(side.operator.jobs) == 1
+
+
+def test_an_order_that_ends_before_its_size_is_known_has_only_an_end(side: Side) -> None:
+    side.operator.accepts = None
+    failed = Outcome("failed", message="the source is gone")
+    side.jobs.begin(BEGIN)
+    side.turn()
+    side.operator.jobs[0].finish(failed)
+    assert side.turn() == [Ended("e1", failed)]
+    side.jobs.begin(BEGIN)
+    assert side.turn() == [Ended("e1", failed)]
+    side.jobs.settled("e1")
+    assert side.jobs.stats()["orders"] == 0
+
+
 def test_an_end_is_told_until_it_is_acknowledged(side: Side) -> None:
     side.jobs.begin(BEGIN)
     side.turn()
@@ -106,7 +139,9 @@ def test_a_new_connection_is_told_at_once(side: Side) -> None:
 def test_a_session_on_a_new_connection_tells_every_end_again(side: Side) -> None:
     engine, sent = FakeEngine(), list[FromAgent]()
     announcer = Announcer(engine.location)
-    session = Session(engine, announcer, Identity("a", b"i" * 16), jobs=side.jobs, clock=side.clock)
+    session = Session(
+        [Stream(engine, announcer)], Identity("a", b"i" * 16), jobs=side.jobs, clock=side.clock
+    )
 
     def turn() -> list[FromAgent]:
         sent.clear()

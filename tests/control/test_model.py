@@ -18,9 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lmcache_kit.control import wire
 from lmcache_kit.control.announcer import Announcer
+from lmcache_kit.control.confirming import Wait
 from lmcache_kit.control.lookup import lookup
 from lmcache_kit.control.registry import Registry
 from lmcache_kit.control.session import Identity, Session
+from lmcache_kit.control.stream import Stream
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.frontend import LookupQuery
 from tests.control.fakes import NAMESPACE, FakeClock, FakeEngine, chunks_of
@@ -47,6 +49,7 @@ class Life:
     engine: FakeEngine
     announcer: Announcer
     session: Session
+    waits: list[tuple[Wait, set[bytes]]] = field(default_factory=list)
     connection: int = 0
     stopped: bool = False
     out: deque[bytes] = field(default_factory=deque)
@@ -85,14 +88,14 @@ class Network(RuleBasedStateMachine):
         if len(self.lives) >= 5:
             return
         self.started += 1
-        engine = FakeEngine()
+        engine = FakeEngine("ram")
         engine.store(random.Random(self.started).sample(CHUNKS, self.started % 4))
         announcer = Announcer("ram", max_notes=12, max_past_keys=30, keys_per_message=3)
         announcer.begin_with(engine.subscribe(announcer))
         incarnation = self.started.to_bytes(16, "big")
         identity = Identity(name, incarnation, started=float(self.started), heartbeat_s=1.0)
         # The session asks its engine's location nowhere, only its announcer's.
-        session = Session(engine, announcer, identity, clock=self.clock)
+        session = Session([Stream(engine, announcer)], identity, clock=self.clock)
         session.register_namespace(NAMESPACE)
         session.register_namespace(OTHER)
         life = Life(name, incarnation, engine, announcer, session)
@@ -108,7 +111,19 @@ class Network(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 99), picked=st.sets(st.sampled_from(CHUNKS), max_size=5))
     def evict(self, which: int, picked: set) -> None:
-        self.some(which).engine.evict([chunk.key for chunk in sorted(picked)])
+        life = self.some(which)
+        keys = [chunk.key for chunk in sorted(picked)]
+        life.engine.evict(keys)
+        for _, noted in life.waits:
+            noted.difference_update(keys)
+
+    @rule(which=st.integers(0, 99))
+    def confirm(self, which: int) -> None:
+        """A thread of the cache process waits until the index holds what lies there now."""
+        life = self.some(which)
+        life.waits.append(
+            (life.session.streams["ram"].confirmations.ask(), set(life.engine.chunks))
+        )
 
     @rule(which=st.integers(0, 99), room=st.integers(0, 9))
     def turn(self, which: int, room: int) -> None:
@@ -152,9 +167,20 @@ class Network(RuleBasedStateMachine):
         except ProtocolError:
             return
         for connection, answer in answers:
+            if isinstance(answer, wire.Confirmed):
+                self.is_true(life, answer)
             for each in self.lives:
                 if each.connection == connection:
                     each.back.append(wire.encode(answer))
+
+    def is_true(self, life: Life, said: wire.Confirmed) -> None:
+        process = self.registry.on(life.connection)
+        assert process
+        assert process.said.incarnation == life.incarnation
+        held = self.held(process.followers["ram"].holder.bit)
+        for wait, noted in life.waits:
+            if wait.seq is not None and wait.seq <= said.seq:
+                assert noted <= held
 
     def deliver_all(self, life: Life) -> None:
         while life.out:
@@ -165,6 +191,28 @@ class Network(RuleBasedStateMachine):
         life = self.some(which)
         for _ in range(min(count, len(life.out))):
             self.deliver(life, life.out.popleft())
+
+    @rule(which=st.integers(0, 99), lost=st.integers(0, 9))
+    def exchange(self, which: int, lost: int) -> None:
+        """What the agent's thread says arrives, but for one message perhaps."""
+        life = self.some(which)
+        if not life.stopped:
+            self.run_turn(life, 9)
+            self.lose(which, lost, back=False)
+            self.deliver_all(life)
+
+    @rule(
+        which=st.integers(0, 99),
+        picked=st.sets(st.sampled_from(CHUNKS), min_size=1, max_size=4),
+        lost=st.integers(0, 9),
+    )
+    def move_in(self, which: int, picked: set, lost: int) -> None:
+        """What comes from a peer is stored and waited for."""
+        self.exchange(which, 99)
+        self.store(which, picked)
+        self.confirm(which)
+        self.exchange(which, lost)
+        self.exchange(which, 99)
 
     @rule(which=st.integers(0, 99), at=st.integers(0, 5), back=st.booleans())
     def lose(self, which: int, at: int, back: bool) -> None:
@@ -300,6 +348,7 @@ class Network(RuleBasedStateMachine):
             assert known[name].said.incarnation == life.incarnation
             bit = known[name].followers["ram"].holder.bit
             assert self.held(bit) == life.engine.chunks.keys()
+            assert all(wait.confirmed for wait, _ in life.waits)
         while self.registry.index.sweep():
             pass
         everything = set().union(*(life.engine.chunks.keys() for life in latest.values()))

@@ -18,7 +18,7 @@ from lmcache_kit.control.ledger import Event
 from lmcache_kit.control.operations import Operations
 from lmcache_kit.control.registry import Connection, Registry
 from lmcache_kit.interfaces.frontend import EventInfo, Operation
-from lmcache_kit.interfaces.operations import Clear, Outcome, Progress
+from lmcache_kit.interfaces.operations import Accepted, Clear, Outcome, Progress
 from tests.control.fakes import FakeClock, FakeOperator
 
 ENDS = ["done", "partial", "failed"]
@@ -61,8 +61,10 @@ class Network(RuleBasedStateMachine):
         said = wire.Register("a", self.lives.to_bytes(16), self.lives, "", 1.0, ("ram",), (), ())
         self.registry.handle(self.connection, said)
 
-    @rule(deadline_s=st.sampled_from([0.5, 10.0, 60.0]))
-    def order(self, deadline_s: float) -> None:
+    @rule(deadline_s=st.sampled_from([0.5, 10.0, 60.0]), known=st.booleans())
+    def order(self, deadline_s: float, known: bool) -> None:
+        """Orders that are begun from now on know at once what they are about, or not."""
+        self.operators[-1].accepts = Accepted(12, 3) if known else None
         order = Clear(location="ram", cache_salt=str(len(self.events)))
         asked = Operation(instance_id="a", order=order, deadline_s=deadline_s)
         process = self.registry.find("a")
@@ -134,6 +136,14 @@ class Network(RuleBasedStateMachine):
         jobs = self.operators[-1].jobs
         jobs[which % len(jobs)].report(Progress(1, 3))
 
+    @precondition(lambda self: self.operators[-1].jobs)
+    @rule(which=st.integers(0, 99))
+    def accept(self, which: int) -> None:
+        jobs = self.operators[-1].jobs
+        job = jobs[which % len(jobs)]
+        job.accepted = Accepted(12, 3)
+        job.report(Progress(0, 3))
+
     @precondition(lambda self: self.events)
     @rule(which=st.integers(0, 99))
     def cancel(self, which: int) -> None:
@@ -146,6 +156,12 @@ class Network(RuleBasedStateMachine):
     def an_order_is_begun_at_most_once(self) -> None:
         begun = [job.order.cache_salt for operator in self.operators for job in operator.jobs]
         assert len(begun) == len(set(begun))
+
+    @invariant()
+    def what_failed_before_it_was_accepted_is_refused(self) -> None:
+        for event in self.events.values():
+            failed = event.state in ("failed", "expired")
+            assert (event.refusal is not None) == (failed and event.started_at is None)
 
     @invariant()
     def an_end_does_not_change_and_comes_by_the_deadline(self) -> None:

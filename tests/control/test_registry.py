@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 
 from lmcache_kit.control.registry import Registry
+from lmcache_kit.control.session import Identity
 from lmcache_kit.control.wire import (
     Batch,
+    Confirm,
+    Confirmed,
     Fenced,
     Goodbye,
     Heartbeat,
     Refused,
     Register,
     Registered,
+    Resync,
     WhoAreYou,
 )
-from lmcache_kit.errors import UnknownName
+from lmcache_kit.errors import ProtocolError, UnknownName
 from tests.control.fakes import NAMESPACE, FakeClock, chunks_of
 
 KEY = chunks_of([1, 2, 3, 4])[0].key
@@ -175,3 +179,36 @@ def test_a_thousand_restarts_leave_nothing_behind(world: World) -> None:
     assert (index.holders, len(index), len(index._owners)) == (1, 1, 2)
     assert len(world.registry._connections) == 1
     assert sum(world.registry._namespaces.values()) == 1
+
+
+def test_a_confirmation_is_of_a_location_of_who_asks(holding: World) -> None:
+    assert holding.say("c1", Confirm("ram", 1)) == [Confirmed("ram", 1)]
+    assert holding.say("c1", Confirm("ram", 2)) == [Resync("ram", 1)]
+    assert holding.say("c2", Confirm("ram", 1)) == [WhoAreYou()]
+    with pytest.raises(ProtocolError, match="location 'disk' is not registered"):
+        holding.say("c1", Confirm("disk", 1))
+    assert holding.registry.counts["confirmations_total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("peer_url", "peer_key", "taken"),
+    [
+        (None, b"", True),
+        ("box:1", b"k" * 32, True),
+        ("box:1", b"", False),
+        ("box:1", b"k" * 31, False),
+        (None, b"k" * 32, False),
+    ],
+)
+def test_a_peer_url_comes_with_a_key(
+    world: World, peer_url: str | None, peer_key: bytes, taken: bool
+) -> None:
+    answer = world.register("c1", peer_url=peer_url, peer_key=peer_key)
+    assert answer == (Registered((("ram", 0),)) if taken else Refused("the peer key does not fit"))
+
+
+def test_the_peer_key_is_in_no_repr() -> None:
+    key = b"secret" * 5 + b"!!"
+    said = Register("a", b"i" * 16, 1.0, "", 1.0, ("ram",), (), (), "box:1", key)
+    shown = repr(said) + repr(Identity("a", b"i" * 16, peer_url="box:1", peer_key=key))
+    assert "secret" not in shown

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 
+from lmcache_kit.control import follower as followers
 from lmcache_kit.control.announcer import Announcer
 from lmcache_kit.control.follower import MAX_BUFFERED, Follower
 from lmcache_kit.control.index import KeyIndex, Owner
-from lmcache_kit.control.wire import Batch, Position, Resync, SnapshotPart, Tail
+from lmcache_kit.control.wire import Batch, Confirmed, Position, Resync, SnapshotPart, Tail
 from lmcache_kit.errors import ProtocolError
 from tests.control.fakes import chunks_of
 
@@ -149,6 +150,53 @@ def test_a_blob_that_is_no_whole_number_of_keys_is_refused_whole(ends: Ends) -> 
     with pytest.raises(ProtocolError, match="a blob of 17 bytes"):
         ends.follower.batch(batch(1, A, A + b"x"), 0)
     assert ends.follower.seq == 0
+
+
+# What the index is asked to confirm.
+
+
+def test_what_is_held_is_confirmed(ends: Ends) -> None:
+    assert ends.follower.confirm(0, 0) == Confirmed("ram", 0)
+    ends.follower.batch(batch(1, A), 0)
+    ends.follower.batch(batch(2, B), 0)
+    assert ends.follower.confirm(1, 0) == Confirmed("ram", 1)
+    assert ends.follower.confirm(2, 0) == Confirmed("ram", 2)
+
+
+def test_what_is_missing_is_asked_for_at_once_and_confirmed_when_it_came(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    assert ends.follower.confirm(2, 0) == Resync("ram", 1, snapshot=False)
+    assert ends.follower.confirm(2, 0.5) is None
+    ends.follower.batch(batch(2, B), 0.6)
+    assert ends.follower.confirm(2, 0.7) == Confirmed("ram", 2)
+
+
+def test_a_snapshot_is_confirmed_when_it_is_whole(ends: Ends) -> None:
+    ends.follower.snapshot(part(7, 0, B, last=False), 0)
+    assert ends.follower.confirm(7, 0) is None
+    ends.follower.snapshot(part(7, 1, C, last=True), 0)
+    assert ends.follower.confirm(7, 0) == Confirmed("ram", 7)
+
+
+def test_a_snapshot_that_goes_quiet_is_asked_for_again_by_who_waits(ends: Ends) -> None:
+    ends.follower.snapshot(part(7, 0, B, last=False), 0)
+    assert ends.follower.confirm(7, 3.0) == Resync("ram", 0, snapshot=True)
+
+
+def test_an_index_in_doubt_confirms_nothing(ends: Ends) -> None:
+    ends.follower.batch(batch(1, A), 0)
+    assert ends.follower.check(Position("ram", 1, 2, 0), 0) == Resync("ram", 1, snapshot=True)
+    assert ends.follower.confirm(1, 0) is None
+    ends.follower.snapshot(part(2, 0, A + B, last=True), 0)
+    assert ends.follower.confirm(1, 0) == Confirmed("ram", 1)
+
+
+def test_an_index_without_room_confirms_nothing(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followers, "MAX_KEYS", 1)
+    ends.follower.batch(batch(1, A + B), 0)
+    assert ends.follower.confirm(1, 0) is None
 
 
 # The announcing end.

@@ -85,6 +85,34 @@ def test_a_signal_ends_a_service_in_order(
     assert not (folder / "c.sock").exists()
 
 
+@pytest.mark.parametrize(
+    "hanging",
+    [
+        "LocalCPUBackend.close = hang",
+        "threading.Thread(target=hang).start()",
+    ],
+    ids=["a backend that does not close", "a thread that does not end"],
+)
+def test_what_hangs_does_not_keep_a_service_from_ending_and_is_named(
+    script: Script, hanging: str
+) -> None:
+    prelude = f"""
+    import threading, time
+    from lmcache_kit.process import host
+    from lmcache_kit_cpu_backend.backend import LocalCPUBackend
+    host.END_S = 0.5
+    def hang(*_):
+        time.sleep(600)
+    {hanging}
+    """
+    service = script(prelude + SERVICE, wait_for="ready", stderr=subprocess.PIPE)
+    service.terminate()
+    _, said = service.communicate(timeout=20)
+    assert service.returncode == 1
+    assert "Timeout (0:00:00.5" in said
+    assert "in hang\n" in said
+
+
 def test_a_second_service_at_the_same_socket_is_refused(
     script: Script, configure: Configure, folder: Path
 ) -> None:

@@ -32,6 +32,7 @@ from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.process import jobs
 from lmcache_kit.process.codecs import Codecs
+from lmcache_kit.process.namespaces import Namespaces
 from lmcache_kit.process.operations import EngineOperator
 from tests.cache.codecs import Zip
 
@@ -89,8 +90,9 @@ class Place:
         self.memory = LocalCPUBackend(64 * 4096)
         self.engine = CacheEngine(self.memory, LRU(), location=PLACE)
         self.codecs = FakeCodecs()
-        self.operator = EngineOperator(self.engine, self.codecs)
-        self.operator.register_namespace(BASE)
+        self.namespaces = Namespaces()
+        self.namespaces.register(BASE)
+        self.operator = EngineOperator(self.engine, self.codecs, namespaces=self.namespaces)
 
     def store(self, tokens: Sequence[int], space: Namespace = BASE) -> None:
         packed = pack_tokens(tokens)
@@ -212,7 +214,9 @@ def test_a_pin_of_what_is_not_stored_pins_nothing_and_says_so(place: Place) -> N
 
 def test_a_pin_without_a_time_takes_the_configured_one() -> None:
     place = Place()
-    place.operator = EngineOperator(place.engine, place.codecs, pin_ttl_s=300)
+    place.operator = EngineOperator(
+        place.engine, place.codecs, namespaces=place.namespaces, pin_ttl_s=300
+    )
     place.store(range(16))
     place.do(pin(None))
     place.do(pin(None, "q", ttl_s=5))
@@ -234,7 +238,7 @@ def test_pins_end_by_id_and_by_tokens(place: Place) -> None:
 
 def test_orders_reach_only_the_namespaces_of_their_salt_and_model(place: Place) -> None:
     salted = BASE.variant(cache_salt="s")
-    place.operator.register_namespace(OTHER)
+    place.namespaces.register(OTHER)
     for space in (BASE, salted, OTHER):
         place.store(range(16), space)
     packed = pack_tokens(range(16))

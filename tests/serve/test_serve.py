@@ -6,21 +6,25 @@ The tests build on each other: starting vLLM takes most of a minute on a small m
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmcache_kit.config import load_config
 from lmcache_kit.errors import CacheUnavailable
-from lmcache_kit.process.life import open_client
+from tests.serve.helpers import (
+    alive,
+    cache_pid,
+    descendants,
+    eventually,
+    free_ports,
+    get,
+    long_prompt,
+    tokens_of,
+)
 from tools import stack
 
 pytestmark = pytest.mark.vllm
@@ -29,7 +33,7 @@ PROMPT = "Explain the significance of KV cache in language models."
 INSTANCE = "lmcache_default_instance"
 PLACE: dict[str, object] = {"instance_id": INSTANCE, "location": "LocalCPUBackend"}
 HEARTBEAT_S = 0.5
-LINGER_S = 60
+LINGER_S = 300
 
 
 class Site:
@@ -55,7 +59,10 @@ class Site:
         return f"http://localhost:{self.vllm_port}"
 
     def new_vllm(self) -> stack.Program:
-        more = ("--no-enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager")
+        more = (
+            "--no-enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager",
+            "--dtype", "float32",
+        )  # fmt: skip
         log = self.folder / "vllm.log"
         environment = {**self.settings, "OMP_NUM_THREADS": "1"}
         return stack.vllm_server(
@@ -79,10 +86,7 @@ class Site:
         return stack.stream_completion(self.vllm_url, prompt)
 
     def tokens(self, prompt: str) -> list[int]:
-        body: dict[str, object] = {"model": stack.SERVED_NAME, "prompt": prompt}
-        tokens = stack.post(f"{self.vllm_url}/tokenize", body)["tokens"]
-        assert isinstance(tokens, list)
-        return tokens
+        return tokens_of(self.vllm_url, prompt)
 
     def post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
         """Ask the controller."""
@@ -102,18 +106,11 @@ class Site:
 
     def get(self, path: str) -> dict[str, Any]:
         """Ask the controller."""
-        with urllib.request.urlopen(f"http://localhost:{self.port}{path}") as reply:
-            return dict(json.load(reply))
+        return get(f"http://localhost:{self.port}{path}")
 
     def cache_pid(self) -> int:
         """Process id of the cache process, asked of itself."""
-        environ = {**self.settings, "LMCACHE_CACHE_PROCESS": "attach"}
-        client = open_client(load_config(file=self.config, environ=environ).config, role="tool")
-        try:
-            assert client.wait_ready(10)
-            return client.stats().pid
-        finally:
-            client.close()
+        return cache_pid(self.config, self.settings)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +119,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     try:
         yield site
     finally:
-        cache_pid = None
+        pid = None
         with contextlib.suppress(CacheUnavailable, AssertionError):
-            cache_pid = site.cache_pid()
+            pid = site.cache_pid()
         site.vllm.stop()
         site.controller.stop()
-        if cache_pid is not None:
-            os.kill(cache_pid, signal.SIGTERM)
+        if pid is not None:
+            os.kill(pid, signal.SIGTERM)
 
 
 def test_vllm_serves_and_caches_before_there_is_a_controller(site: Site) -> None:
@@ -256,42 +253,3 @@ def test_a_killed_worker_leaves_no_orphan_behind(site: Site) -> None:
     os.kill(pid, signal.SIGTERM)
     eventually(lambda: not alive(pid))
     assert not (site.folder / "cache.sock").exists()
-
-
-def long_prompt(subject: str, *, words: int) -> str:
-    return " ".join(f"{subject} {number}" for number in range(words // 2))
-
-
-def eventually(check: Callable[[], bool], *, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, "not within the deadline"
-        time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def alive(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def descendants(pid: int) -> list[int]:
-    """Process ids of all children, parents before their children."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found

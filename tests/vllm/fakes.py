@@ -21,6 +21,21 @@ LAYOUT = KVLayout("float32", layers=1, kv_heads=1, head_dim=1)
 NAMESPACE = Namespace("model", LAYOUT, CHUNK)
 
 
+class FakeLookup:
+    """Its answer comes when the client is not ``slow`` (any more)."""
+
+    def __init__(self, client: FakeClient, found: Found) -> None:
+        self.client = client
+        self.found = found
+
+    def poll(self, wait_s: float = 0.0) -> Found | None:
+        self.client._called("poll")
+        return None if self.client.slow else self.found
+
+    def abandon(self) -> None:
+        self.client.release(self.found.lease, everyone=True)
+
+
 class FakeClient:
     """A cache of whole chunks in a few bytes of memory, of one rank."""
 
@@ -37,11 +52,15 @@ class FakeClient:
         self.starts: list[int] = []
         self.fails: set[str] = set()
         self.refuses = False
+        self.slow = False
         self._next = 1
         self._offset = 0
 
-    def lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> Found:
+    def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> FakeLookup:
         self._called("lookup")
+        return FakeLookup(self, self.lookup(namespace, tokens, chunk_size))
+
+    def lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> Found:
         found, parent, start = [], namespace[:16], 0
         while start < len(tokens) // 4:
             part = tokens[start * 4 : (start + chunk_size) * 4]

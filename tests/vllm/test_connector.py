@@ -113,10 +113,10 @@ def test_the_scheduler_says_why_a_model_is_served_without_the_cache(
 def test_a_key_that_is_not_served_is_warned_about_once_for_all_of_vllm(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extra = attached(tmp_path) | {"lmcache.local_disk": "/disk"}
+    extra = attached(tmp_path) | {"lmcache.use_layerwise": "/disk"}
     for role in ("WORKER", "WORKER", "SCHEDULER"):
         new_connector(extra, groups=2, role=role)
-    assert caplog.text.count("local_disk (kv_connector_extra_config)") == 1
+    assert caplog.text.count("use_layerwise (kv_connector_extra_config)") == 1
 
 
 @pytest.mark.parametrize("role", ["WORKER", "SCHEDULER"])

@@ -89,13 +89,13 @@ def test_the_cache_is_asked_once_however_often_vllm_asks(client: FakeClient) -> 
     side, request = new_side(client), new_request(PROMPT)
     answers = {side.matched_tokens(request, 0) for _ in range(140)}
     assert answers == {len(PROMPT) - 1}
-    assert client.calls == ["lookup"]
+    assert client.calls == ["lookup", "poll"]
 
 
 def test_a_miss_is_remembered_too(client: FakeClient) -> None:
     side, request = new_side(client), new_request(PROMPT)
     assert [side.matched_tokens(request, 0) for _ in range(3)] == [0, 0, 0]
-    assert client.calls == ["lookup"]
+    assert client.calls == ["lookup", "poll"]
 
 
 def test_a_request_that_waits_long_is_looked_up_again_before_its_lease_ends(
@@ -107,12 +107,35 @@ def test_a_request_that_waits_long_is_looked_up_again_before_its_lease_ends(
     side.matched_tokens(request, 0)
     now[0] = 61.0
     side.matched_tokens(request, 0)
-    assert client.calls == ["lookup", "release", "lookup"]
+    assert client.calls == ["lookup", "poll", "release", "lookup", "poll"]
     assert client.held() == 1
 
 
-def test_a_late_lookup_is_a_miss(client: FakeClient) -> None:
-    client.fails = {"lookup"}
+def test_a_lookup_that_takes_time_holds_up_nobody(client: FakeClient) -> None:
+    client.store(PROMPT)
+    client.slow = True
+    side, request = new_side(client), new_request(PROMPT)
+    assert [side.matched_tokens(request, 0) for _ in range(3)] == [None, None, None]
+    client.slow = False
+    assert place(side, request) == len(PROMPT) - 1
+    assert client.calls.count("lookup") == 1
+    assert side.stats()["lookups_waited_for"] == 1
+
+
+def test_a_request_aborted_before_the_answer_comes_gives_back_what_it_grants(
+    client: FakeClient,
+) -> None:
+    client.store(PROMPT)
+    client.slow = True
+    side, request = new_side(client), new_request(PROMPT)
+    assert side.matched_tokens(request, 0) is None
+    assert side.finished(request, []) is False
+    assert client.held() == 0
+
+
+@pytest.mark.parametrize("step", ["lookup", "poll"])
+def test_a_late_lookup_is_a_miss(client: FakeClient, step: str) -> None:
+    client.fails = {step}
     side, request = new_side(client), new_request(PROMPT)
     assert place(side, request) == 0
     assert run(side, request).loads == []

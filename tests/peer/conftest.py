@@ -1,0 +1,280 @@
+"""Caches that take part in moves, in this process: real memory, real sockets, real transports."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import pytest
+from lmcache_kit_cpu_backend.backend import LocalCPUBackend
+from xxhash import xxh3_64_intdigest
+
+from lmcache_kit.cache.engine import CacheEngine
+from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.records import StoreItem
+from lmcache_kit.cache.tier import Tier
+from lmcache_kit.config import KitConfig
+from lmcache_kit.interfaces import Backend, Region
+from lmcache_kit.interfaces.operations import Move, Outcome, Peer, Progress
+from lmcache_kit.keys import Namespace, chain, pack_tokens
+from lmcache_kit.layout import KVLayout
+from lmcache_kit.peer.claim import Claim
+from lmcache_kit.peer.node import Node
+from lmcache_kit.plugins import Plugins
+from lmcache_kit.process.codecs import Codecs
+from lmcache_kit.process.namespaces import Namespaces
+
+PLACE = "LocalCPUBackend"
+CHUNK = 16
+LAYOUT = KVLayout("bfloat16", layers=2, kv_heads=2, head_dim=64)
+BASE = Namespace("acme/model", LAYOUT, CHUNK)
+DEADLINE_S = 30.0
+
+
+def payload(tokens: Sequence[int], rank: int, layout: KVLayout = LAYOUT) -> bytes:
+    """Bytes that only these tokens and this rank have."""
+    seed = pack_tokens(tokens) + bytes([rank + 1])
+    nbytes = layout.payload_bytes(len(tokens))
+    return (seed * (nbytes // len(seed) + 1))[:nbytes]
+
+
+class Running:
+    """A move that was begun."""
+
+    def __init__(self, place: Place, order: Move, deadline_s: float) -> None:
+        self.reports: list[Progress] = []
+        self.outcomes: list[Outcome] = []
+        self._ended = threading.Event()
+        self.job = place.node.mover.begin(
+            order, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
+        )
+
+    def _finish(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self._ended.set()
+
+    @property
+    def outcome(self) -> Outcome:
+        assert self._ended.wait(DEADLINE_S), "the move did not end"
+        assert len(self.outcomes) == 1
+        return self.outcomes[0]
+
+
+class Place:
+    """One cache, its node, and what a worker would do."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        base: Namespace | None = BASE,
+        ranks: int = 1,
+        mib: float = 4,
+        stores: Sequence[Backend] = (),
+        plugins: Plugins | None = None,
+        **keys: object,
+    ) -> None:
+        self.name = name
+        self.base = base or BASE
+        self.ranks = ranks
+        self.incarnation = secrets.token_bytes(16)
+        self.confirms = True
+        self.asked_to_confirm = 0
+        self.before_confirm: Callable[[], object] = lambda: None
+        self.memory = LocalCPUBackend(int(mib * (1 << 20)))
+        self.engine = CacheEngine(self.memory, LRU(), location=PLACE)
+        self.namespaces = Namespaces()
+        if base is not None:
+            self.namespaces.register(base)
+        plugins = plugins or Plugins.load()
+        # Lossless, so that what is read can be compared with what was stored.
+        self.codecs = Codecs(plugins, {"cachegen": {"level": 0}})
+        self.tiers = [
+            Tier(store, LRU(), location=location, get_codec=self.codecs.make)
+            for store, location in zip(stores, "ABC", strict=False)
+        ]
+        below = self.engine.attach(self.tiers, self.codecs.make)
+        self.engine.subscribe(below)
+        defaults: dict[str, object] = {
+            "enable_p2p": True,
+            "lmcache_instance_id": name,
+            "p2p_host": "127.0.0.1",
+            "transfer_channel": "tcp",
+        }
+        self.node = Node(
+            KitConfig(**{**defaults, **keys}),  # type: ignore[arg-type]
+            plugins,
+            self.memory,
+            self.engine,
+            namespaces=self.namespaces,
+            get_codec=self.codecs.make,
+            incarnation=self.incarnation,
+            confirm=self._confirm,
+        )
+        self.node.start()
+
+    def _confirm(self, location: str, timeout_s: float) -> bool:
+        self.asked_to_confirm += 1
+        self.before_confirm()
+        return self.confirms
+
+    def store(self, tokens: Sequence[int], space: Namespace | None = None) -> int:
+        """How many chunks are new."""
+        digest, packed, new = (space or self.base).digest, pack_tokens(tokens), 0
+        links = list(chain(digest, packed, CHUNK))
+        for rank in range(self.ranks):
+            items = [
+                StoreItem(
+                    link.parent,
+                    packed[link.start * 4 : link.end * 4],
+                    LAYOUT.payload_bytes(link.end - link.start),
+                    link.start,
+                )
+                for link in links
+            ]
+            grants = self.engine.allocate(
+                digest, rank, self.ranks, CHUNK, items, "worker", Form(LAYOUT, first_head=2 * rank)
+            )
+            written = []
+            for link, item, grant in zip(links, items, grants, strict=True):
+                if grant.status == "granted":
+                    data = payload(tokens[link.start : link.end], rank)
+                    self.memory.view(Region(grant.offset, item.nbytes))[:] = data
+                    written.append((grant.ticket, xxh3_64_intdigest(data)))
+            new = self.engine.commit(written, "worker")
+        return new
+
+    def hit(self, tokens: Sequence[int], space: Namespace | None = None) -> int:
+        """How many tokens a lookup finds; what it finds is what was stored, byte by byte."""
+        digest = (space or self.base).digest
+        match = self.engine.lookup(digest, pack_tokens(tokens), CHUNK, self.ranks, "reader", 20)
+        for located in match.chunks:
+            assert len(located.extents) == self.ranks
+            for rank, extent in enumerate(located.extents):
+                data = bytes(self.memory.view(Region(extent.offset, extent.nbytes)))
+                assert xxh3_64_intdigest(data) == extent.checksum
+                whole = tokens[located.start : located.start + located.tokens]
+                if len(whole) == located.tokens:
+                    assert data == payload(whole, rank)
+        self.engine.release(match.lease, None)
+        return match.chunks[-1].end if match.chunks else 0
+
+    def order(
+        self,
+        source: Place,
+        tokens: Sequence[int] | None = None,
+        *,
+        event_id: str | None = None,
+        salt: str = "",
+        model: str | None = None,
+        copy: bool = False,
+        at: str = PLACE,
+        to: str = PLACE,
+        url: str | None = None,
+        sealed: Claim | None = None,
+        incarnation: bytes | None = None,
+    ) -> Move:
+        """As the controller gives it; ``at`` and ``to`` are locations there and here."""
+        event_id = event_id or secrets.token_hex(8)
+        order = Move(
+            location=to,
+            tokens=None if tokens is None else pack_tokens(tokens),
+            cache_salt=salt,
+            model=model,
+            source=source.name,
+            source_location=at,
+            copy=copy,
+        )
+        seal = (sealed or Claim.of(order, event_id, self.name)).seal(source.node.key)
+        peer = Peer(event_id, url or source.node.url, incarnation or source.incarnation, seal)
+        return Move(**{**{f: getattr(order, f) for f in order.__struct_fields__}, "peer": peer})
+
+    def begin(self, order: Move, deadline_s: float = 60.0) -> Running:
+        return Running(self, order, deadline_s)
+
+    def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> Outcome:
+        """Take from there, and wait for the end."""
+        return self.begin(self.order(source, tokens, **how)).outcome  # type: ignore[arg-type]
+
+    def everything(self) -> set[bytes]:
+        """Keys of all that is stored."""
+        return {holding.key for holding in self.engine.holdings(None, None)}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is held for anybody."""
+        stats = self.stats()
+        names = ("leases", "writers", "pending", "quarantined_bytes")
+        return not any(stats[name] for name in names)
+
+    def at(self, location: str) -> set[bytes]:
+        """Keys of all that is at one location."""
+        return {each.key for each in self.engine.inventories[location].holdings(None, None)}
+
+    def settle(self) -> None:
+        """Until all that was sent down is there."""
+        for tier in self.tiers:
+            assert tier.turns.flush(DEADLINE_S)
+            assert tier.turns.flush(DEADLINE_S)
+
+    def stats(self) -> dict[str, float]:
+        return {**self.engine.stats(), **self.node.stats()}
+
+    def close(self) -> None:
+        self.node.close()
+        if self.engine.tiers:
+            self.engine.tiers.close()
+        self.engine.close()
+
+
+class MakePlace(Protocol):
+    def __call__(self, name: str, **how: object) -> Place: ...
+
+
+@pytest.fixture
+def make_place() -> Iterator[MakePlace]:
+    """Each is closed in the end, and must have nothing left that is held for somebody."""
+    made: list[Place] = []
+    with contextlib.ExitStack() as places:
+
+        def make(name: str, **how: object) -> Place:
+            place = Place(name, **how)  # type: ignore[arg-type]
+            places.callback(place.close)
+            made.append(place)
+            return place
+
+        yield make
+        eventually(lambda: all(place.idle for place in made))
+
+
+@pytest.fixture
+def source(make_place: MakePlace) -> Place:
+    return make_place("source")
+
+
+@pytest.fixture
+def goal(make_place: MakePlace) -> Place:
+    """Where moves go to."""
+    return make_place("goal")
+
+
+class Eventually(Protocol):
+    def __call__(self, holds: Callable[[], object]) -> None: ...
+
+
+def eventually(holds: Callable[[], object]) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {DEADLINE_S} s"
+        time.sleep(0.01)
+
+
+@pytest.fixture(name="eventually")
+def eventually_fixture() -> Eventually:
+    return eventually

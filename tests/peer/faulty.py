@@ -1,0 +1,94 @@
+"""Run a program of ours that dies, or stops, at one step of a move:
+
+    python faulty.py STEP ACTION PROGRAM ARGUMENTS...
+
+STEP is one of STEPS, ACTION is ``kill``, ``abort`` or ``stop`` (SIGSTOP); it happens once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Step(NamedTuple):
+    """A method, and when: before or after its ``nth`` call, or ``delay_s`` after that."""
+
+    target: str
+    when: str
+    nth: int = 1
+    delay_s: float = 0.0
+
+
+_SESSION = "lmcache_kit.peer.source:_Session"
+_TRANSFERS = "lmcache_kit.cache.transfers:Transfers"
+_INVENTORY = "lmcache_kit.cache.inventory:Inventory"
+_REMOTE = "lmcache_kit.peer.remote:Remote"
+_AGENT = "lmcache_kit.control.agent:Agent"
+
+SOURCE_STEPS = {
+    "asked": Step(f"{_SESSION}.welcome", "before"),
+    "welcomed": Step(f"{_SESSION}.answer", "before"),
+    "lent": Step(f"{_SESSION}._lend", "after"),
+    "offered": Step(f"{_SESSION}._let_read", "after"),
+    "being read": Step(f"{_SESSION}._let_read", "after", delay_s=0.003),
+    "given back": Step(f"{_SESSION}._end", "before"),
+    "to forget": Step(f"{_INVENTORY}.forget", "before"),
+}
+FORGOTTEN = {"has forgotten": Step(f"{_INVENTORY}.forget", "after")}
+GOAL_STEPS = {
+    "to ask": Step("lmcache_kit.peer.mover:MoveJob._open", "before"),
+    "accepted": Step("lmcache_kit.peer.mover:MoveJob._accept", "after"),
+    "room made": Step(f"{_TRANSFERS}.receive", "after"),
+    "reading": Step(f"{_REMOTE}.lend", "after", delay_s=0.003),
+    "first landed": Step(f"{_TRANSFERS}.landed", "after"),
+    "most landed": Step(f"{_TRANSFERS}.landed", "after", nth=7),
+    "to give back": Step(f"{_REMOTE}.give_back", "before"),
+    "to confirm": Step(f"{_AGENT}.confirm", "before"),
+    "confirmed": Step(f"{_AGENT}.confirm", "after"),
+    "to have it forgotten": Step(f"{_REMOTE}.forget", "before"),
+}
+STEPS = {**SOURCE_STEPS, **FORGOTTEN, **GOAL_STEPS}
+_SIGNALS = {"abort": signal.SIGABRT, "kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+def arm(step: Step, number: signal.Signals) -> None:
+    """Have it happen."""
+    module, _, path = step.target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def fault() -> None:
+        if step.delay_s:
+            threading.Timer(step.delay_s, os.kill, (os.getpid(), number)).start()
+        else:  # sent to this thread, which so does nothing more before it takes effect
+            signal.pthread_kill(threading.get_ident(), number)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        due = calls == step.nth
+        if due and step.when == "before":
+            fault()
+        result = original(*args, **kwargs)
+        if due and step.when == "after":
+            fault()
+        return result
+
+    setattr(owner, name, faulty)
+
+
+if __name__ == "__main__":
+    arm(STEPS[sys.argv[1]], _SIGNALS[sys.argv[2]])
+    sys.argv = sys.argv[3:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

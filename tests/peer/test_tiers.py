@@ -1,0 +1,242 @@
+"""Moves from and to tiers below memory, between two caches and within one."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from lmcache_kit.errors import BackendError, InvalidQuery, UnknownName
+from lmcache_kit.interfaces.operations import Clear, Move, Outcome, Pin, Progress
+from lmcache_kit.keys import pack_tokens
+from lmcache_kit.process.operations import EngineOperator
+from tests.cache.stores import Dict
+from tests.peer.conftest import DEADLINE_S, LAYOUT, PLACE, MakePlace, Place
+
+CHUNK_BYTES = LAYOUT.payload_bytes(16)
+
+
+@pytest.fixture
+def low(make_place: MakePlace) -> Place:
+    """A source with two tiers, whose memory is empty."""
+    place = make_place("low", stores=[Dict(), Dict()])
+    place.store(range(40))
+    place.settle()
+    place.engine.clear()
+    return place
+
+
+def test_a_move_takes_from_a_tier(low: Place, goal: Place) -> None:
+    outcome = goal.move(low, range(40), at="A")
+    assert (outcome.state, outcome.tokens, outcome.message) == ("done", 40, "")
+    low.settle()
+    assert low.at("A") == set()
+    assert len(low.at("B")) == 3
+    assert low.tiers[0].stats()["moved_out_chunks_total"] == 3
+    assert goal.hit(range(40)) == 40
+
+
+def test_a_copy_leaves_the_tier_as_it_is(low: Place, goal: Place) -> None:
+    assert goal.move(low, None, at="B", copy=True).state == "done"
+    assert len(low.at("B")) == 3
+
+
+def test_a_move_goes_to_a_tier_and_is_served_from_there(
+    source: Place, make_place: MakePlace
+) -> None:
+    goal = make_place("goal", stores=[Dict()])
+    source.store(range(40))
+    outcome = goal.move(source, range(40), to="A")
+    assert (outcome.state, outcome.tokens) == ("done", 40)
+    assert source.everything() == set()
+    assert len(goal.at("A")) == 3
+    goal.engine.clear()
+    assert goal.hit(range(40)) == 40
+
+
+def test_more_than_fits_into_memory_goes_to_a_tier(source: Place, make_place: MakePlace) -> None:
+    goal = make_place("goal", mib=0.125, stores=[Dict()])
+    source.store(range(640))
+    outcome = goal.move(source, range(640), to="A")
+    assert (outcome.state, outcome.tokens) == ("done", 640)
+    assert 40 * CHUNK_BYTES > 1 << 17
+    assert len(goal.at("A")) == 40
+    assert source.everything() == set()
+
+
+def test_what_a_full_tier_does_not_take_stays_at_the_source(
+    source: Place, make_place: MakePlace
+) -> None:
+    goal = make_place("goal", stores=[Dict(capacity=2 * CHUNK_BYTES)])
+    source.store(range(64))
+    outcome = goal.move(source, range(64), to="A")
+    assert outcome.state == "partial"
+    assert "A did not take it" in outcome.message
+    assert "the source keeps chunks: 2 that others there follow" in outcome.message
+    assert len(goal.at("A")) == 2
+    assert source.hit(range(64)) == 64
+
+
+def test_what_a_move_brings_to_a_full_tier_does_not_push_itself_out(
+    source: Place, make_place: MakePlace
+) -> None:
+    goal = make_place("goal", stores=[Dict(capacity=2 * CHUNK_BYTES)])
+    for start in range(0, 400, 100):
+        source.store(range(start, start + 16))
+    outcome = goal.move(source, to="A")
+    assert (outcome.state, outcome.tokens) == ("partial", 32)
+    assert len(goal.at("A")) == len(source.everything()) == 2
+    assert goal.at("A").isdisjoint(source.everything())
+
+
+def test_a_tier_that_fails_ends_the_move_and_the_source_keeps_all(
+    source: Place, make_place: MakePlace
+) -> None:
+    goal = make_place("goal", stores=[Dict()])
+    goal.tiers[0]._backend.broken = BackendError("read-only file system")  # type: ignore[attr-defined]
+    source.store(range(40))
+    outcome = goal.move(source, range(40), to="A")
+    assert outcome.state == "failed"
+    assert "read-only file system" in outcome.message
+    assert source.hit(range(40)) == 40
+
+
+def test_what_a_tier_has_already_is_not_sent(source: Place, make_place: MakePlace) -> None:
+    goal = make_place("goal", stores=[Dict()])
+    source.store(range(40))
+    goal.store(range(32))
+    goal.settle()
+    goal.engine.clear()
+    outcome = goal.move(source, range(40), to="A")
+    assert outcome.state == "done"
+    assert "2 of 3 chunks were here already" in outcome.message
+    assert outcome.progress.transfer is not None
+    assert outcome.progress.transfer.nbytes == LAYOUT.payload_bytes(8)
+
+
+def test_damage_in_a_tier_does_not_travel(low: Place, goal: Place) -> None:
+    store = low.tiers[0]._backend
+    assert isinstance(store, Dict)
+    key = list(store.blobs)[1]
+    meta, data = store.blobs[key]
+    store.blobs[key] = (meta, b"?" + data[1:])
+    outcome = goal.move(low, range(40), at="A")
+    assert goal.hit(range(40)) == 16
+    assert outcome.tokens < 40
+    assert low.tiers[0].stats()["corrupt_total"] == 1
+
+
+# Within one cache.
+
+
+class Within:
+    """An operator of one place."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.operator = EngineOperator(
+            place.engine,
+            place.codecs,
+            namespaces=place.namespaces,
+            mover=place.node.mover,
+            confirm=place._confirm,
+        )
+
+    def do(self, order: Move | Clear | Pin) -> Outcome:
+        outcomes: list[Outcome] = []
+        reports: list[Progress] = []
+        ended = threading.Event()
+
+        def finish(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            ended.set()
+
+        self.operator.begin(order, deadline_s=DEADLINE_S, report=reports.append, finish=finish)
+        assert ended.wait(DEADLINE_S)
+        self.place.settle()
+        return outcomes[0]
+
+    def move(self, at: str, to: str, *, copy: bool = False) -> Outcome:
+        return self.do(
+            Move(
+                location=to,
+                tokens=pack_tokens(range(40)),
+                source=self.place.name,
+                source_location=at,
+                copy=copy,
+            )
+        )
+
+
+@pytest.fixture
+def within(low: Place) -> Within:
+    return Within(low)
+
+
+@pytest.mark.parametrize(("at", "to"), [("A", PLACE), ("A", "B"), (PLACE, "A"), ("B", "A")])
+def test_a_move_from_one_location_to_another(within: Within, at: str, to: str) -> None:
+    place = within.place
+    if at == PLACE:
+        place.store(range(40))
+        place.settle()
+    for other in {PLACE, "A", "B"} - {at}:
+        place.engine.inventories[other].clear()
+    outcome = within.move(at, to)
+    assert (outcome.state, outcome.tokens, outcome.message) == ("done", 40, "")
+    assert place.at(at) == set()
+    assert len(place.at(to)) == 3
+    assert outcome.progress.transfer is not None
+    assert outcome.progress.transfer.transport == "local"
+    assert outcome.progress.transfer.nbytes == LAYOUT.payload_bytes(40)
+    assert place.hit(range(40)) == 40
+
+
+def test_a_copy_keeps_both(within: Within) -> None:
+    assert within.move("A", PLACE, copy=True).state == "done"
+    assert len(within.place.at("A")) == len(within.place.at(PLACE)) == 3
+
+
+def test_nothing_is_forgotten_that_the_controller_does_not_know_elsewhere(within: Within) -> None:
+    within.place.confirms = False
+    outcome = within.move("A", PLACE)
+    assert "did not confirm it in time, so the source keeps all" in outcome.message
+    assert len(within.place.at("A")) == 3
+
+
+def test_what_is_pinned_at_the_source_stays_there(within: Within) -> None:
+    within.do(Pin(location="A", tokens=pack_tokens(range(40)), pin_id="p"))
+    outcome = within.move("A", PLACE)
+    assert "the source keeps chunks: 3 that are pinned" in outcome.message
+    assert len(within.place.at("A")) == 3
+
+
+def test_what_does_not_fit_into_memory_stays_in_the_tier(make_place: MakePlace) -> None:
+    place = make_place("small", mib=2 * CHUNK_BYTES / (1 << 20), stores=[Dict()])
+    for start in (0, 16, 32):
+        place.store(range(start, start + 16))
+        place.settle()
+    within = Within(place)
+    place.engine.pin(None, pack_tokens(range(32, 48)), "p")
+    order = Move(location=PLACE, source="small", source_location="A")
+    outcome = within.do(order)
+    assert outcome.state == "partial"
+    assert "there is no room for it" in outcome.message
+    assert place.hit(range(32, 48)) == 16
+    assert len(place.at("A")) >= 1
+
+
+@pytest.mark.parametrize("to", ["A", "Z"])
+def test_a_move_within_a_cache_that_makes_no_sense_is_refused(within: Within, to: str) -> None:
+    with pytest.raises((InvalidQuery, UnknownName), match=r"are the same|Known: Local.*, A"):
+        within.move("A", to)
+
+
+def test_clearing_a_tier_waits_for_its_store_and_says_when_it_fails(within: Within) -> None:
+    assert within.do(Clear(location="A")).tokens == 40
+    assert within.place.at("A") == set()
+    store = within.place.tiers[1]._backend
+    assert isinstance(store, Dict)
+    store.broken = BackendError("read-only file system")
+    outcome = within.do(Clear(location="B"))
+    assert outcome.state == "failed"
+    assert "read-only file system" in outcome.message
