@@ -1,0 +1,393 @@
+"""Two caches in two processes, without controller: one lends, the other one, here, takes.
+
+:class:`Taker` has ways to bring the same bytes here: the kit's transports and moves, and what they
+are held against, which is as bare as it can be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+from fleet import LLAMA, PLACE, SMOLLM2
+from lmcache_kit_cpu_backend.backend import LocalCPUBackend
+from lmcache_kit_nixl_transport import environment, library
+from lmcache_kit_nixl_transport.probe import why_not
+from xxhash import xxh3_64_intdigest
+
+from lmcache_kit.cache.engine import CacheEngine
+from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.records import StoreItem
+from lmcache_kit.config import KitConfig
+from lmcache_kit.errors import CodecError
+from lmcache_kit.interfaces import Codec, Link, Offered, Region, Transport
+from lmcache_kit.interfaces.operations import Move, Outcome, Peer
+from lmcache_kit.keys import Namespace, chain, pack_tokens
+from lmcache_kit.peer.claim import Claim
+from lmcache_kit.peer.node import Node
+from lmcache_kit.peer.sockets import Listener, dial
+from lmcache_kit.plugins import Plugins
+from lmcache_kit.process.namespaces import Namespaces
+
+HOST = "127.0.0.1"
+CHUNK = 256
+LENDER_BYTES = 512 << 20
+TAKER_BYTES = 2304 << 20
+"""An eighth of it, the most that a move takes at a time, is 256 MiB and more."""
+WAIT_S = 60.0
+
+
+class Payload(NamedTuple):
+    """What is moved: ``tokens`` of ``base``, in chunks of 256 tokens."""
+
+    name: str
+    base: Namespace
+    tokens: Sequence[int]
+
+    @property
+    def sizes(self) -> list[int]:
+        layout, count = self.base.layout, len(self.tokens)
+        return [layout.payload_bytes(min(CHUNK, count - at)) for at in range(0, count, CHUNK)]
+
+
+_LLAMA = Namespace("bench/llama-8b", LLAMA, CHUNK)
+_SMOLLM2 = Namespace("bench/smollm2", SMOLLM2, CHUNK)
+PAYLOADS = (
+    Payload("8 x 32 MiB", _LLAMA, range(8 * CHUNK)),
+    Payload("32 x 5.6 MiB", _SMOLLM2, range(32 * CHUNK)),
+    Payload("1 x 270 KiB", _SMOLLM2, range(100_000, 100_012)),
+)
+
+
+class Lender(NamedTuple):
+    """What who takes must know of who lends. ``offers`` and ``regions`` are of the payloads in
+    turn; ``slab`` is where the memory begins."""
+
+    key: bytes
+    incarnation: bytes
+    url: str
+    addresses: dict[str, bytes]
+    offers: dict[str, list[bytes]]
+    regions: list[list[Region]]
+    tcp_port: str
+    socket_port: int
+    slab: int
+    nixl_metadata: bytes
+
+
+class _Cache:
+    """Memory, engine, and what nodes need."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.incarnation = secrets.token_bytes(16)
+        self.memory = LocalCPUBackend(nbytes)
+        self.engine = CacheEngine(self.memory, LRU(), location=PLACE)
+        self.namespaces = Namespaces()
+        for base in (_LLAMA, _SMOLLM2):
+            self.namespaces.register(base)
+        self.plugins = Plugins.load()
+        self.slab = ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self.memory.memory))
+
+    def node(self, name: str, channel: str) -> Node:
+        config = KitConfig(
+            enable_p2p=True, lmcache_instance_id=name, p2p_host=HOST, transfer_channel=channel
+        )
+        made = Node(
+            config,
+            self.plugins,
+            self.memory,
+            self.engine,
+            namespaces=self.namespaces,
+            get_codec=_no_codec,
+            incarnation=self.incarnation,
+            confirm=lambda *_: True,
+        )
+        made.start()
+        return made
+
+    def nixl(self) -> Any:
+        """An agent of NIXL's own, that knows this memory."""
+        with environment.loopback_only(HOST):
+            agent = library.new_agent(library.load(), secrets.token_hex(16), ("UCX",), 1000)
+        agent.register_memory([(self.slab, len(self.memory.memory), 0, "")], "DRAM")
+        return agent
+
+    def store(self, payload: Payload) -> list[Region]:
+        """Random bytes; where they lie."""
+        packed = pack_tokens(payload.tokens)
+        items = [
+            StoreItem(link.parent, packed[link.start * 4 : link.end * 4], nbytes, link.start)
+            for link, nbytes in zip(
+                chain(payload.base.digest, packed, CHUNK), payload.sizes, strict=True
+            )
+        ]
+        form = Form(payload.base.layout)
+        grants = self.engine.allocate(payload.base.digest, 0, 1, CHUNK, items, "bench", form)
+        regions = [Region(g.offset, item.nbytes) for g, item in zip(grants, items, strict=True)]
+        written = []
+        for grant, region in zip(grants, regions, strict=True):
+            with self.memory.view(region) as view:
+                view[:] = np.random.default_rng(region.offset).bytes(region.nbytes)
+                written.append((grant.ticket, xxh3_64_intdigest(view)))
+        assert self.engine.commit(written, "bench") == len(items)
+        return regions
+
+
+def _no_codec(name: str) -> Codec:
+    raise CodecError(f"no codec {name} here")
+
+
+def _transport(node: Node, name: str) -> Transport:
+    """The one that the node's moves go by: another one would have another progress thread."""
+    found = node._transports.get(name)
+    if isinstance(found, str):
+        raise RuntimeError(f"transport {name}: {found}")
+    return found
+
+
+# Who lends.
+
+
+def lend(pipe: Connection) -> None:
+    """Be the process that lends, until the pipe ends."""
+    cache = _Cache(LENDER_BYTES)
+    regions = [cache.store(payload) for payload in PAYLOADS]
+    node = cache.node("lender", "auto")
+    names = channels()
+    transports = {name: _transport(node, name) for name in names}
+    listener = Listener(HOST, 0, transports["tcp"].serve)
+    listener.start()
+    plain = socket.create_server((HOST, 0))
+    threading.Thread(target=_send_plainly, args=(plain, cache, regions), daemon=True).start()
+    agent = cache.nixl() if "nixl" in names else None
+    offered = [[Offered(region, 0) for region in some] for some in regions]
+    pipe.send(
+        Lender(
+            node.key,
+            cache.incarnation,
+            node.url,
+            {name: each.address() for name, each in transports.items()},
+            {name: [each.offer(some) for some in offered] for name, each in transports.items()},
+            regions,
+            listener.url,
+            plain.getsockname()[1],
+            cache.slab,
+            bytes(agent.get_agent_metadata()) if agent else b"",
+        )
+    )
+    with suppress(EOFError):
+        pipe.recv()
+    os._exit(0)
+
+
+def _send_plainly(server: socket.socket, cache: _Cache, regions: Sequence[list[Region]]) -> None:
+    connection, _ = server.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    memory = cache.memory.memory
+    while asked := connection.recv(1):
+        for region in regions[asked[0]]:
+            connection.sendall(memory[region.offset : region.offset + region.nbytes])
+
+
+def channels() -> list[str]:
+    """Transports that can be had here."""
+    return ["tcp"] if why_not() else ["nixl", "tcp"]
+
+
+# Who takes.
+
+
+class Ended(NamedTuple):
+    """A move: when it ended, and for how long bytes were under way."""
+
+    at: float
+    outcome: Outcome
+
+
+class Taker:
+    """Starts who lends, and brings payloads here. All memory was touched before."""
+
+    def __init__(self) -> None:
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=lend, args=(theirs,))
+        self._process.start()
+        theirs.close()
+        self._pipe = ours
+        self._cache = _Cache(TAKER_BYTES)
+        self.channels = channels()
+        if not ours.poll(WAIT_S):
+            raise TimeoutError("who lends did not start")
+        self.lender: Lender = ours.recv()
+        self._into = [self._room(payload) for payload in PAYLOADS]
+        self._nodes = {name: self._cache.node(f"taker-{name}", name) for name in self.channels}
+        self._links = {name: self._connect(name) for name in self.channels}
+        self._plain = socket.create_connection((HOST, self.lender.socket_port))
+        self._plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._hashing = ThreadPoolExecutor(1)
+        self._agent: Any = None
+        self._peer = ""
+        if "nixl" in self.channels:
+            self._agent = self._cache.nixl()
+            said = self._agent.add_remote_agent(self.lender.nixl_metadata)
+            self._peer = said.decode() if isinstance(said, bytes) else said
+        self._copies = [np.ones(sum(payload.sizes), np.uint8) for payload in PAYLOADS]
+
+    def ways(self, number: int) -> dict[str, Callable[[], float]]:
+        """Each brings payload ``number`` here once; the seconds that took."""
+        found: dict[str, Callable[[], float]] = {
+            "memcpy": lambda: _timed(lambda: self._memcpy(number)),
+            "xxh3": lambda: _timed(lambda: self._hash(number)),
+            "sockets": lambda: _timed(lambda: self._sockets(number)),
+        }
+        if self._agent:
+            found["raw nixl"] = lambda: _timed(lambda: self._raw_nixl(number))
+            found["nixl+xxh3"] = lambda: _timed(lambda: self._read_and_hash("nixl", number))
+        for name in self.channels:
+            found[f"{name} link"] = lambda name=name: _timed(lambda: self._read(name, number))  # type: ignore[misc]
+            found[f"{name} move"] = lambda name=name: self.move(name, number)[0]  # type: ignore[misc]
+        return found
+
+    def move(self, name: str, number: int) -> tuple[float, float]:
+        """A whole move, and the part of it in which bytes were under way."""
+        lender, payload = self.lender, PAYLOADS[number]
+        event_id, ended = secrets.token_hex(16), list[Ended]()
+        over = threading.Event()
+        order = Move(
+            location=PLACE,
+            tokens=pack_tokens(payload.tokens),
+            model=payload.base.model,
+            source="lender",
+            source_location=PLACE,
+            copy=True,
+        )
+        seal = Claim.of(order, event_id, f"taker-{name}").seal(lender.key)
+        fields = {field: getattr(order, field) for field in order.__struct_fields__}
+        peer = Peer(event_id, lender.url, lender.incarnation, seal)
+
+        def finish(outcome: Outcome) -> None:
+            ended.append(Ended(time.perf_counter(), outcome))
+            over.set()
+
+        begun = time.perf_counter()
+        self._nodes[name].mover.begin(
+            Move(**{**fields, "peer": peer}),
+            deadline_s=WAIT_S,
+            report=lambda _: None,
+            finish=finish,
+        )
+        over.wait(WAIT_S)
+        [(at, outcome)] = ended
+        transfer = outcome.progress.transfer
+        if outcome.state != "done" or not transfer or transfer.transport != name:
+            raise RuntimeError(f"a move by {name} ended so: {outcome}")
+        assert outcome.tokens == len(payload.tokens)
+        self._cache.engine.clear()
+        return at - begun, transfer.seconds
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        for node in self._nodes.values():
+            node.close()
+        self._hashing.shutdown()
+        self._plain.close()
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def _room(self, payload: Payload) -> list[Region]:
+        """Memory for the ways that are no moves; touched."""
+        found = []
+        for nbytes in payload.sizes:
+            region = self._cache.memory.allocate(nbytes)
+            assert region is not None
+            with self._cache.memory.view(region) as view:
+                np.frombuffer(view, np.uint8).fill(1)
+            found.append(region)
+        return found
+
+    def _connect(self, name: str) -> Link:
+        transport = _transport(self._nodes[name], name)
+        return transport.connect(
+            self.lender.addresses[name],
+            lambda left_s: _blocking(dial(self.lender.tcp_port, left_s)),
+            WAIT_S,
+        )
+
+    def _memcpy(self, number: int) -> None:
+        at = 0
+        for region in self._into[number]:
+            with self._cache.memory.view(region) as view:
+                target = np.frombuffer(view, np.uint8)
+                np.copyto(target, self._copies[number][at : at + region.nbytes])
+                del target
+            at += region.nbytes
+
+    def _hash(self, number: int) -> None:
+        """One pass over bytes that are here, on one thread: what verifying them costs alone."""
+        for region in self._into[number]:
+            with self._cache.memory.view(region) as view:
+                xxh3_64_intdigest(view)
+
+    def _sockets(self, number: int) -> None:
+        self._plain.send(bytes([number]))
+        for region in self._into[number]:
+            with self._cache.memory.view(region) as view:
+                rest = view
+                while rest:
+                    rest = rest[self._plain.recv_into(rest) :]
+
+    def _raw_nixl(self, number: int) -> None:
+        agent, here, there = self._agent, self._cache.slab, self.lender.slab
+        local = [(here + at, nbytes, 0) for at, nbytes in self._into[number]]
+        remote = [(there + at, nbytes, 0) for at, nbytes in self.lender.regions[number]]
+        handle = agent.initialize_xfer(
+            "READ",
+            agent.get_xfer_descs(local, "DRAM"),
+            agent.get_xfer_descs(remote, "DRAM"),
+            self._peer,
+        )
+        state = agent.transfer(handle)
+        while state == "PROC":
+            state = agent.check_xfer_state(handle)
+        assert state == "DONE", state
+        handle.release()
+
+    def _read(self, name: str, number: int) -> None:
+        into = self._into[number]
+        landed = list(self._links[name].read(self.lender.offers[name][number], into, WAIT_S))
+        assert len(landed) == len(into)
+
+    def _read_and_hash(self, name: str, number: int) -> None:
+        """Hashed by a second thread as it lands, and nothing else of what a move does."""
+        into, memory = self._into[number], self._cache.memory.memory
+        hashed: list[Future[int]] = []
+        for landed in self._links[name].read(self.lender.offers[name][number], into, WAIT_S):
+            at, nbytes = into[landed.number]
+            hashed.append(self._hashing.submit(xxh3_64_intdigest, memory[at : at + nbytes]))
+        for each in hashed:
+            each.result()
+
+
+def _timed(action: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def _blocking(connection: socket.socket) -> socket.socket:
+    connection.settimeout(None)
+    return connection

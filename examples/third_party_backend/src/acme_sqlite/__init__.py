@@ -1,0 +1,1 @@
+"""KV cache in one SQLite file: a storage backend for lmcache_kit."""
