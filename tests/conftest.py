@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any test module is imported. Sockets' paths must be short."""
     for name in [name for name in os.environ if name.startswith("LMCACHE_")]:
         del os.environ[name]
+    for name in ("CI", "BUILD_NUMBER"):  # with these, pytest works for hours at the whole
+        os.environ.pop(name, None)  # difference of two times a megabyte, when a test fails
     os.environ.update(VLLM_SETTINGS)
     runtime_dir = tempfile.mkdtemp(prefix="kit-")
     config.stash[_RUNTIME_DIR] = runtime_dir
@@ -78,6 +80,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class InGroups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
+
+        def remove_node(self, node: Any) -> str | None:
+            """What took its worker with it has failed: the next worker goes on behind it."""
+            for tests in self.assigned_work[node].values():
+                for nodeid, done in tests.items():
+                    if not done:
+                        tests[nodeid] = True
+                        super().remove_node(node)
+                        return nodeid
+            return super().remove_node(node)
 
     return InGroups(config, log)
 

@@ -53,7 +53,7 @@ class EndingTests(BackendTests):
     def test_all_is_there_when_it_is_opened_again(self, opened: MakeBackend) -> None:
         self.needs_persistence()
         first = opened()
-        wanted = {}
+        wanted = dict[bytes, tuple[bytes, bytes]]()
         for number in range(30):
             meta, data = bytes_of(number, 1), bytes_of(1000 * number, number)
             put(first, key_of(number), data, meta)

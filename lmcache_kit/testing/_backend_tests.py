@@ -11,6 +11,7 @@ from typing import ClassVar, TypeAlias
 import pytest
 
 from lmcache_kit.interfaces import Backend, Blob, OpenBlob, Readable
+from lmcache_kit.testing._bytes import Bytes
 from lmcache_kit.testing.suite import Suite
 
 MakeBackend: TypeAlias = Callable[[], Backend]
@@ -22,9 +23,9 @@ def key_of(number: int) -> bytes:
     return hashlib.blake2b(b"%d" % number, digest_size=16).digest()
 
 
-def bytes_of(nbytes: int, seed: int = 0) -> bytes:
+def bytes_of(nbytes: int, seed: int = 0) -> Bytes:
     """Bytes that no other seed gives."""
-    return random.Random(f"{nbytes} {seed}").randbytes(nbytes)
+    return Bytes(random.Random(f"{nbytes} {seed}").randbytes(nbytes))
 
 
 def put(backend: Backend, key: bytes, data: bytes, meta: bytes = b"meta") -> None:
@@ -32,21 +33,21 @@ def put(backend: Backend, key: bytes, data: bytes, meta: bytes = b"meta") -> Non
     assert backend.put(key, meta, [memoryview(data)]) is True, "put() found no room"
 
 
-def plain(blob: Blob | OpenBlob | None) -> tuple[bytes, bytes] | None:
+def plain(blob: Blob | OpenBlob | None) -> tuple[Bytes, Bytes] | None:
     """What was got, as bytes."""
     if isinstance(blob, OpenBlob):
-        return bytes(blob.meta), read_all(blob.file)
-    return None if blob is None else (bytes(blob.meta), bytes(blob.data))
+        return Bytes(blob.meta), read_all(blob.file)
+    return None if blob is None else (Bytes(blob.meta), Bytes(blob.data))
 
 
-def read_all(file: Readable) -> bytes:
+def read_all(file: Readable) -> Bytes:
     """All that is left in it, read as the kit does."""
     data, piece = bytearray(), memoryview(bytearray(1 << 19))
     with closing(file):
         while count := file.readinto(piece):
             assert 0 < count <= len(piece), f"readinto() of {len(piece)} bytes said {count}"
             data += piece[:count]
-    return bytes(data)
+    return Bytes(data)
 
 
 class BackendTests(Suite):

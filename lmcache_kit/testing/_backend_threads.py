@@ -20,6 +20,7 @@ from lmcache_kit.testing._backend_tests import (
     plain,
     put,
 )
+from lmcache_kit.testing._bytes import Bytes
 
 _THREADS = 4
 _STEPS = 60
@@ -72,7 +73,7 @@ class ThreadTests(BackendTests):
     def test_a_reader_gets_a_blob_whole_while_it_is_replaced(self, backend: Backend) -> None:
         """Meta and data of one put, never a mixture or a part."""
         versions = [
-            (b"%d" % number, bytes([number]) * (20_000 + 5000 * number)) for number in range(8)
+            (b"%d" % number, Bytes([number] * (20_000 + 5000 * number))) for number in range(8)
         ]
         put(backend, key_of(1), versions[0][1], versions[0][0])
         done = threading.Event()
@@ -97,7 +98,7 @@ class ThreadTests(BackendTests):
         """Who comes last is open; but it is one of them, and all methods agree on it."""
         keys = [key_of(number) for number in range(3)]
         versions = {
-            b"%d" % number: bytes([number]) * (3000 * number) for number in range(4 * _THREADS)
+            b"%d" % number: Bytes([number] * (3000 * number)) for number in range(4 * _THREADS)
         }
 
         def check(meta: bytes, data: bytes) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from lmcache_kit.errors import TransferTimeout, TransportError
 from lmcache_kit.interfaces import Link, Offered, Region
+from lmcache_kit.testing._bytes import Bytes
 from lmcache_kit.testing.hosts import Host, MakeTransport, Stall, Wire, cut, flip
 from lmcache_kit.testing.suite import Suite
 
@@ -293,11 +294,11 @@ class FailingTests(TransportTests):
             with pytest.raises(TransferTimeout) as late:
                 self.within(lambda: list(reading), what=f"a read within {self.late_s:g} s")
             self._until(late.value.settled, what="settled() to be true")
-            before = bytes(sink.memory)
+            before = Bytes(sink.memory)
         finally:
             stall.go_on.set()
         time.sleep(self.late_s / 3)  # for what must not come, there is nothing to wait for
-        assert bytes(sink.memory) == before, "something landed after the deadline"
+        assert Bytes(sink.memory) == before, "something landed after the deadline"
 
     def test_no_time_is_a_timeout(self, source: Host, sink: Host, link: Link) -> None:
         offer, into = source.offer(source.filled(_NBYTES)), sink.room(_NBYTES)

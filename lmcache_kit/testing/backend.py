@@ -13,6 +13,7 @@ from lmcache_kit.interfaces.backend import MAX_META_BYTES
 from lmcache_kit.testing._backend_ends import EndingTests
 from lmcache_kit.testing._backend_tests import Damage, bytes_of, key_of, plain, put, read_all
 from lmcache_kit.testing._backend_threads import ThreadTests
+from lmcache_kit.testing._bytes import Bytes
 
 MIB = 1 << 20
 ODD_KEYS = {
@@ -90,7 +91,7 @@ class BackendSuite(ThreadTests, EndingTests):
         self, backend: Backend
     ) -> None:
         source = bytearray(bytes_of(50_000))
-        before = bytes(source)
+        before = Bytes(source)
         backend.put(key_of(1), b"meta", [memoryview(source)])
         source[:] = bytes(len(source))
         assert plain(backend.get(key_of(1))) == (b"meta", before)
@@ -98,12 +99,12 @@ class BackendSuite(ThreadTests, EndingTests):
     def test_the_memory_it_comes_from_stays_as_it_is(self, backend: Backend) -> None:
         source = bytearray(bytes_of(50_000))
         backend.put(key_of(1), b"meta", [memoryview(source)])
-        assert bytes(source) == bytes_of(50_000)
+        assert Bytes(source) == bytes_of(50_000)
         source.append(1)  # a BufferError if it still holds on to it
 
     def test_large_blobs_come_back(self, backend: Backend) -> None:
         nbytes = min(40 * MIB, (self.bounded_bytes or 48 * MIB) - 4 * MIB)
-        data = bytes_of(MIB) * (nbytes // MIB)
+        data = Bytes(bytes_of(MIB) * (nbytes // MIB))
         put(backend, key_of(1), data)
         assert plain(backend.get(key_of(1))) == (b"meta", data)
 
@@ -184,7 +185,7 @@ class BackendSuite(ThreadTests, EndingTests):
         assert plain(backend.get(key_of(1))) == (b"meta", b"new")
 
     def test_scan_tells_each_blob_once(self, backend: Backend) -> None:
-        wanted = {}
+        wanted = dict[bytes, tuple[bytes, int]]()
         for number in range(300):
             meta, data = bytes_of(number % 50, number), bytes_of(number * 7, number)
             put(backend, key_of(number), data, meta)

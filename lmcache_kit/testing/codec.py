@@ -15,6 +15,7 @@ import pytest
 from lmcache_kit.interfaces import ChunkInfo, Codec
 from lmcache_kit.interfaces.codec import Buffer
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.testing._bytes import Bytes
 from lmcache_kit.testing._codec_damage import RefusingTests
 from lmcache_kit.testing.payloads import (
     LAYOUTS,
@@ -79,21 +80,21 @@ class CodecSuite(RefusingTests):
         for old in (b"\x00", b"\xff"):
             out = bytearray(old * chunk.payload_bytes)
             codec.decode(blob, chunk, out)
-            filled.append(bytes(out))
+            filled.append(Bytes(out))
         assert filled[0] == filled[1], "what out held before shows in what was decoded"
 
     def test_encoding_is_deterministic(self, codec: Codec) -> None:
         for layout in LAYOUTS:
             chunk = chunk_of(layout)
-            once, again = (codec.encode(kv_like(chunk), chunk) for _ in range(2))
+            once, again = (Bytes(codec.encode(kv_like(chunk), chunk)) for _ in range(2))
             assert once == again, f"{layout}: the same chunk gave two blobs"
 
     def test_warming_up_changes_nothing(self, codec: Codec) -> None:
         chunk = chunk_of(LAYOUTS[0])
-        before = codec.encode(kv_like(chunk), chunk)
+        before = Bytes(codec.encode(kv_like(chunk), chunk))
         codec.warm_up()
         codec.warm_up()
-        assert codec.encode(kv_like(chunk), chunk) == before
+        assert Bytes(codec.encode(kv_like(chunk), chunk)) == before
 
     # What it says about itself.
 
@@ -127,34 +128,34 @@ class CodecSuite(RefusingTests):
     def test_any_kind_of_buffer_will_do(self, codec: Codec) -> None:
         chunk = chunk_of(LAYOUTS[0])
         payload = kv_like(chunk)
-        blob = codec.encode(payload, chunk)
+        blob = Bytes(codec.encode(payload, chunk))
         plain = self.decoded(codec, blob, chunk)
         for kind in _buffers(payload):
-            assert codec.encode(kind, chunk) == blob, f"{type(kind).__name__} as payload"
+            assert Bytes(codec.encode(kind, chunk)) == blob, f"{type(kind).__name__} as payload"
         for kind in _buffers(blob):
             assert self.decoded(codec, kind, chunk) == plain, f"{type(kind).__name__} as blob"
         room = bytearray(b"\xa5" * (chunk.payload_bytes + 2))
         codec.decode(blob, chunk, memoryview(room)[1:-1])
-        assert bytes(room) == b"\xa5" + plain + b"\xa5", "a part of a buffer as out"
+        assert Bytes(room) == Bytes(b"\xa5" + plain + b"\xa5"), "a part of a buffer as out"
 
     def test_a_blob_is_bytes_of_its_own(self, codec: Codec) -> None:
         chunk = chunk_of(LAYOUTS[0])
         payload = bytearray(kv_like(chunk))
         blob = codec.encode(payload, chunk)
-        before = bytes(bytearray(blob))
+        before = Bytes(bytearray(blob))
         payload[:] = bytes(len(payload))
         assert type(blob) is bytes
-        assert blob == before, "the blob changed with the payload it was made of"
+        assert Bytes(blob) == before, "the blob changed with the payload it was made of"
 
     def test_what_it_reads_stays_as_it_is(self, codec: Codec) -> None:
         chunk = chunk_of(LAYOUTS[0])
         payload = bytearray(kv_like(chunk))
         blob = bytearray(codec.encode(payload, chunk))
-        assert payload == kv_like(chunk), "encode changed the payload"
-        before = bytes(blob)
+        assert Bytes(payload) == Bytes(kv_like(chunk)), "encode changed the payload"
+        before = Bytes(blob)
         self.decoded(codec, blob, chunk)
         codec.describe(blob)
-        assert blob == before, "decode changed the blob"
+        assert Bytes(blob) == before, "decode changed the blob"
 
     def test_it_keeps_no_hold_of_the_buffers(self, codec: Codec) -> None:
         chunk = chunk_of(LAYOUTS[0])
@@ -197,11 +198,11 @@ class CodecSuite(RefusingTests):
         payload = make(chunk)
         self.compare(payload, self.decoded(codec, codec.encode(payload, chunk), chunk), chunk)
 
-    def decoded(self, codec: Codec, blob: Buffer, chunk: ChunkInfo) -> bytes:
+    def decoded(self, codec: Codec, blob: Buffer, chunk: ChunkInfo) -> Bytes:
         """What a blob decodes to."""
         out = bytearray(b"\xa5" * chunk.payload_bytes)
         codec.decode(blob, chunk, out)
-        return bytes(out)
+        return Bytes(out)
 
     def compare(self, payload: bytes, got: bytes, chunk: ChunkInfo) -> None:
         """Fail if more was lost than is declared."""
@@ -213,8 +214,8 @@ class CodecSuite(RefusingTests):
             problem = _difference(was, now, chunk.layout.dtype, self.max_error)
             assert not problem, f"{chunk.layout}, slice {number}: {problem}"
 
-    def _both_ways(self, codec: Codec, chunk: ChunkInfo) -> tuple[bytes, bytes]:
-        blob = codec.encode(kv_like(chunk), chunk)
+    def _both_ways(self, codec: Codec, chunk: ChunkInfo) -> tuple[Bytes, Bytes]:
+        blob = Bytes(codec.encode(kv_like(chunk), chunk))
         return blob, self.decoded(codec, blob, chunk)
 
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.interfaces import Link, Offered, Region, Transport
+from lmcache_kit.testing._bytes import Bytes
 
 MakeTransport: TypeAlias = Callable[[memoryview], Transport]
 
@@ -74,8 +75,8 @@ class Host:
         """Offer them with their checksums."""
         return self.transport.offer([Offered(each, self.checksum(each)) for each in regions])
 
-    def bytes_of(self, region: Region) -> bytes:
-        return bytes(self.memory[region.offset : region.offset + region.nbytes])
+    def bytes_of(self, region: Region) -> Bytes:
+        return Bytes(self.memory[region.offset : region.offset + region.nbytes])
 
     def checksum(self, region: Region) -> int:
         return xxh3_64_intdigest(self.memory[region.offset : region.offset + region.nbytes])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lmcache_kit.interfaces import Link, Region, Transport
 from lmcache_kit.interfaces.transport import MAX_ADDRESS_BYTES
+from lmcache_kit.testing._bytes import Bytes
 from lmcache_kit.testing._transport_ends import EndingTests
 from lmcache_kit.testing._transport_failures import FailingTests
 from lmcache_kit.testing.hosts import Host
@@ -74,9 +75,9 @@ class TransportSuite(FailingTests, EndingTests):
 
     def test_the_source_stays_as_it_is(self, source: Host, sink: Host, link: Link) -> None:
         offered = source.filled(*SIZES)
-        before = bytes(source.memory)
+        before = Bytes(source.memory)
         self.read_all(source, offered, sink, link, sink.room(*SIZES))
-        assert bytes(source.memory) == before
+        assert Bytes(source.memory) == before
 
     def test_many_small_regions_come(self, source: Host, sink: Host, link: Link) -> None:
         offered = source.filled(*[1500] * 500)

@@ -1,0 +1,20 @@
+"""Bytes for assertions that fail."""
+
+from __future__ import annotations
+
+from xxhash import xxh3_64_hexdigest
+
+_SHOWN_WHOLE = 64
+
+
+class Bytes(bytes):
+    """Bytes that are shown in a line, however many they are.
+
+    Where ``CI`` is set, or with ``-vv``, pytest shows the whole of what differs, line by line, by
+    :mod:`difflib`. For two times a megabyte that takes hours and looks like a hang.
+    """
+
+    def __repr__(self) -> str:
+        if len(self) <= _SHOWN_WHOLE:
+            return super().__repr__()
+        return f"<{len(self)} bytes, xxh3 {xxh3_64_hexdigest(self)}, from {self[:8]!r} on>"
