@@ -129,11 +129,12 @@ class InvalidQuery(ControlError, ValueError):
 
 
 class UnknownName(ControlError, LookupError):
-    """No such instance, location, method or event. ``known`` lists those that exist."""
+    """No such instance, location, method or event. ``known`` lists those that exist, and ``more``
+    is to be said after them."""
 
-    def __init__(self, kind: str, name: str, known: list[str]) -> None:
+    def __init__(self, kind: str, name: str, known: list[str], more: str = "") -> None:
         listed = ", ".join(known) if known else "none"
-        super().__init__(f"unknown {kind} {name!r}", hint=f"Known: {listed}")
+        super().__init__(f"unknown {kind} {name!r}", hint=f"Known: {listed}{more and '. '}{more}")
         self.kind = kind
         self.name = name
         self.known = known

@@ -51,6 +51,7 @@ MAX_PROCESSES = 4096
 MAX_LOCATIONS = 8
 MAX_WORKERS = 1024
 MAX_NAME = 256
+_SOON = "One that runs registers within seconds"
 COUNTERS = (
     "batches_repeated_total",
     "batches_total",
@@ -152,7 +153,7 @@ class Registry:
         self.expire()
         process = self._instances.get(instance_id)
         if process is None:
-            raise UnknownName("instance", instance_id, sorted(self._instances))
+            raise UnknownName("instance", instance_id, sorted(self._instances), _SOON)
         return process
 
     def processes(self) -> list[Process]:

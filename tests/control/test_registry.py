@@ -98,7 +98,7 @@ def test_the_namespaces_of_the_silent_are_not_asked_for(holding: World) -> None:
 def test_goodbye_removes_at_once(holding: World) -> None:
     assert holding.say("c1", Goodbye()) == []
     assert holding.holds() == 0
-    with pytest.raises(UnknownName, match=r"unknown instance 'a'\. Known: none"):
+    with pytest.raises(UnknownName, match=r"unknown instance 'a'\. Known: none\. One that runs"):
         holding.registry.find("a")
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -120,6 +121,8 @@ class Site:
         self.controller.start()
         health = f"http://localhost:{self.port}/healthz"
         self.controller.wait_until(lambda: stack.answers(health), timeout_s=60)
+        # Each finds the controller by itself, within seconds.
+        eventually(lambda: all(self.knows(each) for each in (self.one, self.two)))
 
     def stop(self) -> None:
         with ExitStack() as ending:
@@ -130,6 +133,14 @@ class Site:
 
     def post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
         return stack.post(f"http://localhost:{self.port}{path}", body)
+
+    def knows(self, instance: Instance) -> bool:
+        try:
+            return bool(self.post("/health", {"instance_id": instance.name}))
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+            return False
 
     def holders(self, tokens: list[int]) -> dict[str, object]:
         """By instance, the location and how many of them it holds there."""
