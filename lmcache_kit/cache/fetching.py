@@ -48,17 +48,18 @@ class Taker:
     gone: Callable[[], bool] = lambda: False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Copy:
-    """A chunk whose turn has come. With ``why``, it is being copied, and that will tell what is
-    wrong with it; else it is ``here`` already, or it has ``failed``, or is none."""
+    """A chunk that is being copied; ``why`` will tell what is wrong with it, or nothing."""
 
     key: ChunkKey
-    here: bool = False
-    failed: BackendError | None = None
-    ticket: int = 0
-    content: Content | None = None
-    why: Future[str] | None = None
+    ticket: int
+    content: Content
+    why: Future[str]
+
+
+_Begun: TypeAlias = "_Copy | bool | BackendError"
+"""What became of a chunk in its turn: it is copied, here already or none, or that failed."""
 
 
 class Fetcher:
@@ -79,19 +80,20 @@ class Fetcher:
 
         Raises BackendError in the turn of the chunk that it is about.
         """
-        copies: deque[_Copy] = deque()
+        begun: deque[_Begun] = deque()
         try:
             with closing(self._open(keys)) as opened:
                 for key, opening in opened:
                     # What has come is told of before anything else is waited for.
-                    while copies and (len(copies) == AHEAD or not opening.done()):
-                        yield self._end(copies.popleft())
-                    copies.append(self._begin(key, opening, taker))
-            while copies:
-                yield self._end(copies.popleft())
+                    while begun and (len(begun) == AHEAD or not opening.done()):
+                        yield self._end(begun.popleft())
+                    begun.append(self._begin(key, opening, taker))
+            while begun:
+                yield self._end(begun.popleft())
         finally:
-            for copy in copies:
-                self._give_up(copy)
+            for each in begun:
+                if isinstance(each, _Copy):
+                    self._give_up(each)
 
     def close(self) -> None:
         """Wait for what is at work."""
@@ -113,46 +115,44 @@ class Fetcher:
                 opening.cancel()
                 opening.add_done_callback(_close)
 
-    def _begin(self, key: ChunkKey, opening: _Opening, taker: Taker) -> _Copy:
+    def _begin(self, key: ChunkKey, opening: _Opening, taker: Taker) -> _Begun:
         """Room for what was found, and a thread that copies it there."""
         try:
             opened = opening.result()
         except BackendError as error:
-            return _Copy(key, failed=error)
+            return error
         if opened is None:
-            return _Copy(key)
+            return False
         label, content = opened
         space, query = label.space, taker.query
         if query and (space.chunk_size, space.world_size) != (query.chunk_size, query.world_size):
             content.close()
             self._tier.spoilt(key, "its namespace has another shape")
-            return _Copy(key)
+            return False
         landing = self._land(label, taker)
         if landing.status != "granted":
             content.close()
-            return _Copy(key, here=landing.status == "present")
+            return landing.status == "present"
         why = self._threads.submit(self._fill, label.parcel, landing, content)
-        return _Copy(key, ticket=landing.ticket, content=content, why=why)
+        return _Copy(key, landing.ticket, content, why)
 
-    def _end(self, copy: _Copy) -> bool:
-        if copy.failed:
-            raise copy.failed
-        if copy.why is None:
-            return copy.here
+    def _end(self, begun: _Begun) -> bool:
+        if isinstance(begun, BackendError):
+            raise begun
+        if isinstance(begun, bool):
+            return begun
         try:
-            why = copy.why.result()
+            why = begun.why.result()
         except BackendError:
-            self._transfers.discard(copy.ticket)
+            self._transfers.discard(begun.ticket)
             raise
         if why:
-            self._transfers.discard(copy.ticket)
-            self._tier.spoilt(copy.key, why)
+            self._transfers.discard(begun.ticket)
+            self._tier.spoilt(begun.key, why)
             return False
-        return self._transfers.landed(copy.ticket)
+        return self._transfers.landed(begun.ticket)
 
     def _give_up(self, copy: _Copy) -> None:
-        if copy.why is None or copy.content is None:
-            return
         if copy.why.cancel():
             copy.content.close()
         else:
