@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,6 @@ class Depot(Inventory):
         super().__init__(location, StoreShelf(policy), budget, counters, threading.RLock(), clock)
         self.turns = Turns(location)
         self._most = MAX_KNOWN_SHARED if self.shared else MAX_KNOWN
-        self._anchored: defaultdict[Hashable, list[Entry]] = defaultdict(list)
         self._scanned = False
         self._closed = False
 
@@ -145,22 +144,6 @@ class Depot(Inventory):
                 else:
                     self._counters["refused_total"] += 1
         return put
-
-    def anchor(self, key: ChunkKey, owner: Hashable) -> bool:
-        """Keep a chunk until :meth:`let_go`, as a move that brought it does; False when it is not
-        here."""
-        with self._lock:
-            entry = self._shelf.entries.get(key)
-            if entry is not None:
-                entry.anchors += 1
-                self._anchored[owner].append(entry)
-            return entry is not None
-
-    def let_go(self, owner: Hashable) -> None:
-        """A move is over."""
-        with self._lock:
-            for entry in self._anchored.pop(owner, ()):
-                entry.anchors -= 1
 
     # Behind it.
 

@@ -96,7 +96,9 @@ class CacheEngine(Inventory):
         unpacker = Unpacker(self._shelf, self._counters, self._lock, self._loaders)
         self._lookups = Lookups(self._shelf, self._leases, unpacker, self._counters)
         self._packer = Packer(self._shelf, self._pins, unpacker, self._counters, self._lock)
-        self.transfers = Transfers(self._shelf, self._leases, self._counters, self._lock, clock)
+        self.transfers = Transfers(
+            self._shelf, self.anchors, self._leases, self._counters, self._lock, clock
+        )
         self.tiers: Tiers | None = None
         self._closed = False
 
@@ -104,7 +106,13 @@ class CacheEngine(Inventory):
         """Put tiers below memory, once: lookups find what lies there. Who closes the engine closes
         them first."""
         recalled = Transfers(
-            self._shelf, self._leases, self._counters, self._lock, self._clock, "recalled"
+            self._shelf,
+            self.anchors,
+            self._leases,
+            self._counters,
+            self._lock,
+            self._clock,
+            "recalled",
         )
         recalls = Recalls(
             tiers,
@@ -112,6 +120,7 @@ class CacheEngine(Inventory):
             recalled,
             self._lookups,
             get_codec,
+            anchors=self.anchors,
             counters=self._counters,
             lock=self._lock,
         )

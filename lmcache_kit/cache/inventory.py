@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.anchors import Anchors
 from lmcache_kit.cache.entries import Part
 from lmcache_kit.cache.parcels import Forgotten, Holding, SpaceInfo
 from lmcache_kit.cache.pins import Pins
@@ -25,8 +26,8 @@ class Inventory(ABC):
     """The chunks at one location: those in memory, or those of a tier below it. Thread-safe;
     listeners are called under the lock.
 
-    ``namespaces`` are digests, None for all; ``tokens`` are packed, and mean the chunks of their
-    longest stored prefix, or with None all chunks.
+    ``anchors`` keep what moves need. ``namespaces`` are digests, None for all; ``tokens`` are
+    packed, and mean the chunks of their longest stored prefix, or with None all chunks.
     """
 
     def __init__(  # noqa: PLR0917 - what its subclasses share
@@ -39,6 +40,7 @@ class Inventory(ABC):
         clock: Callable[[], float],
     ) -> None:
         self.location = location
+        self.anchors = Anchors(shelf, lock)
         self._shelf = shelf
         self._pins = Pins(pin_budget_bytes, clock)
         self._counters = counters

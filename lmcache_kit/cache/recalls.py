@@ -16,6 +16,7 @@ from lmcache_kit.errors import BackendError
 from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
 
 if TYPE_CHECKING:
+    from lmcache_kit.cache.anchors import Anchors
     from lmcache_kit.cache.lookups import Lookups, Search, Walk
     from lmcache_kit.cache.shelf import MemoryShelf
     from lmcache_kit.cache.tier import Tier
@@ -52,11 +53,12 @@ class Recalls:
         lookups: Lookups,
         get_codec: GetCodec,
         *,
+        anchors: Anchors,
         counters: Counter[str],
         lock: AbstractContextManager[object],
     ) -> None:
         self._tiers = tiers
-        self._transfers = transfers
+        self._anchors = anchors
         self._lookups = lookups
         self._fetchers = {
             tier.location: Fetcher(tier, shelf, transfers, get_codec) for tier in tiers
@@ -81,7 +83,7 @@ class Recalls:
             return False
         self._counters["recalls_total"] += 1
         # What is here stays.
-        self._transfers.absent([located.key for located, _ in walk], bringing)
+        self._anchors.add([located.key for located, _ in walk], bringing)
         search.bringing = bringing
         search.waiting += 1
         self._active.add(bringing)
@@ -115,15 +117,11 @@ class Recalls:
     def bring(self, tier: Tier, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
         """Have these chunks in memory, anchored for ``owner``; what is not in the tier (any more)
         is passed over. False when there is no room for all. Raises BackendError."""
-        absent = self._transfers.absent(keys, owner)
+        absent = self._anchors.add(keys, owner)
         with closing(self._fetchers[tier.location].fetch(absent, Taker(owner))) as coming:
             return all(
                 here or not tier.holds(key) for key, here in zip(absent, coming, strict=True)
             )
-
-    def let_go(self, owner: Hashable) -> None:
-        """What was brought for ``owner`` may leave."""
-        self._transfers.let_go(owner)
 
     def _may_help(self, tier: Tier, bringing: Bringing) -> bool:
         return not tier.resting and (tier.shared or bool(_beyond(tier, bringing)))
@@ -142,7 +140,7 @@ class Recalls:
                 if not bringing.orphaned:
                     self._lookups.begin(search, self._lookups.walk(search.query))
                 search.one_ended()
-            self._transfers.let_go(bringing)
+            self._anchors.let_go(bringing)
 
     def _bring_all(self, bringing: Bringing) -> None:
         """Chunk by chunk, each from the first tier that has it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -42,19 +42,6 @@ class Tier(Depot):
         self._get_codec = get_codec
 
     # Reading.
-
-    def arrived(self, wanted: Iterable[ChunkKey]) -> list[ChunkKey]:
-        """Those of ``wanted``, each after the one that it follows, that are here and can be found:
-        not behind one of them that is not."""
-        with self._lock:
-            found, lacking = list[ChunkKey](), set[ChunkKey]()
-            for key in wanted:
-                entry = self._shelf.entries.get(key)
-                if entry is None or entry.parent in lacking:
-                    lacking.add(key)
-                else:
-                    found.append(key)
-            return found
 
     def reach(self, query: Query, start: int, parent: ChunkKey) -> list[tuple[ChunkKey, int]]:
         """Chunks here that go on with the tokens from number ``start`` on, which follows the chunk

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.records import StoredChunk
+from lmcache_kit.cache.tier import Tier
 from lmcache_kit.interfaces import Region
 from lmcache_kit.keys import ChunkKey
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
+    from lmcache_kit.cache.inventory import Inventory
     from lmcache_kit.cache.recalls import Recalls
-    from lmcache_kit.cache.tier import Tier
 
 
 class Tiers:
@@ -45,11 +46,21 @@ class Tiers:
             if not tier.holds(key):
                 tier.turns.send(partial(self._write, tier, key))
 
-    def write(self, tier: Tier, keys: Sequence[ChunkKey]) -> None:
-        """Write chunks that are in memory to one tier, as far as it has room. Raises
+    def bring(self, source: Inventory, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
+        """Have in memory what lies at ``source``, anchored for ``owner``; what is not there (any
+        more) is passed over. False when memory has no room for all. Raises BackendError."""
+        return not isinstance(source, Tier) or self.recalls.bring(source, keys, owner)
+
+    def let_go(self, owner: Hashable) -> None:
+        """What was brought for ``owner`` may leave memory."""
+        self._engine.anchors.let_go(owner)
+
+    def lower(self, goal: Inventory, keys: Sequence[ChunkKey]) -> None:
+        """Have at ``goal`` chunks that are in memory, as far as it has room. Raises
         BackendError."""
-        for key in keys:
-            tier.turns.do(partial(self._write, tier, key))
+        if isinstance(goal, Tier):
+            for key in keys:
+                goal.turns.do(partial(self._write, goal, key))
 
     def expire(self) -> None:
         """End what has outlived its time, and try again what failed."""

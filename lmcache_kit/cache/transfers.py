@@ -1,14 +1,14 @@
 """Chunks that leave for another cache, and chunks that come from one.
 
-A chunk that came in is *anchored* until its mover lets go: it neither leaves nor is it given away,
-so that there is a copy here while the one at the other end goes.
+A chunk that came in is anchored until its mover lets go, so that there is a copy here while the one
+at the other end goes.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +22,7 @@ from lmcache_kit.errors import CodecError, KitError
 from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
 
 if TYPE_CHECKING:
+    from lmcache_kit.cache.anchors import Anchors
     from lmcache_kit.cache.leases import Leases
     from lmcache_kit.cache.shelf import MemoryShelf
     from lmcache_kit.interfaces.codec import Codec
@@ -44,6 +45,7 @@ class Transfers:
     def __init__(  # noqa: PLR0917 - parts of an engine
         self,
         shelf: MemoryShelf,
+        anchors: Anchors,
         leases: Leases,
         counters: Counter[str],
         lock: AbstractContextManager[object],
@@ -52,13 +54,13 @@ class Transfers:
     ) -> None:
         self._came = came
         self._shelf = shelf
+        self._anchors = anchors
         self._leases = leases
         self._counters = counters
         self._lock = lock
         self._clock = clock
         self._tickets = count(1 + secrets.randbits(48))
         self._coming: dict[int, _Coming] = {}
-        self._anchored: defaultdict[Hashable, dict[ChunkKey, Entry]] = defaultdict(dict)
 
     # The end that gives.
 
@@ -94,18 +96,6 @@ class Transfers:
         return dropped
 
     # The end that takes.
-
-    def absent(self, keys: Sequence[ChunkKey], owner: Hashable) -> list[ChunkKey]:
-        """Those of these chunks that are not here; the others are anchored for ``owner``."""
-        with self._lock:
-            missing = []
-            for key in keys:
-                entry = self._shelf.entries.get(key)
-                if entry is not None and entry.complete:
-                    self._anchor(entry, owner)
-                else:
-                    missing.append(key)
-            return missing
 
     def receive(
         self,
@@ -143,7 +133,7 @@ class Transfers:
                 return False
             entry.seal()
             self._shelf.complete(entry)
-            self._anchor(entry, coming.owner)
+            self._anchors.hold(entry, coming.owner)
             self._counters[f"{self._came}_chunks_total"] += 1
             self._counters[f"{self._came}_bytes_total"] += entry.nbytes
             return True
@@ -168,34 +158,12 @@ class Transfers:
                 coming.entry.body.holds -= 1
                 self._shelf.settle(coming.entry.body)
 
-    def arrived(self, owner: Hashable, wanted: Iterable[ChunkKey]) -> list[ChunkKey]:
-        """Those of ``wanted``, each after the one that it follows, that are here for ``owner`` and
-        can be found: not behind one of them that did not come."""
-        with self._lock:
-            here, found, lacking = self._anchored[owner], set[ChunkKey](), set[ChunkKey]()
-            for key in wanted:
-                entry = here.get(key)
-                there = entry is not None and entry.linked and entry.parent not in lacking
-                (found if there else lacking).add(key)
-            return [key for key in here if key in found]
-
-    def let_go(self, owner: Hashable) -> None:
-        """This move is over: what it brought is a chunk like any other."""
-        with self._lock:
-            for entry in self._anchored.pop(owner, {}).values():
-                entry.anchors -= 1
-
     def _is_intact(self, body: Body) -> bool:
         for region, extent in zip(body.regions, body.extents, strict=True):
             with self._shelf.memory.view(region) as view:
                 if xxh3_64_intdigest(view) != extent.checksum:
                     return False
         return True
-
-    def _anchor(self, entry: Entry, owner: Hashable) -> None:
-        if entry.key not in self._anchored[owner]:
-            self._anchored[owner][entry.key] = entry
-            entry.anchors += 1
 
     def _land_at(
         self,
@@ -209,7 +177,7 @@ class Transfers:
             return Landing("unfit", why=codec)
         entry = self._shelf.entries.get(parcel.key)
         if entry is not None and entry.complete:
-            self._anchor(entry, owner)
+            self._anchors.hold(entry, owner)
             return Landing("present")
         if entry is not None:
             return Landing("storing")

@@ -19,8 +19,8 @@ from lmcache_kit.keys import ChunkKey
 from lmcache_kit.peer.wire import Lent
 
 if TYPE_CHECKING:
-    from lmcache_kit.cache.tiers import Tiers
-    from lmcache_kit.cache.transfers import GetCodec, Transfers
+    from lmcache_kit.cache.engine import CacheEngine
+    from lmcache_kit.cache.transfers import GetCodec
     from lmcache_kit.peer.links import Chosen
     from lmcache_kit.peer.quarantine import Quarantine
     from lmcache_kit.peer.remote import Remote
@@ -31,15 +31,13 @@ SLOWEST_BYTES_PER_S = 4e6
 
 
 class Place(NamedTuple):
-    """Where chunks are taken to. ``memory`` is all of this process's, ``hashing`` a single thread
-    that looks at what has come while more comes, ``tiers`` what is below memory."""
+    """Where chunks are taken to. ``hashing`` is a single thread that looks at what has come while
+    more comes."""
 
-    transfers: Transfers
-    memory: memoryview
+    engine: CacheEngine
     quarantine: Quarantine
     hashing: Executor
     get_codec: GetCodec
-    tiers: Tiers | None
 
 
 @dataclass(slots=True)
@@ -83,8 +81,8 @@ class Intake:
     def take(self, keys: Sequence[ChunkKey], timeout_s: float) -> None:
         """Have these chunks here. Raises TransportError and OperationFailed; what has come until
         then stays."""
-        transfers, tally = self._place.transfers, self.tally
-        missing = transfers.absent(keys, self._owner)
+        engine, tally = self._place.engine, self.tally
+        missing = engine.anchors.add(keys, self._owner)
         absent = set(missing)
         self.keep([key for key in keys if key not in absent])
         if not missing:
@@ -94,7 +92,9 @@ class Intake:
         tally.gone += len(missing) - len(parcels)
         if not lent.lease:
             return
-        landings = transfers.receive(parcels, self._spaces, self._owner, self._place.get_codec)
+        landings = engine.transfers.receive(
+            parcels, self._spaces, self._owner, self._place.get_codec
+        )
         coming: list[tuple[int, Parcel, Landing]] = []
         for number, (parcel, landing) in enumerate(zip(parcels, landings, strict=True)):
             match landing.status:
@@ -141,7 +141,7 @@ class Intake:
                 self._place.quarantine.add(self.link.transport, unsettled, left)
             else:
                 for ticket in left:
-                    self._place.transfers.discard(ticket)
+                    self._place.engine.transfers.discard(ticket)
         return arrivals.spoilt
 
     def _read_into(
@@ -213,13 +213,13 @@ class _Arrivals:
         self._missing[at] -= 1
         if not self._missing[at]:
             del self._not_landed[at]
-            if self._place.transfers.landed(landing.ticket):
+            if self._place.engine.transfers.landed(landing.ticket):
                 self.landed.append(parcel.key)
 
     def _is_sound(self, at: int, rank: int, checksum: int | None) -> bool:
         parcel, landing = self._coming[at]
         region = landing.regions[rank]
-        with self._place.memory[region.offset : region.offset + region.nbytes] as view:
+        with self._place.engine.memory.view(region) as view:
             if checksum is None:
                 checksum = xxh3_64_intdigest(view)
             intact = checksum == parcel.extents[rank].checksum

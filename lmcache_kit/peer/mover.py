@@ -120,9 +120,7 @@ class MoveJob:
         self._unfit: dict[str, int] = {}
         self._forgotten = Forgotten()
         self._why = ""
-        self._tier = next(
-            (tier for tier in tools.place.tiers or () if tier.location == order.location), None
-        )
+        self._goal = tools.place.engine.inventories[order.location]
 
     def cancel(self) -> None:
         """See :class:`~lmcache_kit.interfaces.operations.Job`."""
@@ -143,9 +141,8 @@ class MoveJob:
             log.exception("a move from %s failed", self._name)
             self._why = f"{type(error).__name__}: {error}"
         finally:
-            self._tools.place.transfers.let_go(self)
-            if self._tier:
-                self._tier.let_go(self)
+            self._tools.place.engine.anchors.let_go(self)
+            self._goal.anchors.let_go(self)
             if self._remote:
                 self._remote.close()
         ended = self._outcome()
@@ -250,28 +247,27 @@ class MoveJob:
 
     def _take(self, intake: Intake, window: Sequence[ChunkKey]) -> None:
         """Into memory, and from there to the tier that is meant, if one is."""
-        tier, tiers = self._tier, self._tools.place.tiers
-        if tier is None or tiers is None:
+        goal, engine = self._goal, self._tools.place.engine
+        if goal is engine or engine.tiers is None:
             intake.take(window, self._left_s())
             return
-        there = {key for key in window if tier.anchor(key, self)}
-        intake.keep([key for key in window if key in there])
-        wanted = [key for key in window if key not in there]
+        wanted = goal.anchors.add(window, self)
+        absent = set(wanted)
+        intake.keep([key for key in window if key not in absent])
         intake.take(wanted, self._left_s())
         come = [key for key in wanted if key in intake.tally.here]
         try:
-            tiers.write(tier, come)
+            engine.tiers.lower(goal, come)
         finally:
-            for key in come:
-                if not tier.anchor(key, self):
-                    del intake.tally.here[key]
-                    intake.tally.why_not[f"{tier.location} did not take it"] += 1
-            self._tools.place.transfers.let_go(self)
+            for key in goal.anchors.add(come, self):
+                del intake.tally.here[key]
+                intake.tally.why_not[f"{goal.location} did not take it"] += 1
+            engine.tiers.let_go(self)
 
     def _windows(self, holdings: Sequence[Holding]) -> Iterator[list[bytes]]:
         assert self._remote is not None
         sizes = {space.digest: space.chunk_size for space in self._remote.welcome.spaces}
-        most_bytes = min(WINDOW_BYTES, len(self._tools.place.memory) // WINDOW_SHARE)
+        most_bytes = min(WINDOW_BYTES, len(self._tools.place.engine.memory.memory) // WINDOW_SHARE)
         window, nbytes, tokens = list[bytes](), 0, 0
         for holding in holdings:
             nbytes += holding.nbytes
@@ -286,9 +282,7 @@ class MoveJob:
 
     def _hand_over(self, remote: Remote) -> None:
         """Once the controller knows of what is here, the source need not keep it."""
-        arrived = partial(self._tools.place.transfers.arrived, self, self._wanted)
-        if self._tier:
-            arrived = partial(self._tier.arrived, self._wanted)
+        arrived = partial(self._goal.anchors.arrived, self, self._wanted)
         if not arrived():
             return
         self._check()

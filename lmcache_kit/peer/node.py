@@ -71,14 +71,7 @@ class Node:
         self._hashing = ThreadPoolExecutor(
             1, thread_name_prefix="lmcache-kit-hash", initializer=be_patient
         )
-        place = Place(
-            engine.transfers,
-            memory.memory,
-            self._quarantine,
-            self._hashing,
-            get_codec,
-            engine.tiers,
-        )
+        place = Place(engine, self._quarantine, self._hashing, get_codec)
         self._source = Source(
             Identity(config.lmcache_instance_id, incarnation, self.key),
             engine,

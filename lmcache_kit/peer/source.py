@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.checks import check_lookup
 from lmcache_kit.cache.parcels import Holding, Parcel
-from lmcache_kit.cache.tier import Tier
 from lmcache_kit.errors import KitError, OperationFailed, ProtocolError, TransportError
 from lmcache_kit.interfaces import Offered, Region, Transport
 from lmcache_kit.keys import ChunkKey
@@ -221,17 +220,17 @@ class _Session:
     def _raise_and_lend(self, keys: Sequence[ChunkKey]) -> tuple[int, list[Parcel]]:
         """What is in a tier below is lent from memory. Raises BackendError, and OperationFailed
         where memory has no room for it."""
-        tiers, inventory = self._source.engine.tiers, self._inventory
-        if tiers is None or not isinstance(inventory, Tier):
+        tiers = self._source.engine.tiers
+        if tiers is None:
             return self._transfers.lend(keys, self)
         try:
-            if not tiers.recalls.bring(inventory, keys, self):
+            if not tiers.bring(self._inventory, keys, self):
                 raise OperationFailed(
-                    f"memory has no room for what is to be read from {inventory.location}"
+                    f"memory has no room for what is to be read from {self._inventory.location}"
                 )
             return self._transfers.lend(keys, self)
         finally:
-            tiers.recalls.let_go(self)
+            tiers.let_go(self)
 
     def _offer(self, question: Offer) -> Answer:
         parcels = self._loans.get(question.lease, ())

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lmcache_kit.cache.packing import Recoded
-from lmcache_kit.cache.tier import Tier
 from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces.operations import Outcome, Transfer
 from lmcache_kit.peer.report import kept_chunks
@@ -51,14 +50,11 @@ class Shift:
     def shift(self, key: ChunkKey) -> Recoded:
         """Have one chunk at the goal. It stays in memory until the end."""
         try:
-            if isinstance(self._source, Tier):
-                self._tiers.recalls.bring(self._source, [key], self)
-            if isinstance(self._goal, Tier):
-                self._tiers.write(self._goal, [key])
+            self._tiers.bring(self._source, [key], self)
+            self._tiers.lower(self._goal, [key])
         except BackendError as error:
             return Recoded("failed", str(error))
-        goal = self._goal
-        if goal.anchor(key, self) if isinstance(goal, Tier) else goal.holds(key):
+        if not self._goal.anchors.add([key], self):
             self._come[key] = None
             return Recoded("done")
         if self._source.holds(key):
@@ -70,9 +66,8 @@ class Shift:
         try:
             why = "" if self._copy or not self._come else self._hand_over()
         finally:
-            self._tiers.recalls.let_go(self)
-            if isinstance(self._goal, Tier):
-                self._goal.let_go(self)
+            self._tiers.let_go(self)
+            self._goal.anchors.let_go(self)
         nbytes = sum([self._sizes[key] for key in self._come])
         transfer = Transfer("local", "within the host", nbytes, time.monotonic() - self._begun)
         return msgspec.structs.replace(
@@ -84,5 +79,4 @@ class Shift:
     def _hand_over(self) -> str:
         if not self._confirm(self._goal.location, CONFIRM_S):
             return "the controller did not confirm it in time, so the source keeps all"
-        there = [key for key in self._come if self._goal.holds(key)]
-        return kept_chunks(self._source.forget(there))
+        return kept_chunks(self._source.forget(self._goal.anchors.arrived(self, self._come)))

@@ -149,7 +149,7 @@ def test_what_landed_does_not_leave_before_its_move_lets_go(make_engine: MakeEng
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 8
-    goal.transfers.let_go("move")
+    goal.anchors.let_go("move")
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 0
@@ -159,7 +159,7 @@ def test_a_chunk_that_is_here_is_kept_for_the_move_too(make_engine: MakeEngine) 
     source, goal = make_engine(), make_engine(300)
     store(source, range(4))
     store(goal, range(4))
-    assert goal.transfers.absent(keys(range(8)), "move") == keys(range(8))[1:]
+    assert goal.anchors.add(keys(range(8)), "move") == keys(range(8))[1:]
     assert [landing.status for landing in receive(goal, source, range(4))] == ["present"]
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
@@ -190,9 +190,9 @@ def test_only_what_is_behind_no_gap_has_arrived(make_engine: MakeEngine) -> None
     goal.transfers.landed(first.ticket)
     goal.transfers.discard(second.ticket)
     goal.transfers.landed(third.ticket)
-    assert goal.transfers.arrived("move", keys(range(12))) == keys(range(4))
+    assert goal.anchors.arrived("move", keys(range(12))) == keys(range(4))
     goal.drop_corrupt(keys(range(4))[0])
-    assert goal.transfers.arrived("move", keys(range(12))) == []
+    assert goal.anchors.arrived("move", keys(range(12))) == []
 
 
 def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEngine) -> None:
@@ -201,7 +201,7 @@ def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEng
     store(engine, range(100, 108))
     store(engine, range(200, 204))
     engine.pin([SPACE], pack_tokens(range(100, 104)), "p")
-    engine.transfers.absent(keys(range(200, 204)), "another move")
+    engine.anchors.add(keys(range(200, 204)), "another move")
     asked = [*keys(range(4)), *keys(range(100, 108)), *keys(range(200, 204)), bytes(16)]
     assert engine.forget(asked) == Forgotten(1, pinned=1, followed=1, in_use=1)
     assert [hit(engine, range(s, s + 8)) for s in (0, 100, 200)] == [8, 4, 4]
