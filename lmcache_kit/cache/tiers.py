@@ -55,12 +55,15 @@ class Tiers:
         """What was brought for ``owner`` may leave memory."""
         self._engine.anchors.let_go(owner)
 
-    def lower(self, goal: Inventory, keys: Sequence[ChunkKey]) -> None:
-        """Have at ``goal`` chunks that are in memory, as far as it has room. Raises
-        BackendError."""
+    def lower(self, goal: Inventory, keys: Sequence[ChunkKey], owner: Hashable) -> None:
+        """Have at ``goal`` chunks that are in memory, as far as it has room; where that is a tier,
+        memory need not keep them for ``owner`` any longer. Raises BackendError."""
         if isinstance(goal, Tier):
-            for key in keys:
-                goal.turns.do(partial(self._write, goal, key))
+            try:
+                for key in keys:
+                    goal.turns.do(partial(self._write, goal, key))
+            finally:
+                self.let_go(owner)
 
     def expire(self) -> None:
         """End what has outlived its time, and try again what failed."""

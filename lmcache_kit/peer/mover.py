@@ -257,12 +257,11 @@ class MoveJob:
         intake.take(wanted, self._left_s())
         come = [key for key in wanted if key in intake.tally.here]
         try:
-            engine.tiers.lower(goal, come)
+            engine.tiers.lower(goal, come, self)
         finally:
             for key in goal.anchors.add(come, self):
                 del intake.tally.here[key]
                 intake.tally.why_not[f"{goal.location} did not take it"] += 1
-            engine.tiers.let_go(self)
 
     def _windows(self, holdings: Sequence[Holding]) -> Iterator[list[bytes]]:
         assert self._remote is not None

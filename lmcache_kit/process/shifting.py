@@ -48,10 +48,10 @@ class Shift:
         self._begun = time.monotonic()
 
     def shift(self, key: ChunkKey) -> Recoded:
-        """Have one chunk at the goal. It stays in memory until the end."""
+        """Have one chunk at the goal, and keep it there until the end."""
         try:
             self._tiers.bring(self._source, [key], self)
-            self._tiers.lower(self._goal, [key])
+            self._tiers.lower(self._goal, [key], self)
         except BackendError as error:
             return Recoded("failed", str(error))
         if not self._goal.anchors.add([key], self):
@@ -79,4 +79,5 @@ class Shift:
     def _hand_over(self) -> str:
         if not self._confirm(self._goal.location, CONFIRM_S):
             return "the controller did not confirm it in time, so the source keeps all"
-        return kept_chunks(self._source.forget(self._goal.anchors.arrived(self, self._come)))
+        arrived = self._goal.anchors.arrived(self, self._sizes)
+        return kept_chunks(self._source.forget(arrived))

@@ -23,7 +23,7 @@ WAIT_S = 30.0
 
 class Dict(Backend):
     """``blobs`` may be shared with others, or outlive it. ``broken``: everything fails.
-    ``gate``: what is read waits for it."""
+    ``gate``: what is read waits for it. ``refused``: the key of what finds no room."""
 
     def __init__(
         self, blobs: dict[bytes, tuple[bytes, bytes]] | None = None, capacity: int | None = None
@@ -33,6 +33,7 @@ class Dict(Backend):
         self.broken: Exception | None = None
         self.gate = threading.Event()
         self.gate.set()
+        self.refused = b""
         self.closed = False
         self.calls: list[str] = []
 
@@ -47,6 +48,8 @@ class Dict(Backend):
         self._call("put")
         blob = meta, b"".join(data)
         others = sum(len(each) for name, (_, each) in self.blobs.items() if name != key)
+        if key == self.refused:
+            return False
         if self.capacity is not None and others + len(blob[1]) > self.capacity:
             return False
         self.blobs[key] = blob

@@ -203,6 +203,20 @@ def test_nothing_is_forgotten_that_the_controller_does_not_know_elsewhere(within
     assert len(within.place.at("A")) == 3
 
 
+def test_what_could_not_be_found_at_the_goal_stays_at_the_source(within: Within) -> None:
+    """Chunks come one by one, and those behind one that does not come are of no use there."""
+    place = within.place
+    place.engine.inventories["B"].clear()
+    store = place.tiers[1]._backend
+    assert isinstance(store, Dict)
+    store.refused = next(iter(place.engine.inventories["A"].holdings(None, None))).key
+    outcome = within.move("A", "B")
+    assert outcome.state == "partial"
+    assert len(place.at("A")) == 3
+    place.engine.clear()
+    assert place.hit(range(40)) == 40
+
+
 def test_what_is_pinned_at_the_source_stays_there(within: Within) -> None:
     within.do(Pin(location="A", tokens=pack_tokens(range(40)), pin_id="p"))
     outcome = within.move("A", PLACE)
@@ -223,6 +237,18 @@ def test_what_does_not_fit_into_memory_stays_in_the_tier(make_place: MakePlace) 
     assert "there is no room for it" in outcome.message
     assert place.hit(range(32, 48)) == 16
     assert len(place.at("A")) >= 1
+
+
+def test_more_than_fits_into_memory_goes_from_tier_to_tier(make_place: MakePlace) -> None:
+    place = make_place("small", mib=3 * CHUNK_BYTES / (1 << 20), stores=[Dict(), Dict()])
+    for start in range(0, 160, 16):
+        place.store(range(start, start + 16))
+        place.settle()
+    place.engine.inventories["B"].clear()
+    place.engine.clear()
+    outcome = Within(place).do(Move(location="B", source="small", source_location="A"))
+    assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")
+    assert (len(place.at("A")), len(place.at("B"))) == (0, 10)
 
 
 @pytest.mark.parametrize("to", ["A", "Z"])
