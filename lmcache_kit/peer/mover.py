@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_MOVES = 8
-WINDOW_BYTES = 256 * 1024 * 1024
 WINDOW_TOKENS = 1024 * 1024
-WINDOW_SHARE = 8
-"""A window is at most this part of the memory."""
 CONNECT_S = 10.0
 CONFIRM_S = 15.0
 AGAIN_S = 0.1
@@ -265,8 +262,9 @@ class MoveJob:
 
     def _windows(self, holdings: Sequence[Holding]) -> Iterator[list[bytes]]:
         assert self._remote is not None
-        sizes = {space.digest: space.chunk_size for space in self._remote.welcome.spaces}
-        most_bytes = min(WINDOW_BYTES, len(self._tools.place.engine.memory.memory) // WINDOW_SHARE)
+        welcome, memory = self._remote.welcome, self._tools.place.engine.memory.memory
+        sizes = {space.digest: space.chunk_size for space in welcome.spaces}
+        most_bytes = min(welcome.window_bytes, wire.window_bytes(len(memory)))
         window, nbytes, tokens = list[bytes](), 0, 0
         for holding in holdings:
             nbytes += holding.nbytes

@@ -171,6 +171,7 @@ class _Session:
             transports=self._source.transports.addresses(),
             chunks=len(self._holdings),
             first=self._page(0),
+            window_bytes=self._window_bytes(),
         )
 
     def answer(self, question: Question) -> Answer:
@@ -198,6 +199,12 @@ class _Session:
         """Everything that was lent comes back."""
         for lease in list(self._loans):
             self._end(lease)
+
+    def _window_bytes(self) -> int:
+        """What comes from below memory has to find room there first."""
+        engine = self._source.engine
+        below = self._inventory is not engine
+        return wire.window_bytes(len(engine.memory.memory)) if below else wire.WINDOW_BYTES
 
     def _page(self, start: int) -> tuple[Holding, ...]:
         return tuple(self._holdings[start : start + MAX_HOLDINGS])

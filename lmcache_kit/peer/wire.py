@@ -24,6 +24,9 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 MAX_FIRST_FRAME_BYTES = 8 * 1024 * 1024
 MAX_HOLDINGS = 16_384
 MAX_LENT = 4096
+WINDOW_BYTES = 256 * 1024 * 1024
+WINDOW_SHARE = 8
+"""What is lent at a time is at most this part of a memory that it has to find room in."""
 _HEADER = struct.Struct("<I")
 _RECEIVE_BYTES = 1 << 20
 
@@ -104,7 +107,8 @@ class Address(msgspec.Struct, frozen=True):
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """What the claim comes to: ``chunks`` in all, of which ``first`` are listed here. ``spaces``
-    are theirs; ``namespaces`` the base ones of who gives. ``token`` lets transports attach."""
+    are theirs; ``namespaces`` the base ones of who gives. ``token`` lets transports attach. No
+    more than ``window_bytes`` should be asked for at a time, unless a single chunk is larger."""
 
     token: bytes
     namespaces: tuple[Namespace, ...]
@@ -112,6 +116,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     transports: tuple[Address, ...]
     chunks: int
     first: tuple[Holding, ...]
+    window_bytes: Annotated[int, msgspec.Meta(ge=0)] = WINDOW_BYTES
 
 
 class Attached(msgspec.Struct, frozen=True, tag="attached"):
@@ -162,6 +167,11 @@ _M = TypeVar("_M")
 _encoder = msgspec.msgpack.Encoder()
 _questions = msgspec.msgpack.Decoder(Question)
 _answers = msgspec.msgpack.Decoder(Answer)
+
+
+def window_bytes(memory_bytes: int) -> int:
+    """The most to lend at a time where memory of this size has to find room for it."""
+    return min(WINDOW_BYTES, memory_bytes // WINDOW_SHARE)
 
 
 def send(connection: socket.socket, message: Question | Answer, timeout_s: float) -> None:

@@ -64,6 +64,20 @@ def test_more_than_fits_into_memory_goes_to_a_tier(source: Place, make_place: Ma
     assert source.everything() == set()
 
 
+def test_more_than_fits_into_the_memory_of_the_source_comes_from_a_tier(
+    make_place: MakePlace, goal: Place
+) -> None:
+    source = make_place("small", mib=3 * CHUNK_BYTES / (1 << 20), stores=[Dict()])
+    for start in range(0, 160, 16):
+        source.store(range(start, start + 16))
+        source.settle()
+    source.engine.clear()
+    outcome = goal.move(source, at="A")
+    assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")
+    assert source.at("A") == set()
+    assert len(goal.everything()) == 10
+
+
 def test_what_a_full_tier_does_not_take_stays_at_the_source(
     source: Place, make_place: MakePlace
 ) -> None:
