@@ -7,6 +7,7 @@ import secrets
 import select
 import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEND_S = 30.0
+ROOM_S = 5.0
+AGAIN_S = 0.05
 _TOKEN_BYTES = 16
 _REMEMBERED = 16_384
 _MAX_NAMESPACES = 64
@@ -226,18 +229,22 @@ class _Session:
 
     def _raise_and_lend(self, keys: Sequence[ChunkKey]) -> tuple[int, list[Parcel]]:
         """What is in a tier below is lent from memory. Raises BackendError, and OperationFailed
-        where memory has no room for it."""
+        where memory has no room for it, also not after other peers had time to read theirs."""
         tiers = self._source.engine.tiers
         if tiers is None:
             return self._transfers.lend(keys, self)
-        try:
-            if not tiers.bring(self._inventory, keys, self):
+        deadline = time.monotonic() + ROOM_S
+        while True:
+            try:
+                if tiers.bring(self._inventory, keys, self):
+                    return self._transfers.lend(keys, self)
+            finally:
+                tiers.let_go(self)
+            if time.monotonic() >= deadline:
                 raise OperationFailed(
                     f"memory has no room for what is to be read from {self._inventory.location}"
                 )
-            return self._transfers.lend(keys, self)
-        finally:
-            tiers.let_go(self)
+            time.sleep(AGAIN_S)
 
     def _offer(self, question: Offer) -> Answer:
         parcels = self._loans.get(question.lease, ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -76,6 +77,40 @@ def test_more_than_fits_into_the_memory_of_the_source_comes_from_a_tier(
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")
     assert source.at("A") == set()
     assert len(goal.everything()) == 10
+
+
+def test_moves_at_once_wait_for_room_in_the_memory_of_the_source(
+    make_place: MakePlace, goal: Place
+) -> None:
+    source = make_place("small", mib=3 * CHUNK_BYTES / (1 << 20), stores=[Dict()])
+    prompts = [range(start, start + 48) for start in range(0, 6000, 1000)]
+    for prompt in prompts:
+        for end in (16, 32, 48):
+            source.store(prompt[:end])
+            source.settle()
+    source.engine.clear()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        outcomes = list(pool.map(lambda prompt: goal.move(source, prompt, at="A"), prompts))
+    assert {(each.state, each.tokens, each.message) for each in outcomes} == {("done", 48, "")}
+
+
+def test_a_source_whose_memory_stays_full_says_so(
+    make_place: MakePlace, goal: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_kit.peer.source.ROOM_S", 0.2)
+    source = make_place("small", mib=3 * CHUNK_BYTES / (1 << 20), stores=[Dict()])
+    source.store(range(48))
+    source.settle()
+    source.engine.clear()
+    source.store(range(100, 148))
+    source.settle()
+    lease, parcels = source.engine.transfers.lend(list(source.everything()), "a reader")
+    assert len(parcels) == 3
+    outcome = goal.move(source, range(48), at="A")
+    assert (outcome.state, outcome.tokens) == ("failed", 0)
+    assert "memory has no room for what is to be read from A" in outcome.message
+    assert len(source.at("A")) == 6
+    source.engine.release(lease, None)
 
 
 def test_what_a_full_tier_does_not_take_stays_at_the_source(
