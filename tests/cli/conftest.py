@@ -1,4 +1,4 @@
-"""A server that answers what a test tells it to."""
+"""The command in this process, and a server that answers what a test tells it to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,41 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
+
+from lmcache_kit.cli import _follow
+from lmcache_kit.cli.app import app
+
+
+def kit(*arguments: str, stdin: str = "") -> Result:
+    """``lmcache-kit`` with these arguments."""
+    return CliRunner().invoke(app, list(arguments), input=stdin)
+
+
+def event_in(state: str, part: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """What the controller says of an event with this one part; ``fields`` say what it is about."""
+    return {
+        "event_id": "e1",
+        "state": state,
+        "num_tokens": 12,
+        "message": "",
+        "progress": [part],
+        "created": 100.0,
+        "started": 100.5,
+        "ended": None if state in ("queued", "running") else 101.0,
+        "deadline": 700.0,
+        "idempotency_key": None,
+        **fields,
+    }
+
+
+@pytest.fixture
+def poll_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_follow, "POLL_S", 0.01)
+    monkeypatch.setattr(_follow, "LINE_S", 0.0)
 
 
 class Server(ThreadingHTTPServer):

@@ -7,12 +7,11 @@ import re
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from lmcache_kit.cli import _follow
-from lmcache_kit.cli.app import app
-from tests.cli.conftest import Start
+from tests.cli.conftest import Start, event_in, kit
 from tests.cli.terminal import on_a_terminal
+
+pytestmark = pytest.mark.usefixtures("poll_quickly")
 
 ANSWER = {"event_id": "e1", "num_tokens": 12}
 ENDS = ("--from", "a", "--to", "b")
@@ -42,35 +41,15 @@ def event(state: str = "done", transfer: object = TRANSFER, **changes: Any) -> d
         "bytes_after": 276480,
         "transfer": transfer,
     }
-    return {
-        "event_id": "e1",
+    about = {
         "operation": "move",
         "instance_id": "b",
         "location": "LocalCPUBackend",
         "old_position": ["a", "LocalCPUBackend"],
         "new_position": ["b", "LocalCPUBackend"],
-        "state": state,
-        "num_tokens": 12,
-        "message": "",
         "ratio": None,
-        "progress": [part],
-        "created": 100.0,
-        "started": 100.5,
-        "ended": None if running else 101.0,
-        "deadline": 700.0,
-        "idempotency_key": None,
-        **changes,
     }
-
-
-def kit(*arguments: str, stdin: str = "") -> Result:
-    return CliRunner().invoke(app, list(arguments), input=stdin)
-
-
-@pytest.fixture(autouse=True)
-def _poll_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_follow, "POLL_S", 0.01)
-    monkeypatch.setattr(_follow, "LINE_S", 0.0)
+    return event_in(state, part, **{**about, **changes})
 
 
 @pytest.mark.parametrize(

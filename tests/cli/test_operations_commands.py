@@ -8,12 +8,12 @@ import sys
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from lmcache_kit.cli import _follow
-from lmcache_kit.cli.app import app
-from tests.cli.conftest import Start
+from tests.cli.conftest import Start, event_in, kit
 from tests.cli.terminal import on_a_terminal
+
+pytestmark = pytest.mark.usefixtures("poll_quickly")
 
 PLACE = {"instance_id": "lmcache_default_instance", "location": "LocalCPUBackend"}
 ANSWER = {"event_id": "e1", "num_tokens": 3}
@@ -31,33 +31,8 @@ def event(state: str = "done", **changes: Any) -> dict[str, Any]:
         "bytes_before": 2048 * done,
         "bytes_after": 512 * done,
     }
-    return {
-        "event_id": "e1",
-        "operation": "compress",
-        "instance_id": "a",
-        "location": "ram",
-        "state": state,
-        "num_tokens": 12,
-        "message": "",
-        "ratio": 4.0,
-        "progress": [part],
-        "created": 100.0,
-        "started": 100.5,
-        "ended": None if running else 101.0,
-        "deadline": 700.0,
-        "idempotency_key": None,
-        **changes,
-    }
-
-
-def kit(*arguments: str, stdin: str = "") -> Result:
-    return CliRunner().invoke(app, list(arguments), input=stdin)
-
-
-@pytest.fixture(autouse=True)
-def _poll_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_follow, "POLL_S", 0.01)
-    monkeypatch.setattr(_follow, "LINE_S", 0.0)
+    about = {"operation": "compress", "instance_id": "a", "location": "ram", "ratio": 4.0}
+    return event_in(state, part, **{**about, **changes})
 
 
 @pytest.mark.parametrize(

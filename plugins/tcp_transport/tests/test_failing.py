@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.errors import TransferTimeout, TransportError
 from lmcache_kit.interfaces import Link, Offered, Region
+from lmcache_kit.testing.hosts import Stall, cut, flip
 
 WAIT_S = 20.0
 HEADER = 32
@@ -35,34 +36,6 @@ def eventually(holds: Callable[[], bool]) -> bool:
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.005)
     return holds()
-
-
-def flip(at: int) -> Callable[[int, bytes], bytes]:
-    def change(position: int, data: bytes) -> bytes:
-        if not position <= at < position + len(data):
-            return data
-        changed = bytearray(data)
-        changed[at - position] ^= 1
-        return bytes(changed)
-
-    return change
-
-
-def cut(at: int) -> Callable[[int, bytes], bytes | None]:
-    return lambda position, data: data[: at - position] if position < at else None
-
-
-class Stall:
-    """Says nothing any more from a position on, until told to."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.go_on = threading.Event()
-
-    def __call__(self, position: int, data: bytes) -> bytes:
-        if position + len(data) > self.at:
-            self.go_on.wait(WAIT_S)
-        return data
 
 
 @pytest.mark.parametrize("at", [0, 50_000, NBYTES - 1])
