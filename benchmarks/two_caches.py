@@ -36,6 +36,7 @@ from lmcache_kit.errors import CodecError
 from lmcache_kit.interfaces import Codec, Link, ReadableRegion, Region, Transport
 from lmcache_kit.interfaces.operations import Move, Outcome, Peer
 from lmcache_kit.keys import Namespace, chain, pack_tokens
+from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
 from lmcache_kit.peer.service import PeerService
 from lmcache_kit.peer.sockets import Listener, dial
 from lmcache_kit.plugins import Plugins
@@ -88,7 +89,7 @@ class Lender(NamedTuple):
 
 
 class _Cache:
-    """Memory, engine, and what nodes need."""
+    """Memory, engine, and what peers need."""
 
     def __init__(self, nbytes: int) -> None:
         self.incarnation = secrets.token_bytes(16)
@@ -100,7 +101,7 @@ class _Cache:
         self.plugins = Plugins.load()
         self.slab = ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self.memory.memory))
 
-    def node(self, name: str, channel: str) -> PeerService:
+    def peer(self, name: str, channel: str) -> PeerService:
         config = KitConfig(
             enable_p2p=True, lmcache_instance_id=name, p2p_host=HOST, transfer_channel=channel
         )
@@ -112,10 +113,13 @@ class _Cache:
             namespaces=self.namespaces,
             get_codec=_no_codec,
             incarnation=self.incarnation,
-            confirm=lambda *_: True,
         )
         made.start()
         return made
+
+    def moves(self, peer: PeerService) -> MoveExecutor:
+        """The moves that this peer takes part in."""
+        return MoveExecutor(MoveContext(self.engine, self.namespaces, lambda *_: True, peer.access))
 
     def nixl(self) -> Any:
         """An agent of NIXL's own, that knows this memory."""
@@ -149,9 +153,9 @@ def _no_codec(name: str) -> Codec:
     raise CodecError(f"no codec {name} here")
 
 
-def _transport(node: PeerService, name: str) -> Transport:
-    """The one that the node's moves go by: another one would have another progress thread."""
-    found = node._transports.get(name)
+def _transport(peer: PeerService, name: str) -> Transport:
+    """The one that the peer's moves go by: another one would have another progress thread."""
+    found = peer._transports.get(name)
     if isinstance(found, str):
         raise RuntimeError(f"transport {name}: {found}")
     return found
@@ -164,9 +168,9 @@ def lend(pipe: Connection) -> None:
     """Be the process that lends, until the pipe ends."""
     cache = _Cache(LENDER_BYTES)
     regions = [cache.store(payload) for payload in PAYLOADS]
-    node = cache.node("lender", "auto")
+    peer = cache.peer("lender", "auto")
     names = channels()
-    transports = {name: _transport(node, name) for name in names}
+    transports = {name: _transport(peer, name) for name in names}
     listener = Listener(HOST, 0, transports["tcp"].serve)
     listener.start()
     plain = socket.create_server((HOST, 0))
@@ -175,9 +179,9 @@ def lend(pipe: Connection) -> None:
     offered = [[ReadableRegion(region, 0) for region in some] for some in regions]
     pipe.send(
         Lender(
-            node.key,
+            peer.key,
             cache.incarnation,
-            node.url,
+            peer.url,
             {name: each.address() for name, each in transports.items()},
             {name: [each.offer(some) for some in offered] for name, each in transports.items()},
             regions,
@@ -231,7 +235,8 @@ class Taker:
             raise TimeoutError("who lends did not start")
         self.lender: Lender = ours.recv()
         self._into = [self._room(payload) for payload in PAYLOADS]
-        self._nodes = {name: self._cache.node(f"taker-{name}", name) for name in self.channels}
+        self._peers = {name: self._cache.peer(f"taker-{name}", name) for name in self.channels}
+        self._moves = {name: self._cache.moves(peer) for name, peer in self._peers.items()}
         self._links = {name: self._connect(name) for name in self.channels}
         self._plain = socket.create_connection((HOST, self.lender.socket_port))
         self._plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -272,16 +277,16 @@ class Taker:
             source_location=PLACE,
             copy=True,
         )
-        seal = Capability.of(order, event_id, f"taker-{name}").seal(lender.key)
+        signature = Capability.of(order, event_id, f"taker-{name}").sign(lender.key)
         fields = {field: getattr(order, field) for field in order.__struct_fields__}
-        peer = Peer(event_id, lender.url, lender.incarnation, seal)
+        peer = Peer(event_id, lender.url, lender.incarnation, signature)
 
         def finish(outcome: Outcome) -> None:
             ended.append(Ended(time.perf_counter(), outcome))
             over.set()
 
         begun = time.perf_counter()
-        self._nodes[name].mover.begin(
+        self._moves[name].start(
             Move(**{**fields, "peer": peer}),
             deadline_s=WAIT_S,
             report=lambda _: None,
@@ -299,8 +304,10 @@ class Taker:
     def close(self) -> None:
         for link in self._links.values():
             link.close()
-        for node in self._nodes.values():
-            node.close()
+        for moves in self._moves.values():
+            moves.close()
+        for peer in self._peers.values():
+            peer.close()
         self._hashing.shutdown()
         self._plain.close()
         self._pipe.close()
@@ -320,7 +327,7 @@ class Taker:
         return found
 
     def _connect(self, name: str) -> Link:
-        transport = _transport(self._nodes[name], name)
+        transport = _transport(self._peers[name], name)
         return transport.connect(
             self.lender.addresses[name],
             lambda left_s: _blocking(dial(self.lender.tcp_port, left_s)),

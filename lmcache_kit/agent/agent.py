@@ -68,7 +68,7 @@ class Agent:
         self._instance_id = instance_id
         self._heartbeat_s = heartbeat_s
         self._bell = WakeupFd()
-        self._streams = [LocationFeed(each, ring=self._bell.ring) for each in inventories]
+        self._streams = [LocationFeed(each, ring=self._bell.wake) for each in inventories]
         self._urgent = WakeupFd()
         identity = Identity(
             instance_id=instance_id,
@@ -80,7 +80,7 @@ class Agent:
             peer_key=peer_key,
             started=time.time() if started is None else started,
         )
-        self._jobs = Jobs(operator, wake=self._urgent.ring)
+        self._jobs = Jobs(operator, wake=self._urgent.wake)
         self._session = ControllerClient(self._streams, identity, jobs=self._jobs)
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -89,8 +89,6 @@ class Agent:
 
     def start(self) -> None:
         """Begin. The inventories are listened to from here on."""
-        self._bell.hang_up()
-        self._urgent.hang_up()
         for stream in self._streams:
             stream.begin()
         self._thread = threading.Thread(target=self._run, name="lmcache-kit-agent", daemon=True)
@@ -106,30 +104,30 @@ class Agent:
         for stream in self._streams:
             stream.end()
         self._stopping = True
-        self._urgent.ring()
+        self._urgent.wake()
         thread.join(_STOP_S)
         if thread.is_alive():
             log.warning("the agent of instance %r did not end in time", self._instance_id)
             return
-        self._bell.take_down()
-        self._urgent.take_down()
+        self._bell.close()
+        self._urgent.close()
 
     def register_worker(self, rank: int) -> None:
         """This rank stores here."""
         self._session.register_worker(rank)
-        self._bell.ring()
+        self._bell.wake()
 
     def register_namespace(self, namespace: Namespace) -> None:
         """Chunks are stored under this base namespace."""
         self._session.register_namespace(namespace)
-        self._bell.ring()
+        self._bell.wake()
 
     def confirm(self, location: str, timeout_s: float) -> bool:
         """Wait until the controller says that its index of one location holds everything that was
         there before this call. False if it does not within ``timeout_s`` seconds, or if we
         stop."""
         wait = self._session.streams[location].confirmations.ask()
-        self._urgent.ring()
+        self._urgent.wake()
         return wait.until(timeout_s)
 
     def stats(self) -> dict[str, float]:
@@ -207,18 +205,18 @@ class Agent:
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN | (zmq.POLLOUT if self._session.blocked else 0))
             poller.register(failed, zmq.POLLIN)
-            poller.register(self._urgent.fd, zmq.POLLIN)
+            poller.register(self._urgent.fileno(), zmq.POLLIN)
             if not self._session.gathering():
-                poller.register(self._bell.fd, zmq.POLLIN)
+                poller.register(self._bell.fileno(), zmq.POLLIN)
             wait_s = self._session.wait_s()
             # Rounded up, so that nothing is polled for before it is due.
             poller.poll(int(wait_s * 1000) + 1 if wait_s else 0)
             if refused := refusal(failed, self._keys):
                 return refused
             self._hear(socket)
-            self._urgent.rest()
+            self._urgent.clear()
             if not self._session.gathering():
-                self._bell.rest()
+                self._bell.clear()
             self._session.turn(send)
         self._jobs.stop()
         if self._session.registered:

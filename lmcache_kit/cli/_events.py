@@ -13,10 +13,10 @@ _S = TypeVar("_S", bound=msgspec.Struct)
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """How the bytes of a move come. ``how``: over what, and why not otherwise."""
+    """How the bytes of a move come. ``description``: over what, and why not otherwise."""
 
     transport: str
-    how: str
+    description: str
     bytes: int
     gb_per_s: float
 
@@ -92,20 +92,20 @@ def told(event: Event) -> str:
         words.append(f"{done.chunks_done} of {_counted(done.chunks, 'chunk')}")
     if event.ratio is not None and done.bytes_before != done.bytes_after:
         words.append(f"{changed(done)}, ratio {event.ratio:.2f}")
-    if size := came(done.transfer, with_how=True):
+    if size := came(done.transfer, described=True):
         words.append(size)
     if event.message:
         words.append(event.message)
     return "; ".join(words)
 
 
-def came(transfer: Transfer | None, *, with_how: bool = False) -> str:
+def came(transfer: Transfer | None, *, described: bool = False) -> str:
     """``270.0 KiB by nixl (CMA on one host), 1.2 GB/s``; empty before anything has come."""
     if transfer is None or not transfer.bytes:
         return ""
-    how = f" ({transfer.how})" if with_how and transfer.how else ""
+    described_by = f" ({transfer.description})" if described and transfer.description else ""
     speed = f", {_speed(transfer.gb_per_s)}" if transfer.gb_per_s else ""
-    return f"{shown_bytes(transfer.bytes)} by {transfer.transport}{how}{speed}"
+    return f"{shown_bytes(transfer.bytes)} by {transfer.transport}{described_by}{speed}"
 
 
 def changed(done: Part) -> str:

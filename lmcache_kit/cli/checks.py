@@ -262,17 +262,19 @@ def peers(found: Plugins, config: KitConfig) -> Iterator[Check]:
     channel, usable = config.transfer_channel, []
     for offer in found.specs("transport"):
         name, spec = f"transport {offer.spec.name}", offer.spec
-        result = ProbeResult(why_not=found.trouble(offer))
-        if not result.why_not:
+        result = ProbeResult(unusable=found.trouble(offer))
+        if not result.unusable:
             result = probe(spec.name, config)
-        if trouble := result.why_not:
+        if trouble := result.unusable:
             asked = spec.name == channel
             remedy = "Repair it, or set transfer_channel to another" if asked else ""
             state: Literal["ok", "warn"] = "warn" if asked else "ok"
             yield Check(state, name, f"cannot be used here: {trouble}", remedy)
         elif isinstance(spec, TransportSpec):
             usable.append(spec)
-            yield Check("ok", name, f"works; would reach peers on this host by {result.how}")
+            yield Check(
+                "ok", name, f"works; would reach peers on this host by {result.description}"
+            )
     if channel != AUTO:
         try:
             found.spec("transport", channel)

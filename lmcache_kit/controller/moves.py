@@ -42,6 +42,7 @@ def with_peer(order: Move, event_id: str, destination: Process, source: Process)
     if source is destination:
         return order
     said = source.said
-    claim = Capability.of(order, event_id, destination.instance_id)
-    peer = Peer(event_id, said.peer_url or "", said.incarnation, claim.seal(said.peer_key))
+    capability = Capability.of(order, event_id, destination.instance_id)
+    signature = capability.sign(said.peer_key)
+    peer = Peer(event_id, said.peer_url or "", said.incarnation, signature)
     return msgspec.structs.replace(order, peer=peer)

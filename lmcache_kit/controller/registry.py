@@ -21,7 +21,7 @@ from lmcache_kit.controller.key_index import KeyIndex, Owner
 from lmcache_kit.controller.replica import Replica
 from lmcache_kit.errors import NoWorker, ProtocolError, UnknownName
 from lmcache_kit.keys import Namespace
-from lmcache_kit.protocol.capability import KEY_BYTES
+from lmcache_kit.protocol.capability import CAPABILITY_KEY_BYTES
 from lmcache_kit.protocol.control import (
     MAX_NAMESPACES,
     Batch,
@@ -356,7 +356,10 @@ def _refusal(said: Register) -> str:
         (all(0 < len(name) <= MAX_NAME for name in names), "a name is empty or too long"),
         (len(said.host) <= MAX_NAME, "the host is too long"),
         (len(said.peer_url or "") <= 4 * MAX_NAME, "the peer url is too long"),
-        (len(said.peer_key) == (KEY_BYTES if said.peer_url else 0), "the peer key does not fit"),
+        (
+            len(said.peer_key) == (CAPABILITY_KEY_BYTES if said.peer_url else 0),
+            "the peer key does not fit",
+        ),
         (len(said.incarnation) == 16, "the incarnation is not 16 bytes"),
         (math.isfinite(said.started), "the start time is not a time"),
         (math.isfinite(said.heartbeat_s) and said.heartbeat_s > 0, "the heartbeat is not a time"),

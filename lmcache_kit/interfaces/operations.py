@@ -56,13 +56,13 @@ class Decompress(_Order, frozen=True, tag="decompress"):
 
 class Peer(msgspec.Struct, frozen=True):
     """The cache process that a move takes from: ``HOST:PORT``, and which life of it is meant.
-    ``seal`` proves to it that the controller wants this move; see
+    ``signature`` is the controller's of the move's capability; see
     :mod:`lmcache_kit.protocol.capability`."""
 
     event_id: str
     url: str
     incarnation: bytes
-    seal: bytes
+    signature: bytes
 
 
 class Move(_Order, frozen=True, tag="move"):
@@ -100,11 +100,11 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """How bytes came from another cache process. ``how``: over what, and why not otherwise.
+    """How bytes came from another location. ``description``: over what, and why not otherwise.
     ``seconds``: for how long some were under way."""
 
     transport: str
-    how: str = ""
+    description: str = ""
     nbytes: int = 0
     seconds: float = 0.0
 

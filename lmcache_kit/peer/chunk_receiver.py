@@ -1,4 +1,4 @@
-"""Taking chunks from a peer, a bounded number at a time: lend, read, verify, keep, give back."""
+"""Receive chunks from a peer: lease, reserve, read, verify, commit, release."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
@@ -16,7 +15,8 @@ from lmcache_kit.cache.memory.transfers import check_blob
 from lmcache_kit.errors import TransferTimeout, TransportError
 from lmcache_kit.interfaces import ReadResult, Region
 from lmcache_kit.keys import ChunkKey
-from lmcache_kit.protocol.peer import Lent
+from lmcache_kit.peer.move_source import MoveStats
+from lmcache_kit.protocol.peer import Leased
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 STALL_S = 10.0
 SLOWEST_BYTES_PER_S = 4e6
-"""A read that is slower than this, after the first seconds, will not come to an end."""
+"""A read that is slower than this, after its first ``STALL_S`` seconds, is given up."""
 
 
 class Destination(NamedTuple):
-    """Where chunks are taken to. ``hashing`` is a single thread that looks at what has come while
-    more comes."""
+    """The memory that chunks from peers are received into.
+
+    ``hashing`` is a single thread that verifies what has arrived while more arrives.
+    """
 
     engine: CacheEngine
     quarantine: Quarantine
@@ -40,199 +42,202 @@ class Destination(NamedTuple):
     get_codec: GetCodec
 
 
-@dataclass(slots=True)
-class MoveStats:
-    """What became of the chunks of a move so far. ``again``: somebody stored them here just then,
-    or what came was not what was stored; it may be worth another try. ``why_not`` counts what
-    kept others from coming; ``full`` ends the move."""
-
-    here: dict[ChunkKey, None] = field(default_factory=dict)
-    present: int = 0
-    gone: int = 0
-    again: list[ChunkKey] = field(default_factory=list)
-    full: bool = False
-    why_not: Counter[str] = field(default_factory=Counter)
-    nbytes: int = 0
-    seconds: float = 0.0
-
-
 class ChunkReceiver:
-    """One move's reading. ``link_again`` makes a new link where an old one had been closed by the
-    peer. Used by one thread."""
+    """Receives the chunks of one move over one link, a window at a time. Used by one thread.
+
+    ``reconnect`` makes a new link in place of one that the peer closed while it was idle.
+    ``owner`` holds a reference to each chunk that has arrived.
+    """
 
     def __init__(
         self,
-        place: Destination,
-        remote: SourceClient,
+        destination: Destination,
+        client: SourceClient,
         link: PooledLink,
-        link_again: Callable[[], PooledLink],
+        reconnect: Callable[[], PooledLink],
+        *,
         owner: Hashable,
+        stats: MoveStats,
     ) -> None:
-        self.tally = MoveStats()
         self.link = link
-        self._link_again = link_again
-        self._place = place
-        self._remote = remote
+        self._reconnect = reconnect
+        self._destination = destination
+        self._client = client
         self._owner = owner
-        self._spaces: Mapping[bytes, NamespaceInfo] = {
-            space.digest: space for space in remote.welcome.spaces
+        self._stats = stats
+        self._namespaces: Mapping[bytes, NamespaceInfo] = {
+            info.digest: info for info in client.welcome.namespaces
         }
 
-    def take(self, keys: Sequence[ChunkKey], timeout_s: float) -> None:
-        """Have these chunks here. Raises TransportError and OperationFailed; what has come until
-        then stays."""
-        engine, tally = self._place.engine, self.tally
+    def receive(self, keys: Sequence[ChunkKey], timeout_s: float) -> None:
+        """Have these chunks in memory.
+
+        Raises TransportError and OperationFailed; chunks that arrived before stay.
+        """
+        engine, stats = self._destination.engine, self._stats
         missing = engine.anchors.add(keys, self._owner)
         absent = set(missing)
-        self.keep([key for key in keys if key not in absent])
+        stats.add_arrived([key for key in keys if key not in absent])
         if not missing:
             return
-        lent = self._remote.lend(missing, self.link.transport)
-        parcels = lent.parcels
-        tally.gone += len(missing) - len(parcels)
-        if not lent.lease:
+        leased = self._client.lease(missing, self.link.transport)
+        stats.gone += len(missing) - len(leased.descriptors)
+        if not leased.lease:
             return
-        landings = engine.transfers.receive(
-            parcels, self._spaces, self._owner, self._place.get_codec
-        )
-        coming: list[tuple[int, ChunkDescriptor, Reservation]] = []
-        for number, (parcel, landing) in enumerate(zip(parcels, landings, strict=True)):
-            match landing.status:
-                case "granted":
-                    coming.append((number, parcel, landing))
-                case "present":
-                    self.keep([parcel.key])
-                case "storing":
-                    tally.again.append(parcel.key)
-                case "full":
-                    tally.full = True
-                case "unfit":
-                    tally.why_not[landing.why] += 1
-        if coming and (spoilt := self._read(lent, coming, timeout_s)):
-            self._remote.recheck(spoilt)
-            tally.again += spoilt
-        self._remote.give_back(lent.lease)
+        reserved = self._reserve(leased)
+        if reserved and (corrupt := self._read(leased, reserved, timeout_s)):
+            self._client.verify(corrupt)
+            stats.retry += corrupt
+        self._client.release(leased.lease)
 
-    def keep(self, present: Sequence[ChunkKey]) -> None:
-        """These are here already."""
-        self.tally.present += len(present)
-        self.tally.here.update(dict.fromkeys(present))
+    def _reserve(self, leased: Leased) -> list[_Expected]:
+        """Reserve memory for leased chunks; returns those that there is memory for."""
+        stats = self._stats
+        reservations = self._destination.engine.transfers.receive(
+            leased.descriptors, self._namespaces, self._owner, self._destination.get_codec
+        )
+        granted: list[_Expected] = []
+        for number, (descriptor, reservation) in enumerate(
+            zip(leased.descriptors, reservations, strict=True)
+        ):
+            match reservation.status:
+                case "granted":
+                    granted.append(_Expected(number, descriptor, reservation))
+                case "present":
+                    stats.add_present([descriptor.key])
+                case "storing":
+                    stats.retry.append(descriptor.key)
+                case "full":
+                    stats.full = True
+                case "unfit":
+                    stats.failures[reservation.why] += 1
+        return granted
 
     def _read(
-        self,
-        lent: Lent,
-        coming: Sequence[tuple[int, ChunkDescriptor, Reservation]],
-        timeout_s: float,
+        self, leased: Leased, expected: Sequence[_Expected], timeout_s: float
     ) -> list[ChunkKey]:
-        """Those that came spoilt."""
-        arrivals = _Arrivals(self._place, [(parcel, landing) for _, parcel, landing in coming])
+        """Read, verify and commit chunks; returns those whose checksums did not match."""
+        reading = _Reading(self._destination, expected)
         begin = time.monotonic()
         unsettled: Callable[[], bool] | None = None
         try:
-            self._read_into(arrivals, lent, [number for number, _, _ in coming], timeout_s)
+            self._read_into(reading, leased, [each.number for each in expected], timeout_s)
         except TransferTimeout as error:
             unsettled = error.settled
             raise
         finally:
-            self.tally.seconds += time.monotonic() - begin
-            arrivals.finish()
-            self.tally.nbytes += arrivals.nbytes
-            self.tally.here.update(dict.fromkeys(arrivals.landed))
-            self.tally.why_not.update(arrivals.unreadable)
-            left = arrivals.tickets_left()
-            if left and unsettled:
-                self._place.quarantine.add(self.link.transport, unsettled, left)
-            else:
-                for ticket in left:
-                    self._place.engine.transfers.discard(ticket)
-        return arrivals.spoilt
+            self._stats.seconds += time.monotonic() - begin
+            reading.finish()
+            self._stats.nbytes += reading.nbytes
+            self._stats.add_arrived(reading.committed)
+            self._stats.failures.update(reading.undecodable)
+            self._abandon(reading.open_tickets(), unsettled)
+        return reading.corrupt
+
+    def _abandon(self, tickets: Sequence[int], unsettled: Callable[[], bool] | None) -> None:
+        """Free reservations, or quarantine them while bytes may still be written to them."""
+        if tickets and unsettled:
+            self._destination.quarantine.add(self.link.transport, unsettled, tickets)
+            return
+        for ticket in tickets:
+            self._destination.engine.transfers.discard(ticket)
 
     def _read_into(
-        self, arrivals: _Arrivals, lent: Lent, numbers: Sequence[int], timeout_s: float
+        self, reading: _Reading, leased: Leased, numbers: Sequence[int], timeout_s: float
     ) -> None:
-        total = sum(region.nbytes for region in arrivals.regions)
+        total = sum(region.nbytes for region in reading.regions)
         timeout_s = min(timeout_s, STALL_S + total / SLOWEST_BYTES_PER_S)
-        offer = lent.offer if len(numbers) == len(lent.parcels) else b""
+        offer = leased.offer if len(numbers) == len(leased.descriptors) else b""
         while True:
-            offer = offer or self._remote.offer(lent.lease, self.link.transport, numbers)
+            offer = offer or self._client.read_offer(leased.lease, self.link.transport, numbers)
             try:
-                for landed in self.link.link.read(offer, arrivals.regions, timeout_s):
-                    arrivals.came(landed)
+                for result in self.link.link.read(offer, reading.regions, timeout_s):
+                    reading.add(result)
             except TransferTimeout:
                 raise
             except TransportError:
-                # The peer may have closed a link that nobody used for long.
-                if not self.link.used or arrivals.any_came:
+                # The peer may have closed a link that was idle for long.
+                if not self.link.used or reading.started:
                     raise
                 self.link.link.close()
-                self.link, offer = self._link_again(), b""
+                self.link, offer = self._reconnect(), b""
             else:
                 self.link.used = True
                 return
 
 
-class _Arrivals:
-    """Parcels on their way. What has come is verified on the hashing thread, in order."""
+class _Expected(NamedTuple):
+    """A chunk to read: its number in the lease, and the memory reserved for it."""
 
-    def __init__(
-        self, place: Destination, coming: Sequence[tuple[ChunkDescriptor, Reservation]]
-    ) -> None:
-        self.regions: list[Region] = [region for _, landing in coming for region in landing.regions]
-        self.landed: list[ChunkKey] = []
-        self.spoilt: list[ChunkKey] = []
-        self.unreadable: Counter[str] = Counter()
-        self.nbytes = 0
-        self.any_came = False
-        self._place = place
-        self._parts = [
-            (at, rank)
-            for at, (_, landing) in enumerate(coming)
-            for rank in range(len(landing.regions))
+    number: int
+    descriptor: ChunkDescriptor
+    reservation: Reservation
+
+
+class _Reading:
+    """Chunks being read. Each payload is verified on the hashing thread, in order of arrival."""
+
+    def __init__(self, destination: Destination, expected: Sequence[_Expected]) -> None:
+        self.regions: list[Region] = [
+            region for each in expected for region in each.reservation.regions
         ]
-        self._coming = coming
-        self._missing = [len(landing.regions) for _, landing in coming]
-        self._not_landed = dict.fromkeys(range(len(coming)))
-        self._given_up: set[int] = set()
-        self._last = place.hashing.submit(lambda: None)
+        self.committed: list[ChunkKey] = []
+        self.corrupt: list[ChunkKey] = []
+        self.undecodable: Counter[str] = Counter()
+        self.nbytes = 0
+        self.started = False
+        self._destination = destination
+        self._payloads = [
+            (at, rank)
+            for at, each in enumerate(expected)
+            for rank in range(len(each.reservation.regions))
+        ]
+        self._expected = expected
+        self._missing = [len(each.reservation.regions) for each in expected]
+        self._open = dict.fromkeys(range(len(expected)))
+        self._rejected: set[int] = set()
+        self._last = destination.hashing.submit(lambda: None)
 
-    def came(self, landed: ReadResult) -> None:
-        """Look at a region as soon as the hashing thread gets to it."""
-        self.any_came = True
-        self.nbytes += self.regions[landed.number].nbytes
-        self._last = self._place.hashing.submit(self._verify, landed)
+    def add(self, result: ReadResult) -> None:
+        """Have a region verified that was read."""
+        self.started = True
+        self.nbytes += self.regions[result.number].nbytes
+        self._last = self._destination.hashing.submit(self._verify, result)
 
     def finish(self) -> None:
-        """Wait until all that has come was looked at."""
+        """Wait until all that was read is verified."""
         self._last.result()
 
-    def tickets_left(self) -> list[int]:
-        """Of parcels that have not landed. Of these, too, bytes may still be on their way until
-        the read has ended."""
-        return [self._coming[at][1].ticket for at in self._not_landed]
+    def open_tickets(self) -> list[int]:
+        """Return the tickets of chunks that were not committed.
 
-    def _verify(self, landed: ReadResult) -> None:
-        at, rank = self._parts[landed.number]
-        parcel, landing = self._coming[at]
-        if at in self._given_up or not self._is_sound(at, rank, landed.checksum):
+        Until the read has ended, bytes may still be written to their regions.
+        """
+        return [self._expected[at].reservation.ticket for at in self._open]
+
+    def _verify(self, result: ReadResult) -> None:
+        at, rank = self._payloads[result.number]
+        expected = self._expected[at]
+        if at in self._rejected or not self._is_sound(at, rank, result.checksum):
             return
         self._missing[at] -= 1
         if not self._missing[at]:
-            del self._not_landed[at]
-            if self._place.engine.transfers.landed(landing.ticket):
-                self.landed.append(parcel.key)
+            del self._open[at]
+            if self._destination.engine.transfers.landed(expected.reservation.ticket):
+                self.committed.append(expected.descriptor.key)
 
     def _is_sound(self, at: int, rank: int, checksum: int | None) -> bool:
-        parcel, landing = self._coming[at]
-        region = landing.regions[rank]
-        with self._place.engine.memory.view(region) as view:
+        _, descriptor, reservation = self._expected[at]
+        with self._destination.engine.memory.view(reservation.regions[rank]) as view:
             if checksum is None:
                 checksum = xxh3_64_intdigest(view)
-            intact = checksum == parcel.extents[rank].checksum
-            why = check_blob(landing.codec, view) if intact and landing.codec else ""
+            intact = checksum == descriptor.extents[rank].checksum
+            codec = reservation.codec
+            undecodable = check_blob(codec, view) if intact and codec else ""
         if not intact:
-            self.spoilt.append(parcel.key)
-        if why:
-            self.unreadable[why] += 1
-        if why or not intact:
-            self._given_up.add(at)
-        return intact and not why
+            self.corrupt.append(descriptor.key)
+        if undecodable:
+            self.undecodable[undecodable] += 1
+        if undecodable or not intact:
+            self._rejected.add(at)
+        return intact and not undecodable

@@ -1,4 +1,4 @@
-"""Whether chunks of one instance can be of use to another."""
+"""Compare namespaces of two instances, to see whether chunks of one are of use to the other."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lmcache_kit.cache.descriptors import NamespaceInfo
 from lmcache_kit.keys import Namespace
 
 
-def difference(space: NamespaceInfo, theirs: Sequence[Namespace], ours: Sequence[Namespace]) -> str:
-    """In what the workers here differ from those that stored a namespace; empty if in nothing.
+def difference(info: NamespaceInfo, theirs: Sequence[Namespace], ours: Sequence[Namespace]) -> str:
+    """Name the fields in which our workers differ from those that stored a nameinfo.
 
-    ``theirs`` and ``ours`` are base namespaces. Where none is known here, what comes may be for
-    workers that are yet to start. A digest of nobody's base is a variant of one, by LoRA, salt or
-    tags, and fits where that base is shared.
+    ``theirs`` and ``ours`` are base namespaces. Empty when chunks fit: when a base is shared, and
+    also when none is known here, since workers may yet start. A digest that is no base's own is of
+    a variant of one, by LoRA, salt or tags, and fits where that base is shared.
 
     >>> from lmcache_kit.layout import KVLayout
     >>> a, b = (Namespace("m", KVLayout("float16", 2, 1, 64), size) for size in (16, 256))
@@ -22,11 +22,11 @@ def difference(space: NamespaceInfo, theirs: Sequence[Namespace], ours: Sequence
     """
     if not ours:
         return ""
-    stored = [base for base in theirs if base.digest == space.digest]
-    like = [base for base in theirs if _shape(base) == (space.chunk_size, space.world_size)]
+    stored = [base for base in theirs if base.digest == info.digest]
+    like = [base for base in theirs if _shape(base) == (info.chunk_size, info.world_size)]
     possible = stored or like
     if not possible:
-        return "no worker there has said what it serves"
+        return "no worker there has registered a namespace like this"
     if any(base in ours for base in possible):
         return ""
     differences = [tuple(_differences(one, other)) for one in possible for other in ours]

@@ -1,4 +1,4 @@
-"""Links to peers, kept for a while, and the choice of the transport for one."""
+"""Links to peers, reused by one move after another, and the choice of a transport for each."""
 
 from __future__ import annotations
 
@@ -23,19 +23,25 @@ MAX_IDLE = 16
 
 @dataclass(slots=True, eq=False)
 class PooledLink:
-    """A link, the transport that made it, and why it was not another. ``used``: it has served
-    before, so that the peer may have closed it in the meantime."""
+    """A link to one incarnation of a peer, and the transport that made it.
+
+    ``description`` also says why other transports were not used. ``used``: the link has served
+    before, so that the peer may have closed it in the meantime.
+    """
 
     transport: str
     link: Link
-    how: str
+    description: str
     incarnation: bytes
     used: bool = False
     idle_since: float = 0.0
 
 
 class LinkPool:
-    """All links of this process. ``blocked`` says why a transport must not be used now."""
+    """All links of this process.
+
+    ``blocked`` returns why a transport must not be used now, or an empty string.
+    """
 
     def __init__(
         self,
@@ -51,46 +57,55 @@ class LinkPool:
         self._idle: list[PooledLink] = []
         self._closed = False
 
-    def take(
+    @property
+    def idle(self) -> int:
+        """How many links wait for their next move."""
+        return len(self._idle)
+
+    def acquire(
         self,
-        remote: SourceClient,
+        client: SourceClient,
         incarnation: bytes,
         connect: Connect,
         *,
         timeout_s: float,
         fresh: bool = False,
     ) -> PooledLink:
-        """A link to a peer, for one user: an idle one unless ``fresh``, or a new one by the first
-        transport that serves. Raises TransportError that says why none does."""
+        """Return an idle link to a peer, unless ``fresh``, or a new one by the first transport
+        that reaches it.
+
+        The caller has it alone until it calls :meth:`release`, or closes the link. Raises
+        TransportError with every transport's reason when none reaches the peer.
+        """
         self.expire()
-        if not fresh and (idle := self._idle_to(incarnation)):
+        if not fresh and (idle := self._acquire_idle(incarnation)):
             return idle
         deadline = self._clock() + timeout_s
-        why_not: list[str] = []
+        reasons: list[str] = []
         for name in self._transports.names:
             try:
                 left_s = max(0.1, deadline - self._clock())
-                link = self._connect(name, remote, connect, left_s)
+                link = self._connect(name, client, connect, left_s)
             except TransportError as error:
-                why_not.append(f"{name}: {error.message}")
+                reasons.append(f"{name}: {error.message}")
                 continue
-            how = "; ".join([link.how, *(f"not {each}" for each in why_not)])
-            return PooledLink(name, link, how, incarnation)
-        raise TransportError(f"no transport reaches {remote.name}: {'; '.join(why_not)}")
+            description = "; ".join([link.description, *(f"not {each}" for each in reasons)])
+            return PooledLink(name, link, description, incarnation)
+        raise TransportError(f"no transport reaches {client.name}: {'; '.join(reasons)}")
 
-    def give(self, chosen: PooledLink) -> None:
-        """It works, and its user is done with it."""
-        chosen.used = True
-        chosen.idle_since = self._clock()
+    def release(self, pooled: PooledLink) -> None:
+        """Take back a link that works."""
+        pooled.used = True
+        pooled.idle_since = self._clock()
         with self._lock:
-            idle = [*self._idle, chosen]
+            idle = [*self._idle, pooled]
             kept = 0 if self._closed else MAX_IDLE
-            over = idle[: max(0, len(idle) - kept)]
-            self._idle = idle[len(over) :]
-        _close(over)
+            surplus = idle[: max(0, len(idle) - kept)]
+            self._idle = idle[len(surplus) :]
+        _close(surplus)
 
     def expire(self) -> None:
-        """Close what nobody has used for a while."""
+        """Close links that were idle for ``KEEP_S``."""
         now = self._clock()
         with self._lock:
             late = [each for each in self._idle if now - each.idle_since > KEEP_S]
@@ -98,38 +113,38 @@ class LinkPool:
         _close(late)
 
     def close(self) -> None:
-        """Close all that is idle; who has one closes it himself."""
+        """Close idle links; links in use are closed by their users."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
         _close(idle)
 
-    def _idle_to(self, incarnation: bytes) -> PooledLink | None:
+    def _acquire_idle(self, incarnation: bytes) -> PooledLink | None:
         with self._lock:
-            for chosen in reversed(self._idle):
-                if chosen.incarnation == incarnation and not self._blocked(chosen.transport):
-                    self._idle.remove(chosen)
-                    return chosen
+            for pooled in reversed(self._idle):
+                if pooled.incarnation == incarnation and not self._blocked(pooled.transport):
+                    self._idle.remove(pooled)
+                    return pooled
         return None
 
-    def _connect(self, name: str, remote: SourceClient, connect: Connect, timeout_s: float) -> Link:
-        there = {each.transport: each for each in remote.welcome.transports}.get(name)
+    def _connect(self, name: str, client: SourceClient, connect: Connect, timeout_s: float) -> Link:
+        there = {each.transport: each for each in client.welcome.transports}.get(name)
         if why := self._blocked(name):
             raise TransportError(why)
         transport = self._transports.get(name)
         if isinstance(transport, str):
             raise TransportError(transport)
-        if there is None or there.why_not:
-            raise TransportError(f"at {remote.name}: {there.why_not if there else 'not used'}")
-        token = remote.welcome.token
+        if there is None or there.unusable:
+            raise TransportError(f"at {client.name}: {there.unusable if there else 'not used'}")
+        token = client.welcome.token
         return transport.connect(
             there.address,
-            lambda left_s: attach(connect, remote.name, name, token, left_s),
+            lambda left_s: attach(connect, client.name, name, token, left_s),
             timeout_s,
         )
 
 
 def _close(links: Sequence[PooledLink]) -> None:
-    for chosen in links:
+    for pooled in links:
         with contextlib.suppress(TransportError):
-            chosen.link.close()
+            pooled.link.close()

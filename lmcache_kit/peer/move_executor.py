@@ -1,13 +1,14 @@
-"""The side that takes: it carries out moves.
+"""The destination's side of moves, those between instances and those within one.
 
-Copy, verify, keep, let the controller know, and only then have the source forget. A crash at any
-step leaves two copies, never none.
+    open -> (receive a window into memory -> offload it where a tier is meant)* -> confirm -> delete
+
+Copy and verify, hold a reference to each copy, wait until the controller knows the copies, and
+only then delete at the source. A crash at any step leaves two copies, never none.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,324 +18,340 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.descriptors import ChunkRef, DeleteResult
-from lmcache_kit.errors import ControlError, InvalidQuery, KitError
-from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Peer, Progress, Transfer
+from lmcache_kit.errors import ControlError, InvalidQuery, KitError, UnknownName
+from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Progress
 from lmcache_kit.keys import ChunkKey
-from lmcache_kit.peer.chunk_receiver import ChunkReceiver, Destination
-from lmcache_kit.peer.compatibility import difference
+from lmcache_kit.peer.local_source import LocalSource
+from lmcache_kit.peer.move_source import MoveSource, MoveStats
 from lmcache_kit.peer.priority import lower_priority
+from lmcache_kit.peer.remote_source import PeerAccess, RemoteSource
 from lmcache_kit.peer.report import Stopped, outcome
-from lmcache_kit.peer.source_client import Connect, SourceClient
+from lmcache_kit.peer.waiting import wait_for_change
 from lmcache_kit.protocol import peer as wire
-from lmcache_kit.protocol.capability import Capability
 
 if TYPE_CHECKING:
+    from lmcache_kit.cache.engine import CacheEngine
     from lmcache_kit.cache.namespaces import NamespaceRegistry
-    from lmcache_kit.peer.link_pool import LinkPool, PooledLink
 
 log = logging.getLogger(__name__)
 
 MAX_MOVES = 8
 WINDOW_TOKENS = 1024 * 1024
-CONNECT_S = 10.0
 CONFIRM_S = 15.0
-AGAIN_S = 0.1
-TRIES_AGAIN = 5
+RETRIES = 5
+RETRY_S = 0.1
+GRACE_S = 2.0
+"""How long a move that is to end may take for the call that it is in, such as a write to a disk."""
 
 Report = Callable[[Progress], None]
 Finish = Callable[[Outcome], None]
+Confirm = Callable[[str, float], bool]
+"""Takes a location and a timeout in seconds; waits until the controller knows all that is there."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoveContext:
-    """What moves work with. ``dial`` connects to a peer's ``HOST:PORT`` within so many seconds;
-    ``confirm`` waits for so long until the controller knows all that is at a location here."""
+    """What moves of this cache process work with.
 
-    instance_id: str
-    place: Destination
+    ``peers`` is None where it takes no part in moves between instances.
+    """
+
+    engine: CacheEngine
     namespaces: NamespaceRegistry
-    links: LinkPool
-    dial: Callable[[str, float], socket.socket]
-    confirm: Callable[[str, float], bool]
+    confirm: Confirm
+    peers: PeerAccess | None = None
 
 
 class MoveExecutor:
-    """Carries out up to ``MAX_MOVES`` moves at a time; others wait their turn."""
+    """Carries out up to ``MAX_MOVES`` moves at a time; others wait in a queue."""
 
-    def __init__(self, tools: MoveContext) -> None:
-        self._tools = tools
+    def __init__(self, context: MoveContext) -> None:
+        self._context = context
         self._pool = ThreadPoolExecutor(
             MAX_MOVES, thread_name_prefix="lmcache-kit-move", initializer=lower_priority
         )
-        self._jobs: set[RunningMove] = set()
+        self._moves: set[RunningMove] = set()
 
-    def begin(
-        self, order: Move, *, deadline_s: float, report: Report, finish: Finish
+    def start(
+        self, request: Move, *, deadline_s: float, report: Report, finish: Finish
     ) -> RunningMove:
-        """See :class:`~lmcache_kit.interfaces.operations.Operator`."""
-        if order.peer is None:
-            raise InvalidQuery("a move without a peer to take from")
-        job = RunningMove(self._tools, order, order.peer, deadline_s, report, finish)
-        self._jobs.add(job)
-        self._pool.submit(self._run, job)
-        return job
+        """Start a move to a location of this cache process, without waiting for it.
+
+        See :class:`~lmcache_kit.interfaces.operations.Operator`. Raises UnknownName for a
+        location, InvalidQuery where source and destination are the same, and ControlError for a
+        move from another instance where there is no access to peers.
+        """
+        tiers = self._context.engine.inventories
+        if request.location not in tiers:
+            raise UnknownName("location", request.location, list(tiers))
+        open_source = self._remote(request) if request.peer else self._local(request)
+        move = RunningMove(self._context, request, open_source, deadline_s, report, finish)
+        self._moves.add(move)
+        self._pool.submit(self._run, move)
+        return move
 
     def close(self) -> None:
-        """Stop what runs, and wait for it."""
-        for job in list(self._jobs):
-            job.cancel()
+        """Cancel all moves and wait for their end. To be called before the engine's."""
+        for move in list(self._moves):
+            move.cancel()
         self._pool.shutdown()
 
-    def _run(self, job: RunningMove) -> None:
+    def _run(self, move: RunningMove) -> None:
         try:
-            job.run()
+            move.run()
         finally:
-            self._jobs.discard(job)
+            self._moves.discard(move)
+
+    def _remote(self, request: Move) -> OpenSource:
+        peers, peer, namespaces = self._context.peers, request.peer, self._context.namespaces
+        if peers is None or peer is None:
+            raise ControlError(
+                "this cache process takes no part in moves",
+                hint="Set enable_p2p in its configuration",
+            )
+        return lambda timeout_s: RemoteSource.open(
+            peers, request, peer, namespaces=namespaces.bases, timeout_s=timeout_s
+        )
+
+    def _local(self, request: Move) -> LocalSource:
+        engine = self._context.engine
+        tiers = engine.inventories
+        if request.source_location not in tiers:
+            raise UnknownName("location", request.source_location, list(tiers))
+        if request.source_location == request.location:
+            raise InvalidQuery("source and destination are the same")
+        chosen = self._context.namespaces.chosen(request.tokens, request.model, request.cache_salt)
+        return LocalSource(
+            engine,
+            tiers[request.source_location],
+            tiers[request.location],
+            namespaces=chosen,
+            tokens=request.tokens,
+        )
+
+
+OpenSource = Callable[[float], MoveSource]
+"""Opens a source within so many seconds. Raises KitError."""
 
 
 class RunningMove:
-    """One move. The owner of what it brings here, until it has ended."""
+    """One move, and the owner of its references to chunks until it has ended.
 
-    def __init__(  # noqa: PLR0917 - what begin was told
+    ``source`` is known, or opened when the move begins. ``accepted`` is None until then.
+    """
+
+    def __init__(  # noqa: PLR0917 - what MoveExecutor.start was told
         self,
-        tools: MoveContext,
-        order: Move,
-        peer: Peer,
+        context: MoveContext,
+        request: Move,
+        source: LocalSource | OpenSource,
         deadline_s: float,
         report: Report,
         finish: Finish,
     ) -> None:
         self.accepted: Accepted | None = None
-        self._tools = tools
-        self._order = order
-        self._peer = peer
-        self._name = f"instance {order.source!r}"
+        self._context = context
+        self._request = request
+        self._open = source
+        self._destination = context.engine.inventories[request.location]
         self._deadline = time.monotonic() + deadline_s
         self._report = report
         self._finish = finish
         self._cancelled = threading.Event()
-        self._remote: SourceClient | None = None
-        self._intake: ChunkReceiver | None = None
-        self._wanted: dict[bytes, ChunkRef] = {}
-        self._unfit: dict[str, int] = {}
-        self._forgotten = DeleteResult()
+        self._stats = MoveStats()
+        self._source: MoveSource | None = None
+        self._wanted: dict[ChunkKey, ChunkRef] = {}
+        self._deleted = DeleteResult()
         self._why = ""
-        self._goal = tools.place.engine.inventories[order.location]
+        self._ran = False
+        self._finished = False
+        self._lock = threading.Lock()
+        self._timers: list[threading.Timer] = []
+        if isinstance(source, LocalSource):
+            self.accept(source)
+        self._finish_after(deadline_s + GRACE_S)
 
     def cancel(self) -> None:
         """See :class:`~lmcache_kit.interfaces.operations.Job`."""
         self._cancelled.set()
-        if remote := self._remote:
-            remote.close()
-        if intake := self._intake:
-            intake.link.link.close()
+        if source := self._source:
+            source.abort()
+        self._finish_after(GRACE_S)
 
     def run(self) -> None:
-        """All of it; tells the end."""
+        """Carry the move out and report its end."""
         try:
             self._move()
         except KitError as error:
             self._why = str(error)
         # The thread's boundary: whatever went wrong, the event is to end and say so.
         except Exception as error:
-            log.exception("a move from %s failed", self._name)
+            log.exception("a move from %s failed", self._request.source)
             self._why = f"{type(error).__name__}: {error}"
         finally:
-            self._tools.place.engine.anchors.let_go(self)
-            self._goal.anchors.let_go(self)
-            if self._remote:
-                self._remote.close()
-        ended = self._outcome()
-        self._finish(ended)
-        transfer = ended.progress.transfer
-        log.log(
-            logging.INFO if ended.state == "done" else logging.WARNING,
-            "event %s, move of %d tokens from %s%s: %s%s",
-            self._peer.event_id,
-            ended.tokens,
-            self._name,
-            f" by {transfer.transport} ({transfer.how})" if transfer else "",
-            ended.state,
-            f", {ended.message}" if ended.message else "",
-        )
+            self._context.engine.anchors.let_go(self)
+            self._destination.anchors.let_go(self)
+            if self._source:
+                self._source.close()
+            self._ran = True
+            self._end()
+
+    def accept(self, source: MoveSource) -> None:
+        """Take note of what the source has to move."""
+        self._source = source
+        self._wanted = {chunk.key: chunk for chunk in source.chunks}
+        self.accepted = Accepted(sum([chunk.tokens for chunk in source.chunks]), len(source.chunks))
 
     def _move(self) -> None:
         self._check()
-        connect = partial(self._tools.dial, self._peer.url)
-        self._remote = remote = self._open(connect)
-        holdings = self._fitting(remote.holdings())
-        self._wanted = {holding.key: holding for holding in holdings}
-        self._accept()
-        if not holdings:
+        if self._source is None:
+            assert not isinstance(self._open, LocalSource)
+            self.accept(self._open(self._left_s()))
+        source = self._source
+        assert source is not None
+        self._tell_progress()
+        if not self._wanted:
             return
-        link = self._link(remote, connect)
-        self._intake = intake = ChunkReceiver(
-            self._tools.place,
-            remote,
-            link,
-            lambda: self._link(remote, connect, fresh=True),
-            self,
-        )
-        try:
-            self._take_all(intake, holdings)
-        except BaseException:
-            intake.link.link.close()
-            raise
-        self._tools.links.give(intake.link)
-        if not self._order.copy:
-            self._hand_over(remote)
+        self._receive_all(source)
+        source.end_receiving()
+        if not self._request.copy:
+            self._hand_over(source)
 
-    def _open(self, connect: Connect) -> SourceClient:
-        claim = Capability.of(self._order, self._peer.event_id, self._tools.instance_id)
-        opened = wire.Open(
-            wire.VERSION,
-            claim,
-            self._peer.seal,
-            self._peer.incarnation,
-            self._tools.namespaces.bases,
-        )
-        return SourceClient.open(connect, self._name, opened, self._left_s())
-
-    def _link(self, remote: SourceClient, connect: Connect, *, fresh: bool = False) -> PooledLink:
-        timeout_s = min(CONNECT_S, self._left_s())
-        return self._tools.links.take(
-            remote, self._peer.incarnation, connect, timeout_s=timeout_s, fresh=fresh
-        )
-
-    def _fitting(self, holdings: Sequence[ChunkRef]) -> list[ChunkRef]:
-        """Those that workers here can use."""
-        assert self._remote is not None
-        welcome = self._remote.welcome
-        ours = self._tools.namespaces.bases
-        unfit = {
-            space.digest: why
-            for space in welcome.spaces
-            if (why := difference(space, welcome.namespaces, ours))
-        }
-        known = {space.digest for space in welcome.spaces}
-        for holding in holdings:
-            if why := unfit.get(holding.namespace, ""):
-                self._unfit[why] = self._unfit.get(why, 0) + 1
-        fitting = [h for h in holdings if h.namespace in known and h.namespace not in unfit]
-        if holdings and not fitting:
-            raise ControlError(
-                f"{self._name} holds what is of no use here: {'; '.join(self._unfit)}"
-            )
-        return fitting
-
-    def _accept(self) -> None:
-        self.accepted = Accepted(
-            sum(holding.tokens for holding in self._wanted.values()), len(self._wanted)
-        )
-        self._report(self._progress())
-
-    def _take_all(self, intake: ChunkReceiver, holdings: Sequence[ChunkRef]) -> None:
-        for window in self._windows(holdings):
-            self._check()
-            self._take(intake, window)
-            self._report(self._progress())
-            if intake.tally.full:
+    def _receive_all(self, source: MoveSource) -> None:
+        for window in self._windows(source, source.chunks):
+            self._receive(source, window)
+            if self._stats.full:
                 return
-        for _ in range(TRIES_AGAIN):
-            again, intake.tally.again = intake.tally.again, []
-            if not again:
+        for _ in range(RETRIES):
+            retry, self._stats.retry = self._stats.retry, []
+            if not retry:
                 return
-            self._cancelled.wait(AGAIN_S)
-            for window in self._windows([self._wanted[key] for key in again]):
-                self._check()
-                self._take(intake, window)
+            wait_for_change(self._context.engine, min(RETRY_S, self._left_s()))
+            for window in self._windows(source, [self._wanted[key] for key in retry]):
+                self._receive(source, window)
 
-    def _take(self, intake: ChunkReceiver, window: Sequence[ChunkKey]) -> None:
-        """Into memory, and from there to the tier that is meant, if one is."""
-        goal, engine = self._goal, self._tools.place.engine
-        if goal is engine or engine.tiers is None:
-            intake.take(window, self._left_s())
-            return
-        wanted = goal.anchors.add(window, self)
+    def _receive(self, source: MoveSource, window: Sequence[ChunkKey]) -> None:
+        """Have the chunks of one window at the destination, by way of memory."""
+        self._check()
+        stats, destination, engine = self._stats, self._destination, self._context.engine
+        wanted = destination.anchors.add(window, self)
         absent = set(wanted)
-        intake.keep([key for key in window if key not in absent])
-        intake.take(wanted, self._left_s())
-        come = [key for key in wanted if key in intake.tally.here]
-        try:
-            engine.tiers.lower(goal, come, self)
-        finally:
-            for key in goal.anchors.add(come, self):
-                del intake.tally.here[key]
-                intake.tally.why_not[f"{goal.location} did not take it"] += 1
+        stats.add_present([key for key in window if key not in absent])
+        if wanted:
+            source.receive(wanted, owner=self, stats=stats, timeout_s=self._left_s())
+        if destination is not engine:
+            self._offload([key for key in wanted if key in stats.arrived])
+        self._tell_progress()
 
-    def _windows(self, holdings: Sequence[ChunkRef]) -> Iterator[list[bytes]]:
-        assert self._remote is not None
-        welcome, memory = self._remote.welcome, self._tools.place.engine.memory.memory
-        sizes = {space.digest: space.chunk_size for space in welcome.spaces}
-        most_bytes = min(welcome.window_bytes, wire.window_bytes(len(memory)))
-        window, nbytes, tokens = list[bytes](), 0, 0
-        for holding in holdings:
-            nbytes += holding.nbytes
-            tokens += sizes[holding.namespace]
+    def _offload(self, keys: Sequence[ChunkKey]) -> None:
+        """Write chunks from memory to the tier that they are meant for."""
+        destination, tiers = self._destination, self._context.engine.tiers
+        assert tiers is not None
+        try:
+            tiers.lower(destination, keys, self)
+        finally:
+            for key in destination.anchors.add(keys, self):
+                del self._stats.arrived[key]
+                self._stats.failures[f"{destination.location} did not take it"] += 1
+
+    def _windows(self, source: MoveSource, chunks: Sequence[ChunkRef]) -> Iterator[list[ChunkKey]]:
+        """Cut chunks into windows that memory has room for."""
+        memory = self._context.engine.memory.memory
+        most_bytes = min(source.window_bytes, wire.window_bytes(len(memory)))
+        window, nbytes, tokens = list[ChunkKey](), 0, 0
+        for chunk in chunks:
+            size = source.chunk_size(chunk.namespace)
+            nbytes += chunk.nbytes
+            tokens += size
             too_much = nbytes > most_bytes or tokens > WINDOW_TOKENS
-            if window and (too_much or len(window) >= wire.MAX_LENT):
+            if window and (too_much or len(window) >= wire.MAX_LEASED):
                 yield window
-                window, nbytes, tokens = [], holding.nbytes, sizes[holding.namespace]
-            window.append(holding.key)
+                window, nbytes, tokens = [], chunk.nbytes, size
+            window.append(chunk.key)
         if window:
             yield window
 
-    def _hand_over(self, remote: SourceClient) -> None:
-        """Once the controller knows of what is here, the source need not keep it."""
-        arrived = partial(self._goal.anchors.arrived, self, self._wanted)
+    def _hand_over(self, source: MoveSource) -> None:
+        """Delete at the source what the controller knows to be here."""
+        arrived = partial(self._destination.anchors.arrived, self, self._wanted)
         if not arrived():
             return
         self._check()
-        if not self._tools.confirm(self._order.location, min(CONFIRM_S, self._left_s())):
+        if not self._context.confirm(self._request.location, min(CONFIRM_S, self._left_s())):
             raise ControlError("the controller did not confirm it in time, so the source keeps all")
-        # What was dropped here meanwhile must stay there; children go before their parents.
+        # Asked again: a chunk that was dropped here since must stay there. Chunks that were
+        # refused here, and those behind them, are not among these. Children go before parents.
         keys = arrived()[::-1]
-        for start in range(0, len(keys), wire.MAX_HOLDINGS):
+        for start in range(0, len(keys), wire.MAX_LISTED):
             self._check()
-            some = remote.forget(keys[start : start + wire.MAX_HOLDINGS])
-            self._forgotten = DeleteResult(
-                *(a + b for a, b in zip(self._forgotten, some, strict=True))
-            )
+            some = source.delete(keys[start : start + wire.MAX_LISTED])
+            self._deleted = DeleteResult(*(a + b for a, b in zip(self._deleted, some, strict=True)))
 
     def _check(self) -> None:
-        """Raises _Stopped when there is no use in going on."""
+        """Raise ControlError when the move is cancelled, or its deadline has passed."""
         if self._cancelled.is_set():
-            raise _Stopped("cancelled")
+            raise ControlError("cancelled")
         if time.monotonic() >= self._deadline:
-            raise _Stopped("its time was over")
+            raise ControlError("its time was over")
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - time.monotonic())
 
+    def _tell_progress(self) -> None:
+        if not self._finished:
+            self._report(self._progress())
+
     def _progress(self) -> Progress:
-        if self._intake is None:
-            return Progress(0, len(self._wanted))
-        tally, link = self._intake.tally, self._intake.link
-        return Progress(
-            len(tally.here),
-            len(self._wanted),
-            transfer=Transfer(link.transport, link.how, tally.nbytes, tally.seconds),
+        transfer = self._source.transfer(self._stats) if self._source else None
+        return Progress(len(self._stats.arrived), len(self._wanted), transfer=transfer)
+
+    def _finish_after(self, seconds: float) -> None:
+        """End the event even if the move hangs in a call; it does nothing more after that."""
+        timer = threading.Timer(max(0.0, min(seconds, threading.TIMEOUT_MAX)), self._end)
+        timer.daemon = True
+        with self._lock:
+            if not self._finished:
+                self._timers.append(timer)
+                timer.start()
+
+    def _end(self) -> None:
+        """Report the end, once."""
+        with self._lock:
+            if self._finished:
+                return
+            self._finished = True
+            timers, self._timers = self._timers, []
+            ended = self._outcome()
+        for timer in timers:
+            timer.cancel()
+        self._finish(ended)
+        transfer = ended.progress.transfer
+        log.log(
+            logging.INFO if ended.state == "done" else logging.WARNING,
+            "%s of %d tokens from %s of instance %r%s: %s%s",
+            f"event {self._request.peer.event_id}, move" if self._request.peer else "move",
+            ended.tokens,
+            self._request.source_location,
+            self._request.source,
+            f" by {transfer.transport} ({transfer.description})" if transfer else "",
+            ended.state,
+            f", {ended.message}" if ended.message else "",
         )
 
     def _outcome(self) -> Outcome:
-        tally = self._intake.tally if self._intake else None
-        here = tally.here if tally else {}
-        tokens = sum(holding.tokens for key, holding in self._wanted.items() if key in here)
+        arrived, why = self._stats.arrived, self._why
         stopped: Stopped = ""
-        if self._why and self._cancelled.is_set():
-            stopped, self._why = "cancelled", ""
-        elif self._why and time.monotonic() >= self._deadline:
-            stopped = "expired"
+        unfinished = why or not self._ran
+        if unfinished and self._cancelled.is_set():
+            stopped, why = "cancelled", ""
+        elif unfinished and time.monotonic() >= self._deadline:
+            stopped, why = "expired", why or "its time was over"
         return outcome(
-            tokens,
+            sum([chunk.tokens for key, chunk in self._wanted.items() if key in arrived]),
             self._progress(),
-            tally,
-            why=self._why,
+            self._stats,
+            why=why,
             stopped=stopped,
-            unfit=self._unfit,
-            forgotten=self._forgotten,
+            incompatible=self._source.incompatible if self._source else {},
+            deleted=self._deleted,
         )
-
-
-class _Stopped(ControlError):
-    """Cancelled, or out of time."""

@@ -1,4 +1,4 @@
-"""The side that gives: it answers one peer's move, and hides nothing that the claim names."""
+"""The source's side of moves between instances: answers one destination per connection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import secrets
 import select
 import socket
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +17,19 @@ from lmcache_kit.cache.validation import check_lookup
 from lmcache_kit.errors import KitError, OperationFailed, ProtocolError, TransportError
 from lmcache_kit.interfaces import ReadableRegion, Region, Transport
 from lmcache_kit.keys import ChunkKey
+from lmcache_kit.peer.promotion import ROOM_S, promote
 from lmcache_kit.protocol import peer as wire
 from lmcache_kit.protocol.peer import (
-    MAX_HOLDINGS,
+    MAX_LISTED,
     Answer,
-    Forget,
-    GiveBack,
-    Lend,
-    ListMore,
-    Offer,
+    Delete,
+    Lease,
+    ListChunks,
     Open,
-    Question,
-    Recheck,
+    ReadOffer,
+    Release,
+    Request,
+    Verify,
 )
 
 if TYPE_CHECKING:
@@ -40,16 +40,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEND_S = 30.0
-ROOM_S = 5.0
-AGAIN_S = 0.05
 _TOKEN_BYTES = 16
-_REMEMBERED = 16_384
+_MAX_REMEMBERED_EVENTS = 16_384
 _MAX_NAMESPACES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who gives. ``key`` is what the controller seals claims with; it is nobody else's."""
+    """This cache process as a source; ``key`` is its secret capability key."""
 
     instance_id: str
     incarnation: bytes
@@ -57,8 +55,11 @@ class Identity:
 
 
 class MoveServer:
-    """Gives to whoever shows a sealed claim, each claim once. ``idle_s``: a peer that says nothing
-    for so long has gone."""
+    """Serves each move whose capability the controller has signed, once.
+
+    A destination that sends nothing for ``idle_s`` seconds is hung up on. ``room_s``: how long a
+    move out of a tier waits for room in memory.
+    """
 
     def __init__(
         self,
@@ -68,219 +69,230 @@ class MoveServer:
         transports: Transports,
         *,
         idle_s: float,
+        room_s: float = ROOM_S,
     ) -> None:
         self.identity = identity
         self.engine = engine
         self.namespaces = namespaces
         self.transports = transports
+        self.room_s = room_s
         self._idle_s = idle_s
         self._lock = threading.Lock()
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._served_events: OrderedDict[str, None] = OrderedDict()
         self._tokens: set[bytes] = set()
 
     def may_attach(self, token: bytes) -> bool:
-        """Whether this is the token of a move that goes on."""
+        """Return whether this is the token of a move being served."""
         return any(secrets.compare_digest(token, each) for each in tuple(self._tokens))
 
-    def serve(self, connection: socket.socket, opened: Open) -> None:
-        """Answer one peer until either side hangs up; what it held ends with that."""
-        if why := self._refusal(opened):
+    def serve(self, connection: socket.socket, opening: Open) -> None:
+        """Answer one destination until either side hangs up, then end its leases."""
+        if why := self._refusal(opening):
             log.warning("refused a move: %s", why)
-            wire.send(connection, wire.No(why), SEND_S)
+            wire.send(connection, wire.Refused(why), SEND_S)
             return
-        claim = opened.claim
-        session = _Session(self, opened)
+        destination = opening.capability.destination
+        session = MoveSession(self, opening)
         self._tokens.add(session.token)
         try:
             answer = session.welcome()
             while True:
                 wire.send(connection, answer, SEND_S)
-                if isinstance(answer, wire.No):
-                    log.warning("a move to %r ended: %s", claim.destination, answer.why)
+                if isinstance(answer, wire.Refused):
+                    log.warning("a move to %r ended: %s", destination, answer.reason)
                     return
-                question = wire.receive_question(connection, self._idle_s)
-                if question is None:
+                request = wire.receive_request(connection, self._idle_s)
+                if request is None:
                     return
-                if isinstance(question, Forget) and _hung_up(connection):
-                    return  # it has let go of what it took, and may not have it any more
-                answer = _guarded(session, question)
+                if isinstance(request, Delete) and _is_readable(connection):
+                    # A destination that hung up has released its copies, and may lose them.
+                    return
+                answer = _answer(session, request)
         except TimeoutError:
-            log.warning("instance %r said nothing for %g s", claim.destination, self._idle_s)
+            log.warning("instance %r sent nothing for %g s", destination, self._idle_s)
         except ProtocolError as error:
-            log.warning("instance %r made no sense: %s", claim.destination, error)
+            log.warning("instance %r broke the protocol: %s", destination, error)
         finally:
             self._tokens.discard(session.token)
             session.close()
 
-    def _refusal(self, opened: Open) -> str:
-        claim, us = opened.claim, self.identity
-        if not claim.is_sealed(opened.seal, us.key):
-            return "the claim is not sealed by our controller"
-        if opened.incarnation != us.incarnation:
-            return f"instance {us.instance_id!r} has been restarted since it was ordered"
-        if claim.source != us.instance_id or claim.location not in self.engine.inventories:
-            return f"{claim.location!r} of {claim.source!r} is not here"
+    def _refusal(self, opening: Open) -> str:
+        capability, own = opening.capability, self.identity
+        if not capability.verify(opening.signature, own.key):
+            return "the capability is not signed by our controller"
+        if opening.incarnation != own.incarnation:
+            return f"instance {own.instance_id!r} has been restarted since the move was requested"
+        if (
+            capability.source != own.instance_id
+            or capability.location not in self.engine.inventories
+        ):
+            return f"{capability.location!r} of {capability.source!r} is not here"
         with self._lock:
-            if claim.event_id in self._seen:
-                return f"event {claim.event_id} has been here before"
-            self._seen[claim.event_id] = None
-            if len(self._seen) > _REMEMBERED:
-                self._seen.popitem(last=False)
+            if capability.event_id in self._served_events:
+                return f"event {capability.event_id} was served before"
+            self._served_events[capability.event_id] = None
+            if len(self._served_events) > _MAX_REMEMBERED_EVENTS:
+                self._served_events.popitem(last=False)
         return ""
 
 
-def _hung_up(connection: socket.socket) -> bool:
-    """Whether a peer that should wait for an answer says something instead, such as goodbye."""
+def _is_readable(connection: socket.socket) -> bool:
+    """Return whether a peer that should wait for an answer has sent more, or has hung up."""
     return bool(select.select([connection], [], [], 0)[0])
 
 
-def _guarded(session: _Session, question: Question) -> Answer:
+def _answer(session: MoveSession, request: Request) -> Answer:
     try:
-        return session.answer(question)
+        return session.answer(request)
     # A defect, ours or a transport's, must end this move and nothing else.
     except Exception as error:
-        log.exception("a peer's %s failed", type(question).__name__)
-        return wire.No(f"internal error: {type(error).__name__}")
+        log.exception("a peer's %s failed", type(request).__name__)
+        return wire.Refused(f"internal error: {type(error).__name__}")
 
 
-class _Session:
-    """One peer, and the owner of what it holds. Used by one thread."""
+class MoveSession:
+    """One move being served, and the owner of its leases. Used by one thread."""
 
-    def __init__(self, source: MoveServer, opened: Open) -> None:
+    def __init__(self, server: MoveServer, opening: Open) -> None:
         self.token = secrets.token_bytes(_TOKEN_BYTES)
-        self._source = source
-        self._transfers = source.engine.transfers
-        self._claim = opened.claim
-        self._inventory = source.engine.inventories[opened.claim.location]
-        self._holdings: list[ChunkRef] = []
+        self._server = server
+        self._transfers = server.engine.transfers
+        self._capability = opening.capability
+        self._tier = server.engine.inventories[opening.capability.location]
+        self._chunks: list[ChunkRef] = []
         self._allowed: frozenset[bytes] = frozenset()
-        self._loans: dict[int, Sequence[ChunkDescriptor]] = {}
+        self._leases: dict[int, Sequence[ChunkDescriptor]] = {}
         self._offers: dict[int, list[tuple[Transport, bytes]]] = {}
 
     def welcome(self) -> Answer:
-        """What the claim comes to."""
-        claim = self._claim
+        """Find the chunks that the capability covers."""
+        capability, server = self._capability, self._server
         try:
-            check_lookup(claim.tokens or b"")
-            chosen = self._source.namespaces.chosen(claim.tokens, claim.model, claim.cache_salt)
+            check_lookup(capability.tokens or b"")
+            chosen = server.namespaces.chosen(
+                capability.tokens, capability.model, capability.cache_salt
+            )
         except (KitError, ValueError) as error:
-            return wire.No(str(error))
-        self._holdings = self._inventory.holdings(chosen, claim.tokens)
-        self._allowed = frozenset(holding.key for holding in self._holdings)
+            return wire.Refused(str(error))
+        self._chunks = self._tier.holdings(chosen, capability.tokens)
+        self._allowed = frozenset(chunk.key for chunk in self._chunks)
         return wire.Welcome(
             token=self.token,
-            namespaces=self._source.namespaces.bases[-_MAX_NAMESPACES:],
-            spaces=tuple(self._inventory.spaces({holding.namespace for holding in self._holdings})),
-            transports=self._source.transports.addresses(),
-            chunks=len(self._holdings),
+            base_namespaces=server.namespaces.bases[-_MAX_NAMESPACES:],
+            namespaces=tuple(self._tier.spaces({chunk.namespace for chunk in self._chunks})),
+            transports=server.transports.addresses(),
+            chunks=len(self._chunks),
             first=self._page(0),
             window_bytes=self._window_bytes(),
         )
 
-    def answer(self, question: Question) -> Answer:
-        """Each question in its turn."""
+    def answer(self, request: Request) -> Answer:
+        """Carry one request out."""
         answer: Answer = wire.Done()
-        match question:
-            case ListMore():
-                answer = wire.Listing(self._page(question.start))
-            case Lend():
-                answer = self._lend(question)
-            case Offer():
-                answer = self._offer(question)
-            case Recheck():
-                dropped = self._transfers.recheck(question.keys)
-                log.warning("peer %r found %d corrupt chunks", self._claim.destination, dropped)
-            case GiveBack():
-                self._end(question.lease)
-            case Forget():
-                answer = self._forget(question)
+        match request:
+            case ListChunks():
+                answer = wire.Listing(self._page(request.start))
+            case Lease():
+                answer = self.lease(request)
+            case ReadOffer():
+                answer = self.read_offer(request)
+            case Verify():
+                dropped = self._transfers.recheck(request.keys)
+                destination = self._capability.destination
+                log.warning("instance %r found %d corrupt chunks", destination, dropped)
+            case Release():
+                self.release(request.lease)
+            case Delete():
+                answer = self.delete(request)
             case _:
-                answer = wire.No(f"{type(question).__name__} has no place here")
+                answer = wire.Refused(f"{type(request).__name__} is out of place here")
         return answer
 
-    def close(self) -> None:
-        """Everything that was lent comes back."""
-        for lease in list(self._loans):
-            self._end(lease)
-
-    def _window_bytes(self) -> int:
-        """What comes from below memory has to find room there first."""
-        engine = self._source.engine
-        below = self._inventory is not engine
-        return wire.window_bytes(len(engine.memory.memory)) if below else wire.WINDOW_BYTES
-
-    def _page(self, start: int) -> tuple[ChunkRef, ...]:
-        return tuple(self._holdings[start : start + MAX_HOLDINGS])
-
-    def _lend(self, question: Lend) -> Answer:
-        if not self._allowed.issuperset(question.keys):
-            return wire.No("a chunk that the claim does not name")
+    def lease(self, request: Lease) -> Answer:
+        """Lease chunks, from memory, and offer them."""
+        if not self._allowed.issuperset(request.keys):
+            return wire.Refused("the capability does not cover a chunk")
         try:
-            lease, parcels = self._raise_and_lend(question.keys)
+            lease, descriptors = self._lease(request.keys)
         except KitError as error:
-            return wire.No(str(error))
+            return wire.Refused(str(error))
         if not lease:
-            return wire.Lent(0, (), b"")
-        self._loans[lease] = parcels
-        answer = self._let_read(lease, question.transport, parcels)
-        if isinstance(answer, wire.No):
+            return wire.Leased(0, (), b"")
+        self._leases[lease] = descriptors
+        answer = self.offer(lease, request.transport, descriptors)
+        if isinstance(answer, wire.Refused):
             return answer
-        return wire.Lent(lease, tuple(parcels), answer.offer)
+        return wire.Leased(lease, tuple(descriptors), answer.offer)
 
-    def _raise_and_lend(self, keys: Sequence[ChunkKey]) -> tuple[int, list[ChunkDescriptor]]:
-        """What is in a tier below is lent from memory. Raises BackendError, and OperationFailed
-        where memory has no room for it, also not after other peers had time to read theirs."""
-        tiers = self._source.engine.tiers
-        if tiers is None:
-            return self._transfers.lend(keys, self)
-        deadline = time.monotonic() + ROOM_S
-        while True:
-            try:
-                if tiers.bring(self._inventory, keys, self):
-                    return self._transfers.lend(keys, self)
-            finally:
-                tiers.let_go(self)
-            if time.monotonic() >= deadline:
-                raise OperationFailed(
-                    f"memory has no room for what is to be read from {self._inventory.location}"
-                )
-            time.sleep(AGAIN_S)
+    def read_offer(self, request: ReadOffer) -> Answer:
+        """Offer some chunks of a lease."""
+        descriptors = self._leases.get(request.lease, ())
+        if any(not 0 <= number < len(descriptors) for number in request.chunks):
+            return wire.Refused("a chunk that is not leased")
+        some = [descriptors[number] for number in request.chunks]
+        return self.offer(request.lease, request.transport, some)
 
-    def _offer(self, question: Offer) -> Answer:
-        parcels = self._loans.get(question.lease, ())
-        if any(not 0 <= number < len(parcels) for number in question.parcels):
-            return wire.No("a parcel that was not lent")
-        some = [parcels[number] for number in question.parcels]
-        return self._let_read(question.lease, question.transport, some)
-
-    def _let_read(
-        self, lease: int, name: str, parcels: Sequence[ChunkDescriptor]
-    ) -> wire.Offered | wire.No:
-        transport = self._source.transports.get(name)
+    def offer(
+        self, lease: int, name: str, descriptors: Sequence[ChunkDescriptor]
+    ) -> wire.Offered | wire.Refused:
+        """Let a transport read the memory of leased chunks."""
+        transport = self._server.transports.get(name)
         if isinstance(transport, str):
-            return wire.No(f"transport {name}: {transport}")
-        offered = [
+            return wire.Refused(f"transport {name}: {transport}")
+        regions = [
             ReadableRegion(Region(extent.offset, extent.nbytes), extent.checksum)
-            for parcel in parcels
-            for extent in parcel.extents
+            for descriptor in descriptors
+            for extent in descriptor.extents
         ]
         try:
-            offer = transport.offer(offered)
+            offer = transport.offer(regions)
         except TransportError as error:
-            return wire.No(str(error))
+            return wire.Refused(str(error))
         self._offers.setdefault(lease, []).append((transport, offer))
         return wire.Offered(offer)
 
-    def _forget(self, question: Forget) -> Answer:
-        if self._claim.copy:
-            return wire.No("a copy leaves its source as it is")
-        if not self._allowed.issuperset(question.keys):
-            return wire.No("a chunk that the claim does not name")
-        return wire.HasForgotten(self._inventory.forget(question.keys))
+    def delete(self, request: Delete) -> Answer:
+        """Delete chunks that the destination has now."""
+        if self._capability.copy:
+            return wire.Refused("a copy leaves its source as it is")
+        if not self._allowed.issuperset(request.keys):
+            return wire.Refused("the capability does not cover a chunk")
+        return wire.Deleted(self._tier.forget(request.keys))
 
-    def _end(self, lease: int) -> None:
-        """First nobody reads it any more, then it may go."""
+    def release(self, lease: int) -> None:
+        """End a lease: first its offers, so that nothing reads memory that may be reused."""
         for transport, offer in self._offers.pop(lease, ()):
             transport.withdraw(offer)
-        if self._loans.pop(lease, None) is not None:
-            self._source.engine.release(lease, None)
+        if self._leases.pop(lease, None) is not None:
+            self._server.engine.release(lease, None)
+
+    def close(self) -> None:
+        """End all leases."""
+        for lease in list(self._leases):
+            self.release(lease)
+
+    def _window_bytes(self) -> int:
+        """Limit a window where chunks of a tier have to find room in memory first."""
+        engine = self._server.engine
+        below = self._tier is not engine
+        return wire.window_bytes(len(engine.memory.memory)) if below else wire.WINDOW_BYTES
+
+    def _page(self, start: int) -> tuple[ChunkRef, ...]:
+        return tuple(self._chunks[start : start + MAX_LISTED])
+
+    def _lease(self, keys: Sequence[ChunkKey]) -> tuple[int, list[ChunkDescriptor]]:
+        """Lease chunks in memory, after those of a tier were promoted.
+
+        Raises BackendError, and OperationFailed when memory has no room for them, not even after
+        other moves had time to release theirs.
+        """
+        engine = self._server.engine
+        try:
+            if not promote(engine, self._tier, keys, self, self._server.room_s):
+                raise OperationFailed(
+                    f"memory has no room for what is to be read from {self._tier.location}"
+                )
+            return self._transfers.lend(keys, self)
+        finally:
+            if engine.tiers:
+                engine.tiers.let_go(self)

@@ -1,4 +1,4 @@
-"""Moves wait for serving, not the other way round."""
+"""Scheduling priority: moves yield the processor to serving."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ NICE = 10
 
 
 def lower_priority() -> None:
-    """Let the calling thread yield to all that do not: it copies or hashes in bulk, on cores that
-    a server may want. Where a core is free it is as quick as before."""
+    """Raise the nice value of the calling thread, which copies or hashes in bulk.
+
+    On a free core it is as fast as before.
+    """
     thread = threading.get_native_id()
     if os.getpriority(os.PRIO_PROCESS, thread) < NICE:
         os.setpriority(os.PRIO_PROCESS, thread, NICE)

@@ -1,5 +1,7 @@
-"""Whether a transport works on this machine: two of it, in a process of their own, that reach each
-other. A transport's library may end the process that it is tried in.
+"""Probe whether a transport works on this machine.
+
+Two instances of the transport connect to each other, in a process of their own, because a library
+of a transport may abort the process that calls it.
 
 ``python -m lmcache_kit.peer.probe NAME`` reads a configuration as JSON on stdin and prints a
 :class:`ProbeResult` as JSON.
@@ -22,42 +24,42 @@ from lmcache_kit.interfaces import Transport
 if TYPE_CHECKING:
     from lmcache_kit.config import KitConfig
 
-TRIAL_S = 30.0
+PROBE_S = 30.0
 _MEMORY_BYTES = 1 << 20
 
 
 class ProbeResult(msgspec.Struct, frozen=True):
-    """``how`` two processes on this host would reach each other, or ``why_not``."""
+    """``description`` of the link between two processes of this host, or why it is ``unusable``."""
 
-    how: str = ""
-    why_not: str = ""
+    description: str = ""
+    unusable: str = ""
 
 
 def probe(name: str, config: KitConfig) -> ProbeResult:
-    """Try a transport as this configuration would use it. Takes a second or so."""
+    """Probe a transport as this configuration would use it. Takes about a second."""
     command = [sys.executable, "-P", "-m", "lmcache_kit.peer.probe", name]
     try:
         done = subprocess.run(
             command,
             input=config.to_json().encode(),
             capture_output=True,
-            timeout=TRIAL_S,
+            timeout=PROBE_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return ProbeResult(why_not=f"it did not answer within {TRIAL_S:g} s")
+        return ProbeResult(unusable=f"it did not answer within {PROBE_S:g} s")
     try:
         return msgspec.json.decode(
             done.stdout.rpartition(b"\n")[2] or done.stdout, type=ProbeResult
         )
     except msgspec.MsgspecError:
         return ProbeResult(
-            why_not=f"it ended the process that tried it (exit code {done.returncode})"
+            unusable=f"it ended the process that probed it (exit code {done.returncode})"
         )
 
 
 def probe_here(name: str, config: KitConfig) -> ProbeResult:
-    """The same in this process."""
+    """Probe a transport in this process."""
     from lmcache_kit.peer.transports import make, options_of
     from lmcache_kit.plugins import Plugins
 
@@ -68,7 +70,7 @@ def probe_here(name: str, config: KitConfig) -> ProbeResult:
             memory = memoryview(bytearray(_MEMORY_BYTES))
             made = make(plugins, name, memory, config.p2p_host, options_of(config).get(name))
             if isinstance(made, str):
-                return ProbeResult(why_not=made)
+                return ProbeResult(unusable=made)
             ending.callback(made.close)
             pair.append(made)
         source, goal = pair
@@ -79,15 +81,15 @@ def probe_here(name: str, config: KitConfig) -> ProbeResult:
             return ours
 
         try:
-            link = goal.connect(source.address(), dial, TRIAL_S / 2)
+            link = goal.connect(source.address(), dial, PROBE_S / 2)
         except KitError as error:
-            return ProbeResult(why_not=str(error))
+            return ProbeResult(unusable=str(error))
         ending.callback(link.close)
-        return ProbeResult(how=link.how)
+        return ProbeResult(description=link.description)
 
 
 def main() -> None:
-    """See the module."""
+    """Probe the transport named by the first argument; see the module."""
     from lmcache_kit.config import KitConfig
 
     config = KitConfig.from_json(sys.stdin.buffer.read())

@@ -1,4 +1,4 @@
-"""Memory that bytes may still land in although nobody waits for them any more."""
+"""Quarantine for memory that a transfer past its deadline may still write to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 SWEEP_S = 0.1
 
 
-class _Case(NamedTuple):
+class _Unsettled(NamedTuple):
     transport: str
     settled: Callable[[], bool]
     tickets: Sequence[int]
@@ -23,37 +23,41 @@ class _Case(NamedTuple):
 
 
 class Quarantine:
-    """Keeps parcels that will not come until their transport says that nothing of them can.
+    """Holds reservations of failed reads until their transport says that they have settled.
 
-    A transport that has ``cap_bytes`` or more here is blocked until some of it has settled.
+    Some transports cannot cancel a transfer: after a timeout its bytes may still arrive. Memory
+    that they may arrive in is used for nothing else until then. A transport with ``cap_bytes`` or
+    more in quarantine is blocked until some of it has settled.
     """
 
     def __init__(self, transfers: Transfers, cap_bytes: int) -> None:
         self._transfers = transfers
         self._cap_bytes = cap_bytes
-        self._cases: list[_Case] = []
+        self._unsettled: list[_Unsettled] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
     @property
     def nbytes(self) -> int:
-        """How much memory waits."""
-        return sum(case.nbytes for case in self._cases)
+        """The memory in quarantine."""
+        return sum(each.nbytes for each in self._unsettled)
 
     def blocked(self, transport: str) -> str:
-        """Why a transport must not be used now; empty if it may."""
-        nbytes = sum(case.nbytes for case in self._cases if case.transport == transport)
+        """Return why a transport must not be used now; empty if it may be."""
+        nbytes = sum(each.nbytes for each in self._unsettled if each.transport == transport)
         if nbytes < self._cap_bytes:
             return ""
-        return f"{nbytes} bytes of transfers that came to their deadline have not settled yet"
+        return f"{nbytes} bytes of transfers past their deadline have not settled yet"
 
     def add(self, transport: str, settled: Callable[[], bool], tickets: Sequence[int]) -> None:
-        """Take these parcels over."""
+        """Take over the reservations with these tickets; ``settled`` says when to free them."""
         nbytes = sum([self._transfers.strand(ticket) for ticket in tickets])
-        log.warning("%d bytes may still come by %s; they are kept apart", nbytes, transport)
+        log.warning(
+            "%d bytes may still be written by %s; they are in quarantine", nbytes, transport
+        )
         with self._changed:
-            self._cases.append(_Case(transport, settled, tickets, nbytes))
+            self._unsettled.append(_Unsettled(transport, settled, tickets, nbytes))
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._sweep, name="lmcache-kit-quarantine", daemon=True
@@ -62,7 +66,7 @@ class Quarantine:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop to look after them. Their memory is not to be used again by this process."""
+        """Stop the sweep. Memory that is still here must not be used again by this process."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -72,23 +76,23 @@ class Quarantine:
     def _sweep(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._cases or self._closed)
+                self._changed.wait_for(lambda: self._unsettled or self._closed)
                 if self._closed:
                     return
-                cases = list(self._cases)
-            over = [case for case in cases if self._is_over(case)]
-            for case in over:
-                for ticket in case.tickets:
+                unsettled = list(self._unsettled)
+            settled = [each for each in unsettled if self._has_settled(each)]
+            for each in settled:
+                for ticket in each.tickets:
                     self._transfers.discard(ticket)
             with self._changed:
-                self._cases = [case for case in self._cases if case not in over]
+                self._unsettled = [each for each in self._unsettled if each not in settled]
                 self._changed.wait_for(lambda: self._closed, SWEEP_S)
 
     @staticmethod
-    def _is_over(case: _Case) -> bool:
+    def _has_settled(each: _Unsettled) -> bool:
         try:
-            return case.settled()
-        # A transport is somebody's plugin: while it does not say so, nothing has settled.
+            return each.settled()
+        # A transport is a plugin and may raise anything: then nothing has settled.
         except Exception:
-            log.exception("transport %s cannot say whether a transfer has settled", case.transport)
+            log.exception("transport %s cannot say whether a transfer has settled", each.transport)
             return False

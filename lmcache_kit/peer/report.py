@@ -1,4 +1,4 @@
-"""How a move ended, in a state and in words."""
+"""How a move ended: its state, and a message that explains it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmcache_kit.cache.descriptors import DeleteResult
 from lmcache_kit.interfaces.operations import Outcome, Progress
 
 if TYPE_CHECKING:
-    from lmcache_kit.peer.chunk_receiver import MoveStats
+    from lmcache_kit.peer.move_source import MoveStats
 
 Stopped = Literal["", "cancelled", "expired"]
 _MAX_REASONS = 3
@@ -19,59 +19,69 @@ _MAX_REASONS = 3
 def outcome(
     tokens: int,
     progress: Progress,
-    tally: MoveStats | None,
+    stats: MoveStats,
     *,
     why: str,
     stopped: Stopped,
-    unfit: Mapping[str, int],
-    forgotten: DeleteResult,
+    incompatible: Mapping[str, int],
+    deleted: DeleteResult,
 ) -> Outcome:
-    """``why``: what ended it before it was through. ``unfit`` chunks are not in ``progress``."""
-    said = [why] if why else []
-    said += _remarks(progress, tally, unfit, forgotten)
-    message = "; ".join(said)
+    """Describe the end of a move.
+
+    ``why`` says what ended it early, if anything did. ``incompatible`` chunks, counted by the
+    reason, are not among those of ``progress``.
+    """
+    remarks = [why] if why else []
+    remarks += _remarks(progress, stats, incompatible, deleted, complete=not (why or stopped))
+    message = "; ".join(remarks)
     if stopped:
         return Outcome(stopped, tokens, progress, message)
-    missing = progress.chunks - progress.chunks_done - (tally.gone if tally else 0)
+    missing = progress.chunks - progress.chunks_done - stats.gone
     state: Literal["done", "partial", "failed"] = "done"
-    if why or missing or unfit:
+    if why or missing or incompatible:
         state = "partial" if progress.chunks_done else "failed"
     return Outcome(state, tokens, progress, message)
 
 
 def _remarks(
-    progress: Progress, tally: MoveStats | None, unfit: Mapping[str, int], forgotten: DeleteResult
+    progress: Progress,
+    stats: MoveStats,
+    incompatible: Mapping[str, int],
+    deleted: DeleteResult,
+    *,
+    complete: bool,
 ) -> Iterator[str]:
     chunks = progress.chunks
-    for reason, count in unfit.items():
+    for reason, count in incompatible.items():
         yield f"{count} chunks are of no use here: {reason}"
-    if tally is None:
-        if not chunks and not unfit:
-            yield "nothing of this is stored there"
-        return
-    if tally.full:
+    if complete and not chunks and not incompatible:
+        yield "nothing of this is stored there"
+    if stats.full:
         yield (
-            f"there is no room here for {chunks - len(tally.here) - tally.gone} of {chunks} "
+            f"there is no room here for {chunks - len(stats.arrived) - stats.gone} of {chunks} "
             "chunks; the source keeps them, and what they follow"
         )
-    if tally.present:
-        yield f"{tally.present} of {chunks} chunks were here already"
-    if tally.gone:
-        yield f"{tally.gone} of {chunks} chunks had gone meanwhile"
-    if tally.again:
-        yield f"{len(tally.again)} of {chunks} chunks did not come intact, or were stored just then"
-    for reason, count in Counter(tally.why_not).most_common(_MAX_REASONS):
-        yield f"{count} of {chunks} chunks did not come: {reason}"
-    if kept := kept_chunks(forgotten):
+    if stats.present:
+        yield f"{stats.present} of {chunks} chunks were here already"
+    if stats.gone:
+        yield f"{stats.gone} of {chunks} chunks had gone meanwhile"
+    if stats.retry:
+        yield (
+            f"{len(stats.retry)} of {chunks} chunks did not arrive intact, or were being stored "
+            "at that time"
+        )
+    for reason, count in Counter(dict(stats.failures)).most_common(_MAX_REASONS):
+        yield f"{count} of {chunks} chunks did not arrive: {reason}"
+    if kept := _kept_chunks(deleted):
         yield kept
 
 
-def kept_chunks(forgotten: DeleteResult) -> str:
-    """What the source did not forget, and why; empty if it forgot all."""
+def _kept_chunks(deleted: DeleteResult) -> str:
+    """Say which chunks the source did not delete, and why; empty if it deleted all."""
     kept = [
-        f"{forgotten.pinned} that are pinned" if forgotten.pinned else "",
-        f"{forgotten.followed} that others there follow" if forgotten.followed else "",
-        f"{forgotten.in_use} that other moves need" if forgotten.in_use else "",
+        f"{deleted.pinned} that are pinned" if deleted.pinned else "",
+        f"{deleted.followed} that others there follow" if deleted.followed else "",
+        f"{deleted.in_use} that other moves need" if deleted.in_use else "",
     ]
-    said = ", ".join(each for each in kept if each)
-    return f"the source keeps chunks: {said}" if said else ""
+    reasons = ", ".join(each for each in kept if each)
+    return f"the source keeps chunks: {reasons}" if reasons else ""

@@ -1,4 +1,4 @@
-"""Which transports a move may go by, and in which order they are tried."""
+"""The transports that a configuration allows, in the order to try them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lmcache_kit.specs import TransportSpec
 AUTO = "auto"
 ONE_SIDED = "one-sided"
 ANYWHERE = "tcp"
-"""The transport that works wherever two processes can talk at all."""
+"""The transport that works wherever two processes can connect at all."""
 
 
 def candidates(channel: str, specs: Sequence[TransportSpec]) -> list[str]:
-    """Names in the order to try for ``transfer_channel: <channel>``, of those in ``specs``.
+    """Return names of ``specs`` in the order to try for ``transfer_channel: <channel>``.
 
-    ``auto`` is all of them, one-sided ones first; a name is that one, and TCP where it cannot
-    serve.
+    ``auto`` allows all, one-sided ones first. A name allows that transport, and TCP where it
+    cannot serve.
 
     >>> nixl = TransportSpec("nixl", "m:N", "", capabilities=frozenset({"one-sided"}))
     >>> tcp = TransportSpec("tcp", "m:T", "")

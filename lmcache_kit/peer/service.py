@@ -1,4 +1,4 @@
-"""Composition: what a cache process needs to take part in moves, and who answers at its port."""
+"""The composition of what a cache process needs to exchange chunks with others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import secrets
 import socket
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,14 +14,16 @@ from typing import TYPE_CHECKING
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.peer.chunk_receiver import Destination
 from lmcache_kit.peer.link_pool import LinkPool
-from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
 from lmcache_kit.peer.move_server import SEND_S, Identity, MoveServer
 from lmcache_kit.peer.priority import lower_priority
+from lmcache_kit.peer.promotion import ROOM_S
 from lmcache_kit.peer.quarantine import Quarantine
-from lmcache_kit.peer.sockets import GREET_S, Listener, Tls, dial
+from lmcache_kit.peer.remote_source import PeerAccess
+from lmcache_kit.peer.sockets import HANDSHAKE_S, Listener, Tls, dial
 from lmcache_kit.peer.transports import Transports, options_of
 from lmcache_kit.protocol import peer as wire
-from lmcache_kit.protocol.capability import KEY_BYTES
+from lmcache_kit.protocol.capability import CAPABILITY_KEY_BYTES
+from lmcache_kit.protocol.framing import version_mismatch
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
@@ -35,14 +36,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUARANTINE_SHARE = 8
-"""At most this part of the memory may wait for transfers of one transport to settle."""
-TIDY_S = 15.0
+"""At most this part of the memory may wait for unsettled transfers of one transport."""
+EXPIRE_EVERY_S = 15.0
 _LOOPBACK = ("localhost", "127.", "::1")
 
 
 class PeerService:
-    """This process as a peer. It listens at :attr:`url` from the start, and answers from
-    :meth:`start` on. ``mover`` carries out orders to take.
+    """This process as a peer: its port, its transports and its links.
+
+    It listens at :attr:`url` from the start, and answers from :meth:`start` on. Moves take from
+    other peers by :attr:`access`. ``room_s``: how long a move out of a tier waits for room in
+    memory.
 
     Raises ConfigError and PluginError for a configuration that cannot be served.
     """
@@ -57,9 +61,9 @@ class PeerService:
         namespaces: NamespaceRegistry,
         get_codec: GetCodec,
         incarnation: bytes,
-        confirm: Callable[[str, float], bool],
+        room_s: float = ROOM_S,
     ) -> None:
-        self.key = secrets.token_bytes(KEY_BYTES)
+        self.key = secrets.token_bytes(CAPABILITY_KEY_BYTES)
         tls = _tls(config)
         self._transports = Transports(
             plugins, config.transfer_channel, memory.memory, config.p2p_host, options_of(config)
@@ -71,27 +75,26 @@ class PeerService:
         self._hashing = ThreadPoolExecutor(
             1, thread_name_prefix="lmcache-kit-hash", initializer=lower_priority
         )
-        place = Destination(engine, self._quarantine, self._hashing, get_codec)
-        self._source = MoveServer(
+        self._server = MoveServer(
             Identity(config.lmcache_instance_id, incarnation, self.key),
             engine,
             namespaces,
             self._transports,
             idle_s=config.lease_ttl_s,
+            room_s=room_s,
         )
-        tools = MoveContext(
+        self.access = PeerAccess(
             config.lmcache_instance_id,
-            place,
-            namespaces,
+            Destination(engine, self._quarantine, self._hashing, get_codec),
             self._links,
             partial(_dial, tls),
-            confirm,
         )
         port = config.p2p_init_ports[0] if config.p2p_init_ports else 0
         self._listener = Listener(config.p2p_host, port, self._answer, tls=tls)
-        self.mover = MoveExecutor(tools)
         self._closing = threading.Event()
-        self._tidying = threading.Thread(target=self._tidy, name="lmcache-kit-tidy", daemon=True)
+        self._expiry = threading.Thread(
+            target=self._expire_links, name="lmcache-kit-links", daemon=True
+        )
         if tls is None and not config.p2p_host.startswith(_LOOPBACK):
             log.warning("KV goes unencrypted over %s; p2p_tls_cert encrypts it", config.p2p_host)
 
@@ -101,54 +104,58 @@ class PeerService:
         return self._listener.url
 
     def start(self) -> None:
-        """Begin to take part."""
+        """Begin to answer, and to make transports."""
         self._transports.start()
         self._listener.start()
-        self._tidying.start()
+        self._expiry.start()
 
     def stats(self) -> dict[str, float]:
-        """Gauges."""
+        """Return gauges."""
         return {"quarantined_bytes": float(self._quarantine.nbytes)}
 
     def close(self) -> None:
-        """Take part no longer; to be called before the engine is closed. Safe to call twice."""
+        """Close the port, the links and the transports.
+
+        To be called after the end of all moves and before the engine's. Safe to call twice.
+        """
         self._closing.set()
-        self.mover.close()
         self._listener.close()
         self._links.close()
         self._transports.close()
         self._quarantine.close()
         self._hashing.shutdown()
-        if self._tidying.is_alive():
-            self._tidying.join()
+        if self._expiry.is_alive():
+            self._expiry.join()
 
     def _answer(self, connection: socket.socket) -> None:
         try:
-            first = wire.receive_question(connection, GREET_S, first=True)
-            if isinstance(first, wire.Open | wire.Attach) and first.version != wire.VERSION:
-                why = f"peers here speak version {wire.VERSION}, not {first.version}"
-                wire.send(connection, wire.No(why), SEND_S)
+            first = wire.receive_request(connection, HANDSHAKE_S, first=True)
+            if not isinstance(first, wire.Open | wire.Attach):
+                return
+            if why := version_mismatch(first.version, wire.VERSION):
+                wire.send(connection, wire.Refused(why), SEND_S)
             elif isinstance(first, wire.Open):
-                self._source.serve(connection, first)
-            elif isinstance(first, wire.Attach):
+                self._server.serve(connection, first)
+            else:
                 self._attach(connection, first)
         except ProtocolError as error:
-            log.warning("hung up on a peer: %s", error)
+            log.warning("closed a peer's connection: %s", error)
 
-    def _attach(self, connection: socket.socket, asked: wire.Attach) -> None:
-        transport = self._transports.get(asked.transport)
-        if not self._source.may_attach(asked.token):
-            wire.send(connection, wire.No("no move goes on by this token"), SEND_S)
+    def _attach(self, connection: socket.socket, request: wire.Attach) -> None:
+        transport = self._transports.get(request.transport)
+        if not self._server.may_attach(request.token):
+            wire.send(connection, wire.Refused("no move has this token"), SEND_S)
         elif isinstance(transport, str):
-            wire.send(connection, wire.No(f"transport {asked.transport}: {transport}"), SEND_S)
+            why = f"transport {request.transport}: {transport}"
+            wire.send(connection, wire.Refused(why), SEND_S)
         else:
             wire.send(connection, wire.Attached(), SEND_S)
             connection.settimeout(None)
             lower_priority()
             transport.serve(connection)
 
-    def _tidy(self) -> None:
-        while not self._closing.wait(TIDY_S):
+    def _expire_links(self) -> None:
+        while not self._closing.wait(EXPIRE_EVERY_S):
             with contextlib.suppress(OSError):
                 self._links.expire()
 

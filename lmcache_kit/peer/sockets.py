@@ -1,4 +1,4 @@
-"""The sockets of moves: the peer port, and connections to that of others."""
+"""The peer port, and connections to the peer ports of others."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lmcache_kit.errors import ConfigError, TransportError
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
-GREET_S = 5.0
+HANDSHAKE_S = 5.0
 _BACKLOG = 64
 
 
 class Tls(NamedTuple):
-    """Both sides of a mutual TLS: each shows a certificate of the same authority."""
+    """The two contexts of mutual TLS: each side shows a certificate of the same authority."""
 
     server: ssl.SSLContext
     client: ssl.SSLContext
 
     @classmethod
     def load(cls, cert: str, key: str, authority: str) -> Tls:
-        """From PEM files. Raises ConfigError."""
+        """Load PEM files. Raises ConfigError."""
         contexts = []
         for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
             context = ssl.SSLContext(protocol)
@@ -49,13 +49,13 @@ class Tls(NamedTuple):
 
 
 def dial(url: str, timeout_s: float, tls: Tls | None = None) -> socket.socket:
-    """A connection to ``HOST:PORT``. Raises TransportError."""
+    """Connect to ``HOST:PORT``. Raises TransportError."""
     address = urlsplit(f"//{url}")
     try:
         host, port = address.hostname or "", address.port or 0
         connection = socket.create_connection((host, port), timeout_s)
     except (OSError, ValueError) as error:
-        raise TransportError(f"nobody answers at {url}: {error}") from error
+        raise TransportError(f"cannot connect to {url}: {error}") from error
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -68,8 +68,11 @@ def dial(url: str, timeout_s: float, tls: Tls | None = None) -> socket.socket:
 
 
 class Listener:
-    """The peer port. ``serve`` is called with each connection, on a thread of its own, and owns
-    it. Raises ConfigError when the port cannot be had."""
+    """The peer port.
+
+    Calls ``serve`` with each connection, on a thread of its own, and closes the connection after
+    it. Raises ConfigError when the port cannot be bound.
+    """
 
     def __init__(
         self,
@@ -93,11 +96,11 @@ class Listener:
         )
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Begin to accept connections."""
         self._thread.start()
 
     def close(self) -> None:
-        """Hang up on everybody. Safe to call twice."""
+        """Close the port and all its connections. Safe to call twice."""
         with self._lock:
             self._closed = True
             connections = list(self._connections)
@@ -110,7 +113,7 @@ class Listener:
         if self._thread.is_alive():
             self._thread.join()
         for thread in list(self._threads):
-            thread.join(GREET_S)
+            thread.join(HANDSHAKE_S)
 
     def _accept(self) -> None:
         while not self._closed:
@@ -118,15 +121,15 @@ class Listener:
                 connection, _ = self._socket.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    log.warning("cannot take a peer's connection: %s", error)
+                    log.warning("cannot accept a connection: %s", error)
                     threading.Event().wait(1.0)
                     continue
                 if self._closed or error.errno not in (errno.ECONNABORTED, errno.EINTR):
                     return
                 continue
-            self._begin(connection)
+            self._start_thread(connection)
 
-    def _begin(self, connection: socket.socket) -> None:
+    def _start_thread(self, connection: socket.socket) -> None:
         thread = threading.Thread(
             target=self._run, args=(connection,), name="lmcache-kit-peer", daemon=True
         )
@@ -142,14 +145,14 @@ class Listener:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.settimeout(GREET_S)
-            spoken = connection
+            connection.settimeout(HANDSHAKE_S)
+            stream = connection
             if self._tls is not None:
-                spoken = self._tls.server.wrap_socket(connection, server_side=True)
+                stream = self._tls.server.wrap_socket(connection, server_side=True)
                 with self._lock:
-                    self._connections.add(spoken)
-            with spoken:
-                self._serve(spoken)
+                    self._connections.add(stream)
+            with stream:
+                self._serve(stream)
         except OSError as error:
             log.info("a peer's connection ended: %s", error)
         finally:
@@ -162,12 +165,12 @@ class Listener:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # "localhost" may be both; peers try the older one first when they are told a name.
+        # "localhost" may have addresses of both families, and peers try IPv4 first.
         family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         listener = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
-            f"p2p_host: {host!r} is no address of this machine: {error}",
+            f"p2p_host: {host!r} is not an address of this machine: {error}",
             hint="Set p2p_host to the name or address that peers reach this host by",
         ) from error
     try:

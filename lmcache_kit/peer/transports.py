@@ -1,4 +1,4 @@
-"""The transports of this process, each made once, off everybody's path."""
+"""The transports of this process, each made once, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _STARTING = "it is still starting"
 
 
 class Transports:
-    """Those that ``channel`` allows, in the order to try. ``memory`` and ``host`` are what they
-    are made with, ``options`` are by name.
+    """The transports that ``channel`` allows; ``names`` are in the order to try.
 
-    Raises PluginNotFound when what ``channel`` names, or any at all, is not installed, and
-    ConfigError for options that do not fit. One that does not work on this machine is no error:
-    :meth:`get` says why.
+    Each is made with ``memory``, ``host`` and its ``options``, which are by name. Raises
+    PluginNotFound when the transport that ``channel`` names, or any at all, is not installed, and
+    ConfigError for options that do not fit. A transport that does not work on this machine is no
+    error: :meth:`get` says why.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Transports:
         )
 
     def start(self) -> None:
-        """Begin to make them."""
+        """Begin to make the transports."""
         self._thread.start()
 
     def get(self, name: str, timeout_s: float = READY_S) -> Transport | str:
-        """A transport, or why there is none of this name."""
+        """Return a transport, or why it cannot be used."""
         with self._changed:
             if name in self.names:
                 self._changed.wait_for(lambda: name in self._made or self._closed, timeout_s)
@@ -78,22 +78,22 @@ class Transports:
         return f"transfer_channel leaves {', '.join(self.names)}"
 
     def addresses(self) -> tuple[Address, ...]:
-        """How peers may reach us."""
+        """Return the address of each transport, for peers."""
         deadline = time.monotonic() + READY_S
         found = []
         for name in self.names:
             transport = self.get(name, max(0.0, deadline - time.monotonic()))
             if isinstance(transport, str):
-                found.append(Address(name, why_not=transport))
+                found.append(Address(name, unusable=transport))
                 continue
             try:
                 found.append(Address(name, transport.address()))
             except TransportError as error:
-                found.append(Address(name, why_not=error.message))
+                found.append(Address(name, unusable=error.message))
         return tuple(found)
 
     def close(self) -> None:
-        """End every transfer. Safe to call twice."""
+        """Close all transports, which ends their transfers. Safe to call twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -123,13 +123,13 @@ def make(
     host: str,
     options: Mapping[str, Any] | None,
 ) -> Transport | str:
-    """A transport over this memory, or why there is none."""
+    """Make a transport over this memory; return why not when it fails."""
     try:
         target = plugins.resolve("transport", name)
         made = target(memory, host, *_arguments(plugins, name, options))
     except KitError as error:
         return str(error)
-    # A transport is somebody's plugin: whatever it raises, others may do without it.
+    # A transport is a plugin and may raise anything; others may serve without it.
     except Exception as error:
         log.exception("transport %s could not be made", name)
         return f"{type(error).__name__}: {error}"
@@ -137,7 +137,7 @@ def make(
 
 
 def options_of(config: KitConfig) -> dict[str, dict[str, Any]]:
-    """``transport_options``, and what other keys say of a transport."""
+    """Return ``transport_options``, completed by other keys about a transport."""
     options: dict[str, dict[str, Any]] = dict(config.transport_options)
     if config.nixl_backends:
         options["nixl"] = {"backends": config.nixl_backends, **options.get("nixl", {})}
@@ -145,7 +145,7 @@ def options_of(config: KitConfig) -> dict[str, dict[str, Any]]:
 
 
 def _arguments(plugins: Plugins, name: str, given: Mapping[str, Any] | None) -> list[object]:
-    """Raises ConfigError for options that do not fit."""
+    """Return the options as arguments. Raises ConfigError for options that do not fit."""
     spec = plugins.spec("transport", name)
     if not spec.config and not given:
         return []

@@ -22,7 +22,9 @@ from typing import TypeAlias
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable, ProtocolError
 from lmcache_kit.process import paths
 from lmcache_kit.protocol import local as protocol
-from lmcache_kit.protocol.local import HEADER, Answer, Failed, Hello, Request, Welcome
+from lmcache_kit.protocol.framing import FrameBuffer
+from lmcache_kit.protocol.local import MAX_FRAME_BYTES, Answer, Failed, Hello, Request, Welcome
+from lmcache_kit.protocol.wakeup import WakeupFd
 
 GIVE_UP_S = 30.0
 """An answer this late will not come: the connection is closed and made anew."""
@@ -33,26 +35,6 @@ _live: weakref.WeakSet[Channel] = weakref.WeakSet()
 _Slot: TypeAlias = "queue.SimpleQueue[Answer | None]"
 
 
-class Wake:
-    """An event that a selector can wait for too."""
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def set(self) -> None:
-        os.eventfd_write(self._fd, 1)
-
-    def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 def greet(connection: socket.socket, hello: Hello, timeout_s: float) -> tuple[Welcome, int]:
     """Say Hello; return the answer and the memory's file descriptor, which the caller owns.
 
@@ -61,20 +43,20 @@ def greet(connection: socket.socket, hello: Hello, timeout_s: float) -> tuple[We
     if (uid := paths.peer_uid(connection)) != os.getuid():
         raise CacheUnavailable(f"the cache process there belongs to user {uid}")
     connection.settimeout(timeout_s)
-    received, fds = b"", list[int]()
+    received, fds = FrameBuffer(), list[int]()
     try:
         connection.sendall(protocol.encode(0, hello))
-        while len(received) < HEADER.size or len(received) < HEADER.size + protocol.body_length(
-            received[: HEADER.size]
-        ):
+        while (body := received.next_body(MAX_FRAME_BYTES)) is None:
             data, new_fds, _, _ = socket.recv_fds(
                 connection, _RECEIVE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
             )
             fds += new_fds
             if not data:
                 raise CacheUnavailable("the cache process closed the connection at once")
-            received += data
-        _, answer = protocol.decode_answer(received[HEADER.size :])
+            received.feed(data)
+        if received:
+            raise ProtocolError("more than one frame answers Hello")
+        _, answer = protocol.decode_answer(body)
         if isinstance(answer, Failed):
             raise CacheUnavailable(answer.message)
         if not isinstance(answer, Welcome) or len(fds) != 1:
@@ -137,7 +119,7 @@ class Channel:
         self._socket = connection
         self._socket.setblocking(False)
         self._lock = threading.Lock()
-        self._wake = Wake()
+        self._wakeup = WakeupFd()
         self._last_id = 0
         self._outbox = bytearray()
         self._waiting: dict[int, _Slot] = {}
@@ -176,14 +158,14 @@ class Channel:
                 for slot in waiting.values():
                     slot.put(None)
                 self._socket.close()
-                self._wake.close()
+                self._wakeup.close()
 
     def close(self) -> None:
         """Make :meth:`run` return, soon."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._wake.set()
+                self._wakeup.wake()
 
     def _refuse_while_overdue(self) -> None:
         if self._overdue:
@@ -209,7 +191,7 @@ class Channel:
             if len(self._outbox) + len(frame) > MAX_OUTBOX_BYTES:
                 raise CacheTimeout("the cache process does not read")
             self._outbox += frame
-            self._wake.set()
+            self._wakeup.wake()
         return request_id
 
     def _abandon(self, request_id: int, slot: _Slot) -> None:
@@ -225,19 +207,19 @@ class Channel:
                 return slot.get_nowait()  # it came just now
             self._overdue[request_id] = time.monotonic() - timeout_s
             if not self._closed:
-                self._wake.set()  # the reader's thread now has something to be impatient about
+                self._wakeup.wake()  # the reader's thread now has something to be impatient about
         raise CacheTimeout(f"the cache process did not answer within {timeout_s:g} s")
 
     def _read_until_closed(self) -> None:
-        received = bytearray()
+        received = FrameBuffer()
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wake, selectors.EVENT_READ)
+            selector.register(self._wakeup, selectors.EVENT_READ)
             interest = selectors.EVENT_READ
             selector.register(self._socket, interest)
             while True:
                 for key, events in selector.select(self._patience_s()):
-                    if key.fileobj is self._wake:
-                        self._wake.clear()
+                    if key.fileobj is self._wakeup:
+                        self._wakeup.clear()
                     elif events & selectors.EVENT_READ and not self._receive(received):
                         return
                 with self._lock:
@@ -248,13 +230,13 @@ class Channel:
                     interest = wanted
                     selector.modify(self._socket, interest)
 
-    def _receive(self, received: bytearray) -> bool:
+    def _receive(self, received: FrameBuffer) -> bool:
         """Take what has come; False at the end of file."""
         try:
             data = self._socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return True
-        received += data
+        received.feed(data)
         self._dispatch(received)
         return bool(data)
 
@@ -274,13 +256,9 @@ class Channel:
     def _gave_up(self) -> bool:
         return bool(self._overdue) and (time.monotonic() - min(self._overdue.values()) >= GIVE_UP_S)
 
-    def _dispatch(self, received: bytearray) -> None:
-        while len(received) >= HEADER.size:
-            end = HEADER.size + protocol.body_length(bytes(received[: HEADER.size]))
-            if len(received) < end:
-                return
-            answer_id, answer = protocol.decode_answer(bytes(received[HEADER.size : end]))
-            del received[:end]
+    def _dispatch(self, received: FrameBuffer) -> None:
+        while (body := received.next_body(MAX_FRAME_BYTES)) is not None:
+            answer_id, answer = protocol.decode_answer(body)
             with self._lock:
                 self._overdue.pop(answer_id, None)
                 slot = self._waiting.pop(answer_id, None)
@@ -308,7 +286,7 @@ class Channel:
         if not self._closed:
             self._closed = True
             self._socket.close()
-            self._wake.close()
+            self._wakeup.close_after_fork()
 
 
 def _after_fork() -> None:

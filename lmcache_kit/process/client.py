@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -46,6 +46,14 @@ class Reconnect(msgspec.Struct, frozen=True):
     steady_s: float = 5.0
     broken_s: float = 60.0
     keep_memory_s: float = 10.0
+
+    def waits(self) -> Iterator[float]:
+        """Yield the seconds to wait before each attempt, without end."""
+        wait_s = self.first_s
+        while wait_s < self.most_s:
+            yield wait_s
+            wait_s *= 2
+        yield from itertools.repeat(self.most_s)
 
 
 class Grants(tuple[Grant, ...]):
@@ -259,7 +267,7 @@ class CacheClient:
 
     def _stay_connected(self) -> None:
         policy = self._reconnect
-        waits = _waits(policy)
+        waits = policy.waits()
         while not self._closing.is_set():
             link = self._connect()
             pause = policy.broken_s if self._broken else next(waits)
@@ -269,7 +277,7 @@ class CacheClient:
                 link.channel.run()
                 self._detached()
                 if time.monotonic() - began >= policy.steady_s:
-                    waits = _waits(policy)
+                    waits = policy.waits()
                     pause = next(waits)
             del link  # it holds the memory
             self._pause(pause)
@@ -353,15 +361,6 @@ def _checked(answer: Answer, expected: type[_A], channel: Channel) -> _A:
         channel.close()
         raise CacheUnavailable(f"the cache process answered with {type(answer).__name__}")
     return answer
-
-
-def _waits(policy: Reconnect) -> itertools.chain[float]:
-    """Seconds to wait before each attempt, without an end."""
-    rising, wait = list[float](), policy.first_s
-    while wait < policy.most_s:
-        rising.append(wait)
-        wait *= 2
-    return itertools.chain(rising, itertools.repeat(policy.most_s))
 
 
 def _map(fd: int, welcome: Welcome) -> mmap.mmap:

@@ -19,7 +19,8 @@ from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.errors import KitError, ProtocolError
 from lmcache_kit.process import lookups, paths
 from lmcache_kit.protocol import local as protocol
-from lmcache_kit.protocol.local import HEADER, Failed, Hello, Stats, Welcome
+from lmcache_kit.protocol.framing import FrameBuffer, version_mismatch
+from lmcache_kit.protocol.local import MAX_FRAME_BYTES, Failed, Hello, Stats, Welcome
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
@@ -122,11 +123,8 @@ class CacheServer:
         """Answer to a Hello."""
         if self._ended.is_set():
             return Failed("this cache process is ending")
-        if hello.version != protocol.VERSION:
-            return Failed(
-                f"this cache process speaks protocol version {protocol.VERSION}, the client "
-                f"{hello.version}: both must run the same lmcache-kit"
-            )
+        if why := version_mismatch(hello.version, protocol.VERSION):
+            return Failed(why)
         if hello.instance_id != self.instance_id:
             return Failed(
                 f"this cache process serves instance {self.instance_id!r}, "
@@ -213,7 +211,7 @@ class _Connection(asyncio.Protocol):
         self._server = server
         self._name = f"connection {next(self._ids)}"
         self._hello: Hello | None = None
-        self._received = bytearray()
+        self._received = FrameBuffer()
         self._paused = False
         self._transport: asyncio.Transport
         self._deadline: asyncio.TimerHandle | None = None
@@ -233,7 +231,7 @@ class _Connection(asyncio.Protocol):
             )
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
+        self._received.feed(data)
         self._serve_received()
 
     def eof_received(self) -> bool:
@@ -265,25 +263,13 @@ class _Connection(asyncio.Protocol):
     def _serve_received(self) -> None:
         try:
             while not (self._paused or self._transport.is_closing()):
-                body = self._next_body()
+                limit = MAX_HELLO_BYTES if self._hello is None else MAX_FRAME_BYTES
+                body = self._received.next_body(limit)
                 if body is None:
                     break
                 self._answer(*protocol.decode_request(body))
         except ProtocolError as error:
             self._refuse(str(error))
-
-    def _next_body(self) -> bytes | None:
-        if len(self._received) < HEADER.size:
-            return None
-        length = protocol.body_length(bytes(self._received[: HEADER.size]))
-        if self._hello is None and length > MAX_HELLO_BYTES:
-            raise ProtocolError(f"a first frame of {length} bytes")
-        end = HEADER.size + length
-        if len(self._received) < end:
-            return None
-        body = bytes(self._received[HEADER.size : end])
-        del self._received[:end]
-        return body
 
     def _answer(self, request_id: int, request: protocol.Request) -> None:
         if self._hello is None:

@@ -1,9 +1,12 @@
-"""What a cache process may ask a peer for, and how the peer knows that the controller wants it.
+"""A signed capability: the controller's permission to take one move from a cache process.
 
-Each cache process gives the controller a key of its own when it registers. For a move the
-controller seals a claim with the source's key and gives the seal to the destination, which shows
-both to the source. So nobody takes or deletes KV that no operator has ordered away, the source need
-not be told of moves beforehand, and no cache process learns another's key.
+Each cache process gives the controller a secret key when it registers. For a move the controller
+signs a capability with the source's key and hands the signature to the destination, which shows
+both to the source. Consequences:
+
+1. Nothing is read or deleted that no operator has asked to move.
+2. The source need not be told of a move beforehand.
+3. No cache process learns the key of another.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from blake3 import blake3
 if TYPE_CHECKING:
     from lmcache_kit.interfaces.operations import Move
 
-KEY_BYTES = 32
+CAPABILITY_KEY_BYTES = 32
 
 
 class Capability(msgspec.Struct, frozen=True, array_like=True):
-    """One move, as its source sees it. ``location`` is the source's; ``tokens`` are packed, None
-    for everything there."""
+    """One move, as its source sees it.
+
+    ``location`` is the source's. ``tokens`` are packed; None means everything at that location.
+    """
 
     event_id: str
     source: str
@@ -34,23 +39,23 @@ class Capability(msgspec.Struct, frozen=True, array_like=True):
     copy: bool
 
     @classmethod
-    def of(cls, order: Move, event_id: str, destination: str) -> Capability:
-        """The claim of instance ``destination`` for an order that it was given."""
+    def of(cls, request: Move, event_id: str, destination: str) -> Capability:
+        """Build the capability for instance ``destination`` to carry out a move request."""
         return cls(
             event_id,
-            order.source,
-            order.source_location,
+            request.source,
+            request.source_location,
             destination,
-            order.tokens,
-            order.cache_salt,
-            order.model,
-            order.copy,
+            request.tokens,
+            request.cache_salt,
+            request.model,
+            request.copy,
         )
 
-    def seal(self, key: bytes) -> bytes:
-        """32 bytes: the BLAKE3 of this claim, keyed with the source's ``key``."""
+    def sign(self, key: bytes) -> bytes:
+        """Return 32 bytes: BLAKE3 of this capability, keyed with the source's ``key``."""
         return blake3(msgspec.msgpack.encode(self), key=key).digest()
 
-    def is_sealed(self, seal: bytes, key: bytes) -> bool:
-        """Whether ``seal`` was made with ``key``; takes as long for any wrong one."""
-        return hmac.compare_digest(self.seal(key), seal)
+    def verify(self, signature: bytes, key: bytes) -> bool:
+        """Return whether ``key`` made this signature, in time that does not depend on it."""
+        return hmac.compare_digest(self.sign(key), signature)

@@ -21,6 +21,7 @@ import msgspec
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.operations import Accepted, Order, Outcome, Progress
 from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
+from lmcache_kit.protocol import framing
 
 VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
@@ -309,13 +310,7 @@ def check_tails(tails: tuple[Tail, ...]) -> tuple[Tail, ...]:
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _M]], frame: bytes | memoryview) -> _M:
-    if len(frame) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {len(frame)} bytes is over the {MAX_FRAME_BYTES} allowed")
-    try:
-        version, message = decoder.decode(frame)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # The last two are what msgspec lets through for bad UTF-8 and for deep nesting.
-        raise ProtocolError(f"not a message: {error}") from error
-    if version != VERSION:
-        raise ProtocolError(f"wire version {version}; this side speaks {VERSION}")
+    version, message = framing.decode(decoder, frame, MAX_FRAME_BYTES)
+    if why := framing.version_mismatch(version, VERSION):
+        raise ProtocolError(why)
     return message

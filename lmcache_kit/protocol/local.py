@@ -10,21 +10,19 @@ Nothing of KV travels here: workers read and write the shared memory at the offs
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
 from lmcache_kit.cache.records import Grant, Located, StoreItem
-from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.codec import Rope
 from lmcache_kit.keys import ChunkKey, Namespace
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.protocol import framing
 
 VERSION = 2
 MAX_WAIT_S = 60.0
 MAX_FRAME_BYTES = 16 * 1024 * 1024
-HEADER = struct.Struct("<I")
 
 
 # Requests.
@@ -163,41 +161,21 @@ Request: TypeAlias = (
 )
 Answer: TypeAlias = Welcome | Found | Allocated | Done | Stats | Failed
 
-# msgspec lets the last two through, for bad UTF-8 and for nesting without end.
-_UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(tuple[int, Request])
 _answers = msgspec.msgpack.Decoder(tuple[int, Answer])
 
 
 def encode(request_id: int, message: Request | Answer) -> bytes:
-    """A whole frame. Raises ProtocolError for one that is too large."""
-    body = _encoder.encode((request_id, message))
-    if len(body) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {len(body)} bytes is over the {MAX_FRAME_BYTES} allowed")
-    return HEADER.pack(len(body)) + body
+    """Encode a message as a whole frame. Raises ProtocolError for one that is too large."""
+    return framing.frame(_encoder.encode((request_id, message)), MAX_FRAME_BYTES)
 
 
 def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
-    """Raises ProtocolError for anything but a request."""
-    try:
-        return _requests.decode(body)
-    except _UNDECODABLE as error:
-        raise ProtocolError(f"not a request: {error}") from error
+    """Decode the body of a client's frame. Raises ProtocolError for anything but a request."""
+    return framing.decode(_requests, body, MAX_FRAME_BYTES)
 
 
 def decode_answer(body: bytes | memoryview) -> tuple[int, Answer]:
-    """Raises ProtocolError for anything but an answer."""
-    try:
-        return _answers.decode(body)
-    except _UNDECODABLE as error:
-        raise ProtocolError(f"not an answer: {error}") from error
-
-
-def body_length(header: bytes) -> int:
-    """Length that a frame's header announces. Raises ProtocolError when it is too large."""
-    (length,) = HEADER.unpack(header)
-    if length > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {length} bytes is over the {MAX_FRAME_BYTES} allowed")
-    return int(length)
+    """Decode the body of a server's frame. Raises ProtocolError for anything but an answer."""
+    return framing.decode(_answers, body, MAX_FRAME_BYTES)

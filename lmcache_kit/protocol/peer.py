@@ -1,118 +1,133 @@
 """The wire between two cache processes: a TCP stream, perhaps in TLS, of msgpack frames.
 
-A frame is a little-endian u32 length and that many bytes of msgpack. Who dials speaks first, with
-:class:`Open` or :class:`Attach`; then each request has one answer. After an :class:`Attach` that
-was answered with :class:`Attached` the connection belongs to a transport.
+The destination of a move dials the source and sends requests; each request has one answer.
+
+    Open -> Welcome           the capability of one move, and the chunks that it covers
+    ListChunks -> Listing     the rest of these chunks, page by page
+    Lease -> Leased           hold some of them, describe them and offer them to a transport
+    ReadOffer -> Offered      offer chunks of a lease again
+    Verify -> Done            compare chunks with their checksums, drop corrupt ones
+    Release -> Done           end a lease and its offers
+    Delete -> Deleted         the destination has the chunks and the controller knows it
+
+A connection that begins with :class:`Attach` belongs to a transport once it is answered with
+:class:`Attached`. A request that cannot be served is answered with :class:`Refused`, and the
+source hangs up.
 """
 
 from __future__ import annotations
 
 import socket
-import struct
-import time
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, TypeAlias
 
 import msgspec
 
 from lmcache_kit.cache.descriptors import ChunkDescriptor, ChunkRef, DeleteResult, NamespaceInfo
-from lmcache_kit.errors import ProtocolError
 from lmcache_kit.keys import ChunkKey, Namespace
+from lmcache_kit.protocol import framing
 from lmcache_kit.protocol.capability import Capability
 
 VERSION = 1
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 MAX_FIRST_FRAME_BYTES = 8 * 1024 * 1024
-MAX_HOLDINGS = 16_384
-MAX_LENT = 4096
+MAX_LISTED = 16_384
+"""The most chunks in one :class:`Listing` and in one :class:`Delete`."""
+MAX_LEASED = 4096
 WINDOW_BYTES = 256 * 1024 * 1024
 WINDOW_SHARE = 8
-"""What is lent at a time is at most this part of a memory that it has to find room in."""
-_HEADER = struct.Struct("<I")
-_RECEIVE_BYTES = 1 << 20
+"""At most this part of a memory is leased at a time where the chunks have to find room in it."""
 
 
-# From who takes.
+# Requests of the destination.
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """A move: what is wanted, and the controller's seal on it. ``incarnation``: of the peer that
-    is meant; ``namespaces``: the base ones of who takes."""
+    """Begin one move.
+
+    ``signature`` is the controller's of ``capability``. ``incarnation`` names the life of the
+    source that is meant. ``namespaces`` are the base namespaces of the destination.
+    """
 
     version: int
-    claim: Capability
-    seal: bytes
+    capability: Capability
+    signature: bytes
     incarnation: bytes
     namespaces: tuple[Namespace, ...]
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach"):
-    """This connection is for the transport ``transport``; ``token`` is of a :class:`Welcome`."""
+    """Hand this connection to a transport; ``token`` is the one of a :class:`Welcome`."""
 
     version: int
     transport: str
     token: bytes
 
 
-class ListMore(msgspec.Struct, frozen=True, tag="list_more"):
-    """Go on with what there is, from number ``start`` on."""
+class ListChunks(msgspec.Struct, frozen=True, tag="list_chunks"):
+    """List the chunks that the capability covers, from number ``start`` on."""
 
     start: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Lend(msgspec.Struct, frozen=True, tag="lend"):
-    """Hold these chunks, say all about them, and let ``transport`` read them."""
+class Lease(msgspec.Struct, frozen=True, tag="lease"):
+    """Lease these chunks, describe them, and offer them to ``transport``."""
 
-    keys: Annotated[tuple[ChunkKey, ...], msgspec.Meta(max_length=MAX_LENT)]
+    keys: Annotated[tuple[ChunkKey, ...], msgspec.Meta(max_length=MAX_LEASED)]
     transport: str
 
 
-class Offer(msgspec.Struct, frozen=True, tag="offer"):
-    """Let ``transport`` read some parcels of a loan, or read them again: their numbers in it, in
-    this order, and of each the payloads of all ranks."""
+class ReadOffer(msgspec.Struct, frozen=True, tag="read_offer"):
+    """Offer chunks of a lease to ``transport``, perhaps again.
+
+    ``chunks`` are their numbers in the lease. All ranks' payloads of each are offered, in order.
+    """
 
     lease: int
     transport: str
-    parcels: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_LENT)]
+    chunks: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_LEASED)]
 
 
-class Recheck(msgspec.Struct, frozen=True, tag="recheck"):
-    """What came of these chunks is not what was stored: look whether it is so there, too, and drop
-    those."""
+class Verify(msgspec.Struct, frozen=True, tag="verify"):
+    """Compare these chunks with their checksums and drop corrupt ones, because the bytes that
+    arrived did not match."""
 
-    keys: Annotated[tuple[ChunkKey, ...], msgspec.Meta(max_length=MAX_LENT)]
+    keys: Annotated[tuple[ChunkKey, ...], msgspec.Meta(max_length=MAX_LEASED)]
 
 
-class GiveBack(msgspec.Struct, frozen=True, tag="give_back"):
-    """End a loan, and what was offered of it."""
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """End a lease and all offers of it."""
 
     lease: int
 
 
-class Forget(msgspec.Struct, frozen=True, tag="forget"):
-    """These chunks are ours now, and the controller knows it: delete them if you may."""
+class Delete(msgspec.Struct, frozen=True, tag="delete"):
+    """Delete these chunks unless something at the source needs them."""
 
-    keys: Annotated[tuple[ChunkKey, ...], msgspec.Meta(max_length=MAX_HOLDINGS)]
+    keys: Annotated[tuple[ChunkKey, ...], msgspec.Meta(max_length=MAX_LISTED)]
 
 
-# From who gives.
+# Answers of the source.
 
 
 class Address(msgspec.Struct, frozen=True):
-    """A transport of the peer: what it must be known by, or why it does not work there."""
+    """The address of one of the source's transports, or the reason why it cannot be used."""
 
     transport: str
     address: bytes = b""
-    why_not: str = ""
+    unusable: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """What the claim comes to: ``chunks`` in all, of which ``first`` are listed here. ``spaces``
-    are theirs; ``namespaces`` the base ones of who gives. ``token`` lets transports attach. No
-    more than ``window_bytes`` should be asked for at a time, unless a single chunk is larger."""
+    """The chunks that the capability covers: ``chunks`` in number, ``first`` is the first page.
+
+    ``token`` lets transports attach. ``base_namespaces`` are those of the source's workers,
+    ``namespaces`` describes those of the chunks. The destination should lease no more than
+    ``window_bytes`` at a time, unless a single chunk is larger.
+    """
 
     token: bytes
-    namespaces: tuple[Namespace, ...]
-    spaces: tuple[NamespaceInfo, ...]
+    base_namespaces: tuple[Namespace, ...]
+    namespaces: tuple[NamespaceInfo, ...]
     transports: tuple[Address, ...]
     chunks: int
     first: tuple[ChunkRef, ...]
@@ -120,117 +135,83 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Attached(msgspec.Struct, frozen=True, tag="attached"):
-    """The next byte is the transport's."""
+    """The next byte on this connection is the transport's."""
 
 
 class Listing(msgspec.Struct, frozen=True, tag="listing"):
-    """More of what there is."""
+    """One page of chunks."""
 
-    holdings: tuple[ChunkRef, ...]
+    chunks: tuple[ChunkRef, ...]
 
 
-class Lent(msgspec.Struct, frozen=True, tag="lent"):
-    """Those of the chunks asked for that are still here, and the offer of all of them; ``lease``
-    is 0 for none."""
+class Leased(msgspec.Struct, frozen=True, tag="leased"):
+    """Those of the chunks that are still stored, and the offer of all of them.
+
+    ``lease`` is 0 when none is.
+    """
 
     lease: int
-    parcels: tuple[ChunkDescriptor, ...]
+    descriptors: tuple[ChunkDescriptor, ...]
     offer: bytes
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):
-    """What the transport's link reads by."""
+    """The bytes that the destination's link reads with."""
 
     offer: bytes
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """It is so."""
+    """The request was carried out."""
 
 
-class HasForgotten(msgspec.Struct, frozen=True, tag="has_forgotten"):
-    """What became of the chunks to forget."""
+class Deleted(msgspec.Struct, frozen=True, tag="deleted"):
+    """How many chunks were deleted, and how many stay."""
 
-    forgotten: DeleteResult
-
-
-class No(msgspec.Struct, frozen=True, tag="no"):
-    """It cannot be, and why; who said it hangs up."""
-
-    why: str
+    result: DeleteResult
 
 
-Question: TypeAlias = Open | Attach | ListMore | Lend | Offer | Recheck | GiveBack | Forget
-Answer: TypeAlias = Welcome | Attached | Listing | Lent | Offered | Done | HasForgotten | No
-_M = TypeVar("_M")
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The request was not carried out; the source closes the connection."""
+
+    reason: str
+
+
+Request: TypeAlias = Open | Attach | ListChunks | Lease | ReadOffer | Verify | Release | Delete
+Answer: TypeAlias = Welcome | Attached | Listing | Leased | Offered | Done | Deleted | Refused
 
 _encoder = msgspec.msgpack.Encoder()
-_questions = msgspec.msgpack.Decoder(Question)
+_requests = msgspec.msgpack.Decoder(Request)
 _answers = msgspec.msgpack.Decoder(Answer)
 
 
 def window_bytes(memory_bytes: int) -> int:
-    """The most to lend at a time where memory of this size has to find room for it."""
+    """Return how much to lease at a time when it has to find room in a memory of this size."""
     return min(WINDOW_BYTES, memory_bytes // WINDOW_SHARE)
 
 
-def send(connection: socket.socket, message: Question | Answer, timeout_s: float) -> None:
-    """One frame. Raises OSError, and ProtocolError for one that is too large."""
-    body = _encoder.encode(message)
-    if len(body) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {len(body)} bytes is over the {MAX_FRAME_BYTES} allowed")
-    connection.settimeout(timeout_s)
-    connection.sendall(_HEADER.pack(len(body)) + body)
+def send(connection: socket.socket, message: Request | Answer, timeout_s: float) -> None:
+    """Send one message. Raises OSError, and ProtocolError for one that is too large."""
+    framing.send(connection, _encoder.encode(message), MAX_FRAME_BYTES, timeout_s)
 
 
-def receive_question(
+def receive_request(
     connection: socket.socket, timeout_s: float, *, first: bool = False
-) -> Question | None:
-    """None at the end of the stream. Raises OSError and ProtocolError."""
-    limit = MAX_FIRST_FRAME_BYTES if first else MAX_FRAME_BYTES
-    return _receive(connection, _questions, timeout_s, limit)
+) -> Request | None:
+    """Receive one request; None at the end of the stream. Raises OSError and ProtocolError.
+
+    The ``first`` request of a connection may be only half as large, since its sender has not
+    shown a capability.
+    """
+    max_bytes = MAX_FIRST_FRAME_BYTES if first else MAX_FRAME_BYTES
+    body = framing.receive(connection, max_bytes, timeout_s)
+    return None if body is None else framing.decode(_requests, body, max_bytes)
 
 
 def receive_answer(connection: socket.socket, timeout_s: float) -> Answer:
-    """Raises OSError, also for an end of the stream, and ProtocolError."""
-    answer: Answer | None = _receive(connection, _answers, timeout_s, MAX_FRAME_BYTES)
-    if answer is None:
-        raise ConnectionResetError("it hung up")
-    return answer
-
-
-def _receive(
-    connection: socket.socket, decoder: msgspec.msgpack.Decoder[_M], timeout_s: float, limit: int
-) -> _M | None:
-    deadline = time.monotonic() + timeout_s
-    header = _exactly(connection, _HEADER.size, deadline)
-    if header is None:
-        return None
-    (length,) = _HEADER.unpack(header)
-    if length > limit:
-        raise ProtocolError(f"a frame of {length} bytes is over the {limit} allowed")
-    body = _exactly(connection, length, deadline)
+    """Receive one answer. Raises ProtocolError, and OSError also at the end of the stream."""
+    body = framing.receive(connection, MAX_FRAME_BYTES, timeout_s)
     if body is None:
-        raise ProtocolError("the stream ended inside a frame")
-    try:
-        return decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # The last two are what msgspec lets through for bad UTF-8 and for deep nesting.
-        raise ProtocolError(f"not a message: {error}") from error
-
-
-def _exactly(connection: socket.socket, nbytes: int, deadline: float) -> bytes | None:
-    """None when the stream ends before the first byte; memory grows only as bytes come."""
-    received = bytearray()
-    while len(received) < nbytes:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("timed out")
-        connection.settimeout(left_s)
-        data = connection.recv(min(nbytes - len(received), _RECEIVE_BYTES))
-        if not data:
-            if received:
-                raise ProtocolError("the stream ended inside a frame")
-            return None
-        received += data
-    return bytes(received)
+        raise ConnectionResetError("the connection was closed")
+    answer: Answer = framing.decode(_answers, body, MAX_FRAME_BYTES)
+    return answer

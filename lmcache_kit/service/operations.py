@@ -12,7 +12,7 @@ from lmcache_kit.cache.namespaces import NamespaceRegistry
 from lmcache_kit.cache.records import Selected
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.cache.validation import check_lookup
-from lmcache_kit.errors import ControlError, InvalidQuery, KitError, UnknownName
+from lmcache_kit.errors import InvalidQuery, KitError, UnknownName
 from lmcache_kit.interfaces.operations import (
     Accepted,
     Clear,
@@ -28,7 +28,6 @@ from lmcache_kit.interfaces.operations import (
     Progress,
     Unpin,
 )
-from lmcache_kit.peer.local_move import Confirm, LocalMove
 from lmcache_kit.service.codecs import encoding_threads
 from lmcache_kit.service.jobs import RecodeJob
 
@@ -72,9 +71,7 @@ class PendingJob:
 class EngineOperator(Operator):
     """Orders name namespaces by salt and model; ``namespaces`` are those that workers registered.
 
-    ``pin_ttl_s``: of pins that do not say how long they last. ``mover``: of moves; without one
-    those from other instances are refused. ``confirm`` waits for so many seconds until the
-    controller knows all that is at a location.
+    ``pin_ttl_s``: of pins that do not say how long they last. ``moves`` carries out moves.
     """
 
     def __init__(
@@ -83,9 +80,8 @@ class EngineOperator(Operator):
         codecs: Codecs,
         *,
         namespaces: NamespaceRegistry,
+        moves: MoveExecutor,
         pin_ttl_s: float | None = None,
-        mover: MoveExecutor | None = None,
-        confirm: Confirm = lambda location, timeout_s: False,
     ) -> None:
         self._engine = engine
         self._codecs = codecs
@@ -94,8 +90,7 @@ class EngineOperator(Operator):
         self._pool = ThreadPoolExecutor(self._width, thread_name_prefix="lmcache-kit-order")
         self._jobs: weakref.WeakSet[RecodeJob] = weakref.WeakSet()
         self._namespaces = namespaces
-        self._mover = mover
-        self._confirm = confirm
+        self._moves = moves
 
     def close(self) -> None:
         """Cancel what runs, and wait for the chunks at work. To be called before the engine's."""
@@ -109,15 +104,8 @@ class EngineOperator(Operator):
         if order.location not in inventories:
             raise UnknownName("location", order.location, list(inventories))
         inventory = inventories[order.location]
-        if isinstance(order, Move) and order.peer is None:
-            return self._shift(inventory, order, deadline_s, report, finish)
         if isinstance(order, Move):
-            if self._mover is None:
-                raise ControlError(
-                    "this cache process takes no part in moves",
-                    hint="Set enable_p2p in its configuration",
-                )
-            return self._mover.begin(order, deadline_s=deadline_s, report=report, finish=finish)
+            return self._moves.start(order, deadline_s=deadline_s, report=report, finish=finish)
         namespaces = self._namespaces.chosen(order.tokens, order.model, order.cache_salt)
         try:
             check_lookup(order.tokens or b"")
@@ -214,29 +202,6 @@ class EngineOperator(Operator):
         )
         self._jobs.add(job)
         job.start(self._pool, self._width, deadline_s)
-        return job
-
-    def _shift(
-        self, goal: Tier, order: Move, deadline_s: float, report: Report, finish: Finish
-    ) -> Job:
-        inventories, tiers = self._engine.inventories, self._engine.tiers
-        source = inventories.get(order.source_location)
-        if source is None or tiers is None:
-            raise UnknownName("location", order.source_location, list(inventories))
-        if source is goal:
-            raise InvalidQuery("source and destination are the same")
-        namespaces = self._namespaces.chosen(order.tokens, order.model, order.cache_salt)
-        holdings = source.holdings(namespaces, order.tokens)
-        shift = LocalMove(tiers, source, goal, holdings, copy=order.copy, confirm=self._confirm)
-        job = RecodeJob(
-            [(holding.key, holding.tokens) for holding in holdings],
-            shift.shift,
-            done_word="there",
-            report=report,
-            finish=lambda outcome: finish(shift.end(outcome)),
-        )
-        self._jobs.add(job)
-        job.start(self._pool, 1, deadline_s)
         return job
 
     def _pack(self, inventory: Tier, key: ChunkKey, method: str) -> Transcoded:

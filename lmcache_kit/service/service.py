@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lmcache_kit.agent.agent import Agent
     from lmcache_kit.cache.tiers.lower_tiers import LowerTiers
     from lmcache_kit.config import KitConfig
+    from lmcache_kit.peer.move_executor import MoveExecutor
     from lmcache_kit.peer.service import PeerService
     from lmcache_kit.protocol.local import Hello
     from lmcache_kit.protocol.zmq_auth import WorkerKeys
@@ -107,6 +108,7 @@ class CacheService:
         # Deferred: plugins and the engine take time to import, and clients need none of them.
         from lmcache_kit.cache.namespaces import NamespaceRegistry
         from lmcache_kit.interfaces import CacheInfo
+        from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
         from lmcache_kit.plugins import Plugins
         from lmcache_kit.process.server import CacheServer
         from lmcache_kit.service.background_encoder import BackgroundEncoder
@@ -123,21 +125,29 @@ class CacheService:
         self.namespaces = NamespaceRegistry()
         self._agent: Agent | None = None
         self._encoder: BackgroundEncoder | None = None
-        self._node: PeerService | None = None
+        self._peer: PeerService | None = None
+        self._moves: MoveExecutor | None = None
         self.operator: EngineOperator | None = None
         try:
             if config.lower_tiers:
                 self._tiers = self.engine.attach(
                     make_tiers(config, self._plugins, codecs.make), codecs.make
                 )
-            self._node = self._make_node(codecs)
+            self._peer = self._make_peer(codecs)
+            self._moves = MoveExecutor(
+                MoveContext(
+                    self.engine,
+                    self.namespaces,
+                    self._confirm,
+                    self._peer.access if self._peer else None,
+                )
+            )
             self.operator = EngineOperator(
                 self.engine,
                 codecs,
                 namespaces=self.namespaces,
+                moves=self._moves,
                 pin_ttl_s=config.pin_timeout_sec or None,
-                mover=self._node.mover if self._node else None,
-                confirm=self._confirm,
             )
             if config.store_codec:
                 codecs.make(config.store_codec)
@@ -181,8 +191,8 @@ class CacheService:
             ending.callback(self._plugins.cache_closing, self._info)
             if self._tiers:
                 self._tiers.start()
-            if self._node:
-                self._node.start()
+            if self._peer:
+                self._peer.start()
             if self._agent:
                 self._agent.start()
                 ending.callback(self._agent.stop)
@@ -208,8 +218,10 @@ class CacheService:
 
     def close(self) -> None:
         """Give the memory back. Safe to call twice."""
-        if self._node:
-            self._node.close()
+        if self._moves:
+            self._moves.close()
+        if self._peer:
+            self._peer.close()
         if self.operator:
             self.operator.close()
         if self._encoder:
@@ -229,7 +241,7 @@ class CacheService:
             loop.add_signal_handler(each, self._server.stop, each.name)
         await self._server.serve(listener, on_ready)
 
-    def _make_node(self, codecs: Codecs) -> PeerService | None:
+    def _make_peer(self, codecs: Codecs) -> PeerService | None:
         if not self.config.enable_p2p:
             return None
         from lmcache_kit.peer.service import PeerService
@@ -242,11 +254,10 @@ class CacheService:
             namespaces=self.namespaces,
             get_codec=codecs.make,
             incarnation=bytes.fromhex(self.incarnation),
-            confirm=self._confirm,
         )
 
     def _make_agent(self) -> Agent | None:
-        config, node = self.config, self._node
+        config, peer = self.config, self._peer
         if not config.enable_controller or not config.controller_url:
             return None
         from lmcache_kit.agent.agent import Agent
@@ -259,8 +270,8 @@ class CacheService:
             host=sockets.gethostname(),
             heartbeat_s=config.lmcache_worker_heartbeat_time,
             worker_ports=config.lmcache_worker_ports or (),
-            peer_url=node.url if node else None,
-            peer_key=node.key if node else b"",
+            peer_url=peer.url if peer else None,
+            peer_key=peer.key if peer else b"",
             operator=self.operator,
             keys=worker_keys(config),
         )
@@ -282,7 +293,7 @@ class CacheService:
     def _more_stats(self) -> dict[str, float]:
         stats = self._agent.stats() if self._agent else {}
         more = {f"agent_{name}": value for name, value in stats.items()}
-        for part in (self._encoder, self._node):
+        for part in (self._encoder, self._peer):
             more |= part.stats() if part else {}
         return more
 

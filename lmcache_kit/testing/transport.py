@@ -37,9 +37,9 @@ class TransportSuite(FailingTests, EndingTests):
             assert len(said) <= MAX_ADDRESS_BYTES, f"an {name} of {len(said)} bytes"
 
     def test_a_link_says_what_it_goes_over(self, link: Link) -> None:
-        assert isinstance(link.how, str)
-        assert 0 < len(link.how) <= 80
-        assert link.how.isprintable()
+        assert isinstance(link.description, str)
+        assert 0 < len(link.description) <= 80
+        assert link.description.isprintable()
 
     def test_every_region_comes_whole_and_is_named_once(
         self, source: Host, sink: Host, link: Link

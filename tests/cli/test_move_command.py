@@ -22,7 +22,7 @@ PLACES = {
 }
 TRANSFER = {
     "transport": "nixl",
-    "how": "CMA on one host",
+    "description": "CMA on one host",
     "bytes": 276480,
     "seconds": 0.0002,
     "gb_per_s": 1.2,
@@ -130,7 +130,7 @@ def test_wait_tells_how_many_bytes_came_over_what_and_how_fast(start: Start) -> 
     ("changes", "line"),
     [
         ({"gb_per_s": 0.0123}, "270.0 KiB by nixl (CMA on one host), 12.3 MB/s"),
-        ({"gb_per_s": 0.0, "how": ""}, "270.0 KiB by nixl"),
+        ({"gb_per_s": 0.0, "description": ""}, "270.0 KiB by nixl"),
         ({"bytes": 0}, "1 of 1 chunk"),
     ],
 )

@@ -122,13 +122,13 @@ def test_the_proof_is_of_this_move_and_no_other(site: Site) -> None:
     event_id = site.operate().event_id
     order = site.order()
     assert order.peer
-    seal = order.peer.seal
-    assert Capability.of(order, event_id, "b").is_sealed(seal, KEYS["a"])
-    assert not Capability.of(order, event_id, "b").is_sealed(seal, KEYS["b"])
-    assert not Capability.of(order, "another", "b").is_sealed(seal, KEYS["a"])
-    assert not Capability.of(order, event_id, "c").is_sealed(seal, KEYS["a"])
+    signature = order.peer.signature
+    assert Capability.of(order, event_id, "b").verify(signature, KEYS["a"])
+    assert not Capability.of(order, event_id, "b").verify(signature, KEYS["b"])
+    assert not Capability.of(order, "another", "b").verify(signature, KEYS["a"])
+    assert not Capability.of(order, event_id, "c").verify(signature, KEYS["a"])
     everything = msgspec.structs.replace(order, tokens=None)
-    assert not Capability.of(everything, event_id, "b").is_sealed(seal, KEYS["a"])
+    assert not Capability.of(everything, event_id, "b").verify(signature, KEYS["a"])
 
 
 def test_each_event_has_a_proof_of_its_own(site: Site) -> None:
@@ -136,16 +136,16 @@ def test_each_event_has_a_proof_of_its_own(site: Site) -> None:
     site.operate()
     first, second = (job.order.peer for job in site.operators["b"].jobs)  # type: ignore[union-attr]
     assert first.event_id != second.event_id
-    assert first.seal != second.seal
+    assert first.signature != second.signature
 
 
-def test_7_that_the_source_keeps_its_copy_reaches_the_destination_and_is_sealed(site: Site) -> None:
+def test_7_that_the_source_keeps_its_copy_reaches_the_destination_and_is_signed(site: Site) -> None:
     event_id = site.operate(msgspec.structs.replace(MOVE, copy=True)).event_id
     order = site.order()
     assert order.copy
     assert order.peer
     moved = msgspec.structs.replace(order, copy=False)
-    assert not Capability.of(moved, event_id, "b").is_sealed(order.peer.seal, KEYS["a"])
+    assert not Capability.of(moved, event_id, "b").verify(order.peer.signature, KEYS["a"])
 
 
 def test_progress_tells_over_what_the_bytes_come(site: Site) -> None:

@@ -21,8 +21,9 @@ import pytest
 from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.config import KitConfig
 from lmcache_kit.process.client import CacheClient, Reconnect
+from lmcache_kit.protocol import framing
 from lmcache_kit.protocol import local as protocol
-from lmcache_kit.protocol.local import HEADER, Answer, Hello, Request
+from lmcache_kit.protocol.local import MAX_FRAME_BYTES, Answer, Hello, Request
 from lmcache_kit.service.launch import open_client
 
 DEADLINE_S = 20.0
@@ -209,8 +210,9 @@ class RawConnection:
         return answer
 
     def next_answer(self) -> tuple[int, Answer]:
-        header = self._exactly(HEADER.size)
-        return protocol.decode_answer(self._exactly(protocol.body_length(header)))
+        body = framing.receive(self.socket, MAX_FRAME_BYTES, DEADLINE_S)
+        assert body is not None, "the connection ended"
+        return protocol.decode_answer(body)
 
     def hello(self, **changes: object) -> Answer:
         fields = {"role": "worker", "instance_id": "lmcache_default_instance", "pid": 1}
@@ -222,14 +224,6 @@ class RawConnection:
             return self.socket.recv(1) == b""
         except ConnectionResetError:
             return True
-
-    def _exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            more = self.socket.recv(count - len(data))
-            assert more, "the connection ended"
-            data += more
-        return data
 
 
 @pytest.fixture

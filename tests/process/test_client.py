@@ -18,9 +18,10 @@ from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable, ConfigError
 from lmcache_kit.keys import chunk_key, pack_tokens
 from lmcache_kit.process.channel import Channel
-from lmcache_kit.process.client import CacheClient, Reconnect, _waits
+from lmcache_kit.process.client import CacheClient, Reconnect
+from lmcache_kit.protocol import framing
 from lmcache_kit.protocol import local as protocol
-from lmcache_kit.protocol.local import HEADER, Answer, Hello, Request, Welcome
+from lmcache_kit.protocol.local import MAX_FRAME_BYTES, Answer, Hello, Request, Welcome
 
 if TYPE_CHECKING:
     from tests.process.conftest import Connect, Eventually
@@ -31,17 +32,9 @@ TOKENS = pack_tokens(range(12))
 
 
 def take_request(end: socket.socket) -> tuple[int, Request]:
-    header = receive(end, HEADER.size)
-    return protocol.decode_request(receive(end, protocol.body_length(header)))
-
-
-def receive(end: socket.socket, nbytes: int) -> bytes:
-    data = b""
-    while len(data) < nbytes:
-        more = end.recv(nbytes - len(data))
-        assert more, "the client closed"
-        data += more
-    return data
+    body = framing.receive(end, MAX_FRAME_BYTES, 20)
+    assert body is not None, "the client closed"
+    return protocol.decode_request(body)
 
 
 class FakeServer:
@@ -203,7 +196,7 @@ def test_memory_smaller_than_announced_is_refused(
     "answer",
     [
         b"\xff\xff\xff\xff",
-        HEADER.pack(2) + b"hi",
+        framing.frame(b"hi", 2),
         protocol.encode(0, protocol.Done()),
         protocol.encode(0, protocol.Failed("no")),
     ],
@@ -222,7 +215,7 @@ def test_what_is_no_welcome_is_refused_and_tried_again(
     assert client.wait_ready(20)
 
 
-@pytest.mark.parametrize("answer", [b"\xff\xff\xff\xff", HEADER.pack(2) + b"hi"])
+@pytest.mark.parametrize("answer", [b"\xff\xff\xff\xff", framing.frame(b"hi", 2)])
 def test_garbage_instead_of_an_answer_ends_the_connection(
     fake: FakeServer,
     open_client: Callable[..., CacheClient],
@@ -339,7 +332,7 @@ def test_a_process_that_is_only_absent_is_told_once_with_the_promise_to_go_on(
 
 
 def test_waits_double_up_to_the_longest() -> None:
-    waits = list(itertools.islice(_waits(Reconnect()), 8))
+    waits = list(itertools.islice(Reconnect().waits(), 8))
     assert waits == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5])
 
 

@@ -31,6 +31,7 @@ from lmcache_kit.interfaces.operations import (
 )
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
 from lmcache_kit.service import jobs
 from lmcache_kit.service.codecs import Codecs
 from lmcache_kit.service.operations import EngineOperator
@@ -92,7 +93,12 @@ class Place:
         self.codecs = FakeCodecs()
         self.namespaces = NamespaceRegistry()
         self.namespaces.register(BASE)
-        self.operator = EngineOperator(self.engine, self.codecs, namespaces=self.namespaces)
+        self.moves = MoveExecutor(
+            MoveContext(self.engine, self.namespaces, lambda location, timeout_s: False)
+        )
+        self.operator = EngineOperator(
+            self.engine, self.codecs, namespaces=self.namespaces, moves=self.moves
+        )
 
     def store(self, tokens: Sequence[int], space: Namespace = BASE) -> None:
         packed = pack_tokens(tokens)
@@ -215,7 +221,11 @@ def test_a_pin_of_what_is_not_stored_pins_nothing_and_says_so(place: Place) -> N
 def test_a_pin_without_a_time_takes_the_configured_one() -> None:
     place = Place()
     place.operator = EngineOperator(
-        place.engine, place.codecs, namespaces=place.namespaces, pin_ttl_s=300
+        place.engine,
+        place.codecs,
+        namespaces=place.namespaces,
+        moves=place.moves,
+        pin_ttl_s=300,
     )
     place.store(range(16))
     place.do(pin(None))

@@ -14,16 +14,13 @@ from lmcache_kit.errors import CacheUnavailable
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.process import paths, server
 from lmcache_kit.protocol import local as protocol
-from lmcache_kit.protocol.local import HEADER, MAX_FRAME_BYTES, Failed, Welcome
+from lmcache_kit.protocol.framing import HEADER, frame
+from lmcache_kit.protocol.local import MAX_FRAME_BYTES, Failed, Welcome
 
 if TYPE_CHECKING:
     from tests.process.conftest import Connect, Eventually, Raw
 
 NAMESPACE = bytes(32)
-
-
-def frame(body: bytes) -> bytes:
-    return HEADER.pack(len(body)) + body
 
 
 @pytest.mark.parametrize(
@@ -32,13 +29,13 @@ def frame(body: bytes) -> bytes:
         ("oversized frame", HEADER.pack(MAX_FRAME_BYTES + 1)),
         ("oversized first frame", HEADER.pack(server.MAX_HELLO_BYTES + 1)),
         ("garbage", b"GET / HTTP/1.1\r\n\r\n" * 1000),
-        ("no msgpack", HEADER.pack(4) + b"\xc1\xc1\xc1\xc1"),
-        ("empty frame", HEADER.pack(0)),
-        ("other msgpack", HEADER.pack(1) + b"\x90"),
+        ("no msgpack", frame(b"\xc1\xc1\xc1\xc1", 4)),
+        ("empty frame", frame(b"", 0)),
+        ("other msgpack", frame(b"\x90", 1)),
         ("call before Hello", protocol.encode(1, protocol.GetStats())),
         ("answer as a request", protocol.encode(1, protocol.Done())),
-        ("bad UTF-8", frame(b"\x92\x01\x82\xa4type\xa5hello\xabinstance_id\xa2\xff\xff")),
-        ("nested without end", frame(b"\x92\x01\x81\xa1x" + b"\x91" * 60_000)),
+        ("bad UTF-8", frame(b"\x92\x01\x82\xa4type\xa5hello\xabinstance_id\xa2\xff\xff", 99)),
+        ("nested without end", frame(b"\x92\x01\x81\xa1x" + b"\x91" * 60_000, 1 << 16)),
     ],
 )
 def test_what_is_no_hello_ends_only_its_own_connection(
@@ -58,7 +55,7 @@ def test_garbage_after_hello_ends_only_its_own_connection(connect: Connect, raw:
     client = connect()
     hostile = raw()
     assert isinstance(hostile.hello(), Welcome)
-    hostile.send(HEADER.pack(3) + b"abc")
+    hostile.send(frame(b"abc", 3))
     assert hostile.closed_by_peer
     values = client.stats().values
     assert (values["protocol_errors_total"], values["clients"]) == (1, 1)
@@ -78,17 +75,17 @@ def test_a_frame_cut_short_by_the_end_of_file_is_counted(
 
 def test_half_a_frame_holds_up_nobody_else(connect: Connect, raw: Raw) -> None:
     client = connect()
-    frame = protocol.encode(2, protocol.GetStats())
+    data = protocol.encode(2, protocol.GetStats())
     slow = raw()
     assert isinstance(slow.hello(), Welcome)
-    slow.send(frame[:5])
+    slow.send(data[:5])
     assert client.stats().values["clients"] == 2
-    slow.send(frame[5:-1])
+    slow.send(data[5:-1])
     slow.socket.settimeout(0.1)
     with pytest.raises(TimeoutError):
         slow.socket.recv(1)
     slow.socket.settimeout(20)
-    slow.send(frame[-1:])
+    slow.send(data[-1:])
     assert slow.socket.recv(HEADER.size)
 
 
@@ -107,7 +104,7 @@ def test_a_client_that_reads_no_answers_gets_no_more_memory_than_a_buffer(
     pid = client.stats().pid
     greedy = raw()
     assert isinstance(greedy.hello(), Welcome)
-    frame = protocol.encode(2, protocol.GetStats())
+    data = protocol.encode(2, protocol.GetStats())
     before = resident_bytes(pid)
     greedy.socket.settimeout(0.5)
     with pytest.raises(TimeoutError):  # the server stops to read
@@ -141,7 +138,7 @@ def test_a_second_hello_is_refused_and_the_first_stays(connect: Connect, raw: Ra
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "protocol version 2, the client 99"),
+        ({"version": 99}, "protocol version 2, the other side 99"),
         ({"instance_id": "other"}, "serves instance 'lmcache_default_instance', not 'other'"),
     ],
 )
@@ -236,10 +233,10 @@ def test_frames_are_served_while_a_large_one_is_still_coming(connect: Connect, r
     client = connect()
     large = raw()
     assert isinstance(large.hello(), Welcome)
-    frame = protocol.encode(2, protocol.Lookup(NAMESPACE, 256, bytes(12 << 20)))
-    large.send(frame[: len(frame) // 2])
+    data = protocol.encode(2, protocol.Lookup(NAMESPACE, 256, bytes(12 << 20)))
+    large.send(data[: len(data) // 2])
     began = time.monotonic()
     assert client.stats().values["clients"] == 2
     assert time.monotonic() - began < 10
-    large.send(frame[len(frame) // 2 :])
+    large.send(data[len(data) // 2 :])
     assert large.socket.recv(HEADER.size)

@@ -226,7 +226,7 @@ def test_without_infiniband_ucx_tls_rc_falls_back_to_tcp_and_says_why(site: Site
     _, tokens = site.stored(site.one, "Another way than was asked for.")
     transfer = site.move(site.one, site.two, tokens)["progress"][0]["transfer"]
     assert transfer["transport"] == "tcp"
-    assert re.search("not nixl: .*UCX_TLS=rc", transfer["how"])
+    assert re.search("not nixl: .*UCX_TLS=rc", transfer["description"])
     for each in (site.one, site.two):
         assert re.search("WARNING .*nixl cannot be used here: .*UCX_TLS=rc", each.log())
 
@@ -287,7 +287,7 @@ def test_between_caches_on_one_host_nixl_reads_memory_directly(site: Site) -> No
         event = site.move(one, two, tokens)
         transfer = event["progress"][0]["transfer"]
         assert (event["state"], transfer["transport"]) == ("done", "nixl")
-        assert transfer["how"] == "CMA on one host"
+        assert transfer["description"] == "CMA on one host"
         served = two.complete(prompt)
         assert (served.cached_tokens, served.text) == (len(tokens) - 1, cold.text)
 

@@ -34,8 +34,8 @@ class Through(Link):
         self.memory = transport._memory
 
     @property
-    def how(self):
-        return self.link.how
+    def description(self):
+        return self.link.description
 
     def read(self, offer, into, timeout_s):
         yield from self.link.read(offer, into, timeout_s)

@@ -77,7 +77,7 @@ async def test_the_document_has_moves_as_they_are_asked_for(client):
     position = asked["properties"]["old_position"]
     assert (position["minItems"], position["maxItems"]) == (2, 2)
     transfer = schemas["TransferReply"]["properties"]
-    assert set(transfer) == {"transport", "how", "bytes", "seconds", "gb_per_s"}
+    assert set(transfer) == {"transport", "description", "bytes", "seconds", "gb_per_s"}
     operations = schemas["EventReply"]["properties"]
     assert {"old_position", "new_position"} < operations.keys()
 

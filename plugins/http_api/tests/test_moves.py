@@ -179,7 +179,7 @@ async def test_an_event_shows_both_ends_and_over_what_the_bytes_come(client, con
     assert (reply["old_position"], reply["new_position"]) == (["a", "ram"], ["b", "disk"])
     assert reply["progress"][0]["transfer"] == {
         "transport": "nixl",
-        "how": "CMA on one host",
+        "description": "CMA on one host",
         "bytes": 2_000_000_000,
         "seconds": 0.5,
         "gb_per_s": 4.0,

@@ -30,7 +30,7 @@ def test_an_address_is_small(owner):
 
 
 def test_one_host_is_reached_by_cma(here, owner):
-    assert here.connect(owner).how == "CMA on one host"
+    assert here.connect(owner).description == "CMA on one host"
 
 
 def test_a_process_that_is_not_the_peer_is_noticed(here, owner):
@@ -70,7 +70,7 @@ def test_metadata_that_nixl_does_not_know_is_refused(here, owner):
 def test_metadata_of_another_agent_is_refused(here, owner):
     with pytest.raises(TransportError, match="names one agent and leads to another"):
         here.connect_to(changed(owner, agent="0" * 32))
-    assert here.connect(owner).how == "CMA on one host"
+    assert here.connect(owner).description == "CMA on one host"
 
 
 def test_a_peer_that_poses_as_another_is_refused(here, owner, start):

@@ -129,7 +129,7 @@ def test_a_stopped_peer_cannot_be_connected_to(here, start):
     assert caught.value.settled()
     remote.signal(signal.SIGCONT)
     until(lambda: not here.transport._agent._flying or here.transport._agent.sweep())
-    assert here.connect_to(address, 20).how == "CMA on one host"
+    assert here.connect_to(address, 20).description == "CMA on one host"
 
 
 def test_tcp_is_refused_unless_it_is_asked_for(monkeypatch, make_here, start):
@@ -150,7 +150,7 @@ def test_tcp_that_ucx_falls_back_to_is_noticed(here, start):
 def test_tcp_that_is_asked_for_works(over_tcp):
     here, remote = over_tcp
     link = here.connect(remote)
-    assert link.how == "UCX over TCP"
+    assert link.description == "UCX over TCP"
     landed = list(link.read(remote.ask("offer", MANY), MANY, 20))
     assert sorted(number for number, _ in landed) == list(range(8))
     wanted = [remote.ask("checksum", *region) for region in MANY]

@@ -26,14 +26,14 @@ def fetch(link: Link, offer: bytes, sink: Any, sizes: list[int]) -> list[bytes]:
 def test_what_was_offered_arrives_with_its_checksums(source: Any, sink: Any, link: Link) -> None:
     payloads = [os.urandom(n) for n in (1, 4096, 300_001)]
     assert fetch(link, source.offer(payloads), sink, [1, 4096, 300_001]) == payloads
-    assert link.how == "TCP"
+    assert link.description == "TCP"
 
 
 def test_it_arrives_over_plain_connections_and_over_tls(over: Callable[..., Any]) -> None:
     source, sink, link = over()
     payloads = [os.urandom(n) for n in (1, 3_000_000, 0, 17)]
     assert fetch(link, source.offer(payloads), sink, [1, 3_000_000, 0, 17]) == payloads
-    assert link.how in ("TCP", "TLSv1.3 over TCP")
+    assert link.description in ("TCP", "TLSv1.3 over TCP")
 
 
 def test_thousands_of_small_regions_arrive(source: Any, sink: Any, link: Link) -> None:

@@ -160,11 +160,11 @@ class OrderReply(Reply):
 
 
 class TransferReply(Reply):
-    """How KV comes from another cache process. ``how``: over what, and why not otherwise.
+    """How KV comes from another cache process. ``description``: over what, and why not otherwise.
     ``seconds``: for how long bytes were under way."""
 
     transport: str
-    how: str
+    description: str
     bytes: int
     seconds: float
     gb_per_s: float
@@ -174,7 +174,7 @@ class TransferReply(Reply):
         """As its cache process told it."""
         return cls(
             transport=transfer.transport,
-            how=transfer.how,
+            description=transfer.description,
             bytes=transfer.nbytes,
             seconds=transfer.seconds,
             gb_per_s=transfer.bytes_per_s / 1e9,

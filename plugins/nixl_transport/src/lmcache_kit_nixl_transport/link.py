@@ -21,18 +21,20 @@ class NixlLink(Link):
     """A way to one peer. An iterator of :meth:`read` that is dropped before its end waits for what
     it has begun, up to its time-out, and then raises TransferTimeout like one that is not."""
 
-    def __init__(self, agent: Agent, peers: Peers, peer: Peer, slab: Span, how: str) -> None:
+    def __init__(
+        self, agent: Agent, peers: Peers, peer: Peer, slab: Span, description: str
+    ) -> None:
         self._agent = agent
         self._peers = peers
         self._peer = peer
         self._slab = slab
-        self._how = how
+        self._description = description
         self._lock = threading.Lock()
         self._closed = False
 
     @property
-    def how(self) -> str:
-        return self._how
+    def description(self) -> str:
+        return self._description
 
     def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
         deadline = time.monotonic() + timeout_s

@@ -89,11 +89,11 @@ class NixlTransport(Transport):
         peer = self._peers.join(theirs)
         try:
             at_once = self._try(peer, deadline)
-            how = self._how(theirs, no_cma, at_once)
+            description = self._describe(theirs, no_cma, at_once)
         except BaseException:
             self._peers.leave(peer)
             raise
-        return NixlLink(self._agent, self._peers, peer, self._address.slab, how)
+        return NixlLink(self._agent, self._peers, peer, self._address.slab, description)
 
     def serve(self, connection: socket.socket) -> None:
         """Nothing is asked of this side."""
@@ -117,7 +117,7 @@ class NixlTransport(Transport):
             raise _no_way(why, self._address.rdma, theirs.rdma)
         return why
 
-    def _how(self, theirs: Address, no_cma: str, at_once: bool) -> str:
+    def _describe(self, theirs: Address, no_cma: str, at_once: bool) -> str:
         """What the bytes went over: only CMA has them there before NIXL's call returns."""
         if at_once and not no_cma:
             return "CMA on one host"

@@ -39,9 +39,9 @@ class Connection:
         self._closing = threading.RLock()
         self._using = threading.RLock()
         self._tls = isinstance(connection, ssl.SSLSocket)
-        self.how = "TCP"
+        self.description = "TCP"
         if isinstance(connection, ssl.SSLSocket):
-            self.how = f"{connection.version() or 'TLS'} over TCP"
+            self.description = f"{connection.version() or 'TLS'} over TCP"
         self.peer = _name(connection)
         with contextlib.suppress(OSError):  # it may be gone already; the first use tells
             connection.settimeout(None)

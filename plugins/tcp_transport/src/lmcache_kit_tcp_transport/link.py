@@ -31,8 +31,8 @@ class TcpLink(Link):
         self._memory = memory
 
     @property
-    def how(self) -> str:
-        return self._connection.how
+    def description(self) -> str:
+        return self._connection.description
 
     def hello(self, timeout_s: float) -> None:
         """See that the peer answers. Raises TransportError."""
