@@ -152,7 +152,7 @@ class RunningMove:
         self.accepted: Accepted | None = None
         self._context = context
         self._request = request
-        self._open = source
+        self._open_source = source
         self._destination = context.engine.inventories[request.location]
         self._deadline = time.monotonic() + deadline_s
         self._report = report
@@ -196,6 +196,11 @@ class RunningMove:
             self._ran = True
             self._end()
 
+    def open(self) -> MoveSource:
+        """Open a source that was not known from the start."""
+        assert not isinstance(self._open_source, LocalSource)
+        return self._open_source(self._left_s())
+
     def accept(self, source: MoveSource) -> None:
         """Take note of what the source has to move."""
         self._source = source
@@ -205,8 +210,7 @@ class RunningMove:
     def _move(self) -> None:
         self._check()
         if self._source is None:
-            assert not isinstance(self._open, LocalSource)
-            self.accept(self._open(self._left_s()))
+            self.accept(self.open())
         source = self._source
         assert source is not None
         self._tell_progress()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import msgspec
 import pytest
 from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from xxhash import xxh3_64_intdigest
@@ -24,6 +25,8 @@ from lmcache_kit.interfaces import Backend, Region
 from lmcache_kit.interfaces.operations import Move, Outcome, Peer, Progress
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
+from lmcache_kit.peer.promotion import ROOM_S
 from lmcache_kit.peer.service import PeerService
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.protocol.capability import Capability
@@ -44,14 +47,14 @@ def payload(tokens: Sequence[int], rank: int, layout: KVLayout = LAYOUT) -> byte
 
 
 class Running:
-    """A move that was begun."""
+    """A move that was started."""
 
-    def __init__(self, place: Place, order: Move, deadline_s: float) -> None:
+    def __init__(self, place: Place, request: Move, deadline_s: float) -> None:
         self.reports: list[Progress] = []
         self.outcomes: list[Outcome] = []
         self._ended = threading.Event()
-        self.job = place.node.mover.begin(
-            order, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
+        self.move = place.moves.start(
+            request, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
         )
 
     def _finish(self, outcome: Outcome) -> None:
@@ -66,7 +69,7 @@ class Running:
 
 
 class Place:
-    """One cache, its node, and what a worker would do."""
+    """One cache that takes part in moves, and what a worker would do."""
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Place:
         mib: float = 4,
         stores: Sequence[Backend] = (),
         plugins: Plugins | None = None,
+        room_s: float = ROOM_S,
         **keys: object,
     ) -> None:
         self.name = name
@@ -106,7 +110,7 @@ class Place:
             "p2p_host": "127.0.0.1",
             "transfer_channel": "tcp",
         }
-        self.node = PeerService(
+        self.peer = PeerService(
             KitConfig(**{**defaults, **keys}),  # type: ignore[arg-type]
             plugins,
             self.memory,
@@ -114,9 +118,12 @@ class Place:
             namespaces=self.namespaces,
             get_codec=self.codecs.make,
             incarnation=self.incarnation,
-            confirm=self._confirm,
+            room_s=room_s,
         )
-        self.node.start()
+        self.peer.start()
+        self.moves = MoveExecutor(
+            MoveContext(self.engine, self.namespaces, self._confirm, self.peer.access)
+        )
 
     def _confirm(self, location: str, timeout_s: float) -> bool:
         self.asked_to_confirm += 1
@@ -170,7 +177,7 @@ class Place:
         self.engine.release(match.lease, None)
         return match.chunks[-1].end if match.chunks else 0
 
-    def order(
+    def request(
         self,
         source: Place,
         tokens: Sequence[int] | None = None,
@@ -182,12 +189,12 @@ class Place:
         at: str = PLACE,
         to: str = PLACE,
         url: str | None = None,
-        sealed: Capability | None = None,
+        signed: Capability | None = None,
         incarnation: bytes | None = None,
     ) -> Move:
-        """As the controller gives it; ``at`` and ``to`` are locations there and here."""
+        """As the controller sends it; ``at`` and ``to`` are locations there and here."""
         event_id = event_id or secrets.token_hex(8)
-        order = Move(
+        request = Move(
             location=to,
             tokens=None if tokens is None else pack_tokens(tokens),
             cache_salt=salt,
@@ -196,20 +203,25 @@ class Place:
             source_location=at,
             copy=copy,
         )
-        seal = (sealed or Capability.of(order, event_id, self.name)).seal(source.node.key)
-        peer = Peer(event_id, url or source.node.url, incarnation or source.incarnation, seal)
-        return Move(**{**{f: getattr(order, f) for f in order.__struct_fields__}, "peer": peer})
+        capability = signed or Capability.of(request, event_id, self.name)
+        peer = Peer(
+            event_id,
+            url or source.peer.url,
+            incarnation or source.incarnation,
+            capability.sign(source.peer.key),
+        )
+        return msgspec.structs.replace(request, peer=peer)
 
-    def begin(self, order: Move, deadline_s: float = 60.0) -> Running:
-        return Running(self, order, deadline_s)
+    def start(self, request: Move, deadline_s: float = 60.0) -> Running:
+        return Running(self, request, deadline_s)
 
     def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> Outcome:
         """Take from there, and wait for the end."""
-        return self.begin(self.order(source, tokens, **how)).outcome  # type: ignore[arg-type]
+        return self.start(self.request(source, tokens, **how)).outcome  # type: ignore[arg-type]
 
     def everything(self) -> set[bytes]:
         """Keys of all that is stored."""
-        return {holding.key for holding in self.engine.holdings(None, None)}
+        return {chunk.key for chunk in self.engine.holdings(None, None)}
 
     @property
     def idle(self) -> bool:
@@ -229,10 +241,11 @@ class Place:
             assert tier.turns.flush(DEADLINE_S)
 
     def stats(self) -> dict[str, float]:
-        return {**self.engine.stats(), **self.node.stats()}
+        return {**self.engine.stats(), **self.peer.stats()}
 
     def close(self) -> None:
-        self.node.close()
+        self.moves.close()
+        self.peer.close()
         if self.engine.tiers:
             self.engine.tiers.close()
         self.engine.close()

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 
 class Step(NamedTuple):
-    """A method, and when: before or after its ``nth`` call, or ``delay_s`` after that."""
+    """A public method of a role in the move, and when the fault happens: before or after its
+    ``nth`` call, or ``delay_s`` after that."""
 
     target: str
     when: str
@@ -26,35 +27,36 @@ class Step(NamedTuple):
     delay_s: float = 0.0
 
 
-_SESSION = "lmcache_kit.peer.move_server:_Session"
+_SESSION = "lmcache_kit.peer.move_server:MoveSession"
 _TRANSFERS = "lmcache_kit.cache.memory.transfers:Transfers"
-_INVENTORY = "lmcache_kit.cache.tier_base:Tier"
-_REMOTE = "lmcache_kit.peer.source_client:SourceClient"
+_TIER = "lmcache_kit.cache.tier_base:Tier"
+_CLIENT = "lmcache_kit.peer.source_client:SourceClient"
+_MOVE = "lmcache_kit.peer.move_executor:RunningMove"
 _AGENT = "lmcache_kit.agent.agent:Agent"
 
 SOURCE_STEPS = {
     "asked": Step(f"{_SESSION}.welcome", "before"),
     "welcomed": Step(f"{_SESSION}.answer", "before"),
-    "lent": Step(f"{_SESSION}._lend", "after"),
-    "offered": Step(f"{_SESSION}._let_read", "after"),
-    "being read": Step(f"{_SESSION}._let_read", "after", delay_s=0.003),
-    "given back": Step(f"{_SESSION}._end", "before"),
-    "to forget": Step(f"{_INVENTORY}.forget", "before"),
+    "leased": Step(f"{_SESSION}.lease", "after"),
+    "offered": Step(f"{_SESSION}.offer", "after"),
+    "being read": Step(f"{_SESSION}.offer", "after", delay_s=0.003),
+    "released": Step(f"{_SESSION}.release", "before"),
+    "to delete": Step(f"{_TIER}.forget", "before"),
 }
-FORGOTTEN = {"has forgotten": Step(f"{_INVENTORY}.forget", "after")}
+DELETED = {"has deleted": Step(f"{_TIER}.forget", "after")}
 GOAL_STEPS = {
-    "to ask": Step("lmcache_kit.peer.move_executor:RunningMove._open", "before"),
-    "accepted": Step("lmcache_kit.peer.move_executor:RunningMove._accept", "after"),
+    "to ask": Step(f"{_MOVE}.open", "before"),
+    "accepted": Step(f"{_MOVE}.accept", "after"),
     "room made": Step(f"{_TRANSFERS}.receive", "after"),
-    "reading": Step(f"{_REMOTE}.lend", "after", delay_s=0.003),
+    "reading": Step(f"{_CLIENT}.lease", "after", delay_s=0.003),
     "first landed": Step(f"{_TRANSFERS}.landed", "after"),
     "most landed": Step(f"{_TRANSFERS}.landed", "after", nth=7),
-    "to give back": Step(f"{_REMOTE}.give_back", "before"),
+    "to release": Step(f"{_CLIENT}.release", "before"),
     "to confirm": Step(f"{_AGENT}.confirm", "before"),
     "confirmed": Step(f"{_AGENT}.confirm", "after"),
-    "to have it forgotten": Step(f"{_REMOTE}.forget", "before"),
+    "to have it deleted": Step(f"{_CLIENT}.delete", "before"),
 }
-STEPS = {**SOURCE_STEPS, **FORGOTTEN, **GOAL_STEPS}
+STEPS = {**SOURCE_STEPS, **DELETED, **GOAL_STEPS}
 _SIGNALS = {"abort": signal.SIGABRT, "kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 

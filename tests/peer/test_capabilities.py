@@ -1,4 +1,4 @@
-"""Who may take what: claims, seals, and peers that make no sense."""
+"""Capabilities: what a peer may take, and peers that break the protocol."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KEY = bytes(range(32))
 
 
-def claim(**changes: object) -> Capability:
+def capability(**changes: object) -> Capability:
     fields: dict[str, object] = {
         "event_id": "e",
         "source": "a",
@@ -42,15 +42,15 @@ def claim(**changes: object) -> Capability:
     return Capability(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def opened(goal: Place, source: Place, **how: object) -> wire.Open:
-    order: Move = goal.order(source, **how)  # type: ignore[arg-type]
-    assert order.peer
-    what = Capability.of(order, order.peer.event_id, goal.name)
-    return wire.Open(wire.VERSION, what, order.peer.seal, source.incarnation, ())
+def opening(goal: Place, source: Place, **how: object) -> wire.Open:
+    request: Move = goal.request(source, **how)  # type: ignore[arg-type]
+    assert request.peer
+    what = Capability.of(request, request.peer.event_id, goal.name)
+    return wire.Open(wire.VERSION, what, request.peer.signature, source.incarnation, ())
 
 
-def open_remote(source: Place, first: wire.Open) -> SourceClient:
-    return SourceClient.open(lambda left_s: dial(source.node.url, left_s), "it", first, 10)
+def open_client(source: Place, first: wire.Open) -> SourceClient:
+    return SourceClient.open(lambda left_s: dial(source.peer.url, left_s), "it", first, 10)
 
 
 @pytest.mark.parametrize(
@@ -68,29 +68,29 @@ def open_remote(source: Place, first: wire.Open) -> SourceClient:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_seal_holds_for_every_field_of_its_claim(change: dict[str, object]) -> None:
-    seal = claim().seal(KEY)
-    assert claim().is_sealed(seal, KEY)
-    assert not claim(**change).is_sealed(seal, KEY)
-    assert not claim().is_sealed(seal, bytes(32))
+def test_a_signature_holds_for_every_field_of_its_capability(change: dict[str, object]) -> None:
+    signature = capability().sign(KEY)
+    assert capability().verify(signature, KEY)
+    assert not capability(**change).verify(signature, KEY)
+    assert not capability().verify(signature, bytes(32))
 
 
-def test_a_claim_that_the_controller_did_not_seal_is_refused(source: Place, goal: Place) -> None:
+def test_a_capability_that_the_controller_did_not_sign_is_refused(source: Place, goal: Place) -> None:
     source.store(range(16))
-    narrow = Capability.of(goal.order(source, range(4), event_id="e"), "e", goal.name)
-    outcome = goal.begin(goal.order(source, range(16), event_id="e", sealed=narrow)).outcome
+    narrow = Capability.of(goal.request(source, range(4), event_id="e"), "e", goal.name)
+    outcome = goal.start(goal.request(source, range(16), event_id="e", signed=narrow)).outcome
     assert outcome.state == "failed"
-    assert "not sealed by our controller" in outcome.message
+    assert "not signed by our controller" in outcome.message
     assert source.hit(range(16)) == 16
 
 
 def test_an_event_takes_once(source: Place, goal: Place) -> None:
     source.store(range(16))
-    order = goal.order(source, range(16), event_id="e", copy=True)
-    assert goal.begin(order).outcome.state == "done"
-    again = goal.begin(order).outcome
+    request = goal.request(source, range(16), event_id="e", copy=True)
+    assert goal.start(request).outcome.state == "done"
+    again = goal.start(request).outcome
     assert (again.state, again.tokens) == ("failed", 0)
-    assert "event e has been here before" in again.message
+    assert "event e was served before" in again.message
 
 
 def test_another_life_of_the_source_is_not_taken_from(source: Place, goal: Place) -> None:
@@ -105,49 +105,49 @@ def test_a_source_where_nobody_listens_is_named_at_once(source: Place, goal: Pla
         port = taken.getsockname()[1]
     outcome = goal.move(source, range(16), url=f"127.0.0.1:{port}")
     assert outcome.state == "failed"
-    assert f"nobody answers at 127.0.0.1:{port}" in outcome.message
+    assert f"cannot connect to 127.0.0.1:{port}" in outcome.message
 
 
-def test_a_peer_may_only_borrow_and_delete_what_its_claim_names(source: Place, goal: Place) -> None:
+def test_a_peer_may_only_lease_and_delete_what_its_capability_covers(source: Place, goal: Place) -> None:
     source.store(range(16))
     source.store(range(100, 116))
     [other] = [h.key for h in source.engine.holdings(None, pack_tokens(range(100, 116)))]
-    for ask in (lambda r: r.lend([other], "tcp"), lambda r: r.forget([other])):
-        remote = open_remote(source, opened(goal, source, tokens=range(16)))
-        with pytest.raises(OperationFailed, match="the claim does not name"):
-            ask(remote)
-        remote.close()
+    for ask in (lambda c: c.lease([other], "tcp"), lambda c: c.delete([other])):
+        client = open_client(source, opening(goal, source, tokens=range(16)))
+        with pytest.raises(OperationFailed, match="the capability does not cover"):
+            ask(client)
+        client.close()
     assert source.hit(range(100, 116)) == 16
 
 
 def test_a_copy_may_delete_nothing(source: Place, goal: Place) -> None:
     source.store(range(16))
-    remote = open_remote(source, opened(goal, source, tokens=range(16), copy=True))
+    client = open_client(source, opening(goal, source, tokens=range(16), copy=True))
     with pytest.raises(OperationFailed, match="a copy leaves its source as it is"):
-        remote.forget([holding.key for holding in remote.holdings()])
-    remote.close()
+        client.delete([chunk.key for chunk in client.chunks()])
+    client.close()
 
 
-def test_only_what_was_lent_can_be_offered(source: Place, goal: Place) -> None:
+def test_only_leased_chunks_can_be_offered(source: Place, goal: Place) -> None:
     source.store(range(32))
-    first = opened(goal, source, tokens=range(32))
-    remote = open_remote(source, first)
-    lent = remote.lend([remote.holdings()[0].key], "tcp")
-    assert len(lent.parcels) == 1
-    with pytest.raises(OperationFailed, match="a parcel that was not lent"):
-        remote.offer(lent.lease, "tcp", [1])
-    remote.close()
+    first = opening(goal, source, tokens=range(32))
+    client = open_client(source, first)
+    leased = client.lease([client.chunks()[0].key], "tcp")
+    assert len(leased.descriptors) == 1
+    with pytest.raises(OperationFailed, match="a chunk that is not leased"):
+        client.read_offer(leased.lease, "tcp", [1])
+    client.close()
 
 
-def test_what_was_lent_comes_back_when_the_peer_hangs_up(
+def test_leases_end_when_the_peer_hangs_up(
     source: Place, goal: Place, eventually: Eventually
 ) -> None:
     source.store(range(32))
-    remote = open_remote(source, opened(goal, source, tokens=range(32)))
-    lent = remote.lend([holding.key for holding in remote.holdings()], "tcp")
-    remote.offer(lent.lease, "tcp", [0, 1])
+    client = open_client(source, opening(goal, source, tokens=range(32)))
+    leased = client.lease([chunk.key for chunk in client.chunks()], "tcp")
+    client.read_offer(leased.lease, "tcp", [0, 1])
     assert source.stats()["leases"] == 1
-    remote.close()
+    client.close()
     eventually(lambda: source.stats()["leases"] == 0)
 
 
@@ -155,21 +155,21 @@ def test_a_transport_is_attached_only_with_the_token_of_a_move_that_goes_on(
     source: Place, goal: Place
 ) -> None:
     def connect(left_s: float) -> socket.socket:
-        return dial(source.node.url, left_s)
+        return dial(source.peer.url, left_s)
 
-    with pytest.raises(TransportError, match="no move goes on by this token"):
+    with pytest.raises(TransportError, match="no move has this token"):
         attach(connect, "it", "tcp", secrets.token_bytes(16), 5)
-    remote = open_remote(source, opened(goal, source))
-    attach(connect, "it", "tcp", remote.welcome.token, 5).close()
+    client = open_client(source, opening(goal, source))
+    attach(connect, "it", "tcp", client.welcome.token, 5).close()
     with pytest.raises(TransportError, match="transfer_channel leaves tcp"):
-        attach(connect, "it", "nixl", remote.welcome.token, 5)
-    remote.close()
+        attach(connect, "it", "nixl", client.welcome.token, 5)
+    client.close()
 
 
 def test_another_version_is_refused_by_number(source: Place, goal: Place) -> None:
-    first = msgspec.structs.replace(opened(goal, source), version=9)
-    with pytest.raises(OperationFailed, match="peers here speak version 1, not 9"):
-        open_remote(source, first)
+    first = msgspec.structs.replace(opening(goal, source), version=9)
+    with pytest.raises(OperationFailed, match="speaks protocol version 1, the other side 9"):
+        open_client(source, first)
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_another_version_is_refused_by_number(source: Place, goal: Place) -> Non
         struct.pack("<I", 5) + b"\xff" * 5,
         struct.pack("<I", wire.MAX_FIRST_FRAME_BYTES + 1),
         struct.pack("<I", 100) + b"short",
-        struct.pack("<I", 4) + msgspec.msgpack.encode({"type": "lend", "keys": []})[:4],
+        struct.pack("<I", 4) + msgspec.msgpack.encode({"type": "lease", "keys": []})[:4],
     ],
     ids=["nothing", "http", "garbage", "too long", "cut short", "half a message"],
 )
-def test_what_makes_no_sense_is_hung_up_on_and_moves_go_on(
+def test_a_peer_that_breaks_the_protocol_is_hung_up_on_and_moves_go_on(
     source: Place, goal: Place, data: bytes
 ) -> None:
-    with dial(source.node.url, 5) as connection:
+    with dial(source.peer.url, 5) as connection:
         try:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
@@ -199,9 +199,9 @@ def test_what_makes_no_sense_is_hung_up_on_and_moves_go_on(
     assert goal.move(source, range(16)).state == "done"
 
 
-def test_a_question_that_needs_a_claim_first_gets_no_answer(source: Place) -> None:
-    with dial(source.node.url, 5) as connection:
-        wire.send(connection, wire.Lend((), "tcp"), 5)
+def test_a_request_before_the_capability_gets_no_answer(source: Place) -> None:
+    with dial(source.peer.url, 5) as connection:
+        wire.send(connection, wire.Lease((), "tcp"), 5)
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b""
 
@@ -212,13 +212,13 @@ def test_bytes_of_any_kind_are_a_message_or_a_protocol_error(body: bytes) -> Non
     with ours, theirs:
         ours.sendall(struct.pack("<I", len(body)) + body)
         with contextlib.suppress(ProtocolError):
-            assert wire.receive_question(theirs, 5) is not None
+            assert wire.receive_request(theirs, 5) is not None
 
 
-def test_keys_and_seals_are_in_no_message(
+def test_capability_keys_are_in_no_message(
     source: Place, goal: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     source.store(range(16))
     outcome = goal.move(source, range(16), incarnation=bytes(16))
-    assert source.node.key.hex() not in outcome.message + caplog.text
-    assert repr(source.node.key) not in outcome.message + caplog.text
+    assert source.peer.key.hex() not in outcome.message + caplog.text
+    assert repr(source.peer.key) not in outcome.message + caplog.text

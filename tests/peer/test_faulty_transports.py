@@ -44,7 +44,7 @@ class BenchLink(Link):
         self.closed = False
 
     @property
-    def how(self) -> str:
+    def description(self) -> str:
         return "thin air"
 
     def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
@@ -164,7 +164,7 @@ def test_a_transport_of_somebody_else_moves_kv(source: Place, goal: Place) -> No
     outcome = goal.move(source, range(40))
     assert (outcome.state, outcome.tokens) == ("done", 40)
     assert outcome.progress.transfer is not None
-    assert outcome.progress.transfer.how == "thin air"
+    assert outcome.progress.transfer.description == "thin air"
     assert goal.hit(range(40)) == 40
 
 
@@ -201,7 +201,7 @@ def test_a_transport_with_too_much_unsettled_is_not_used_until_it_settles(
     transfer = goal.move(source, range(100, 116)).progress.transfer
     assert transfer is not None
     assert transfer.transport == "tcp"
-    assert "not bench: 16384 bytes of transfers" in transfer.how
+    assert "not bench: 16384 bytes of transfers" in transfer.description
     bench.landing.set()
     eventually(lambda: goal.stats()["quarantined_bytes"] == 0)
     transfer = goal.move(source, range(200, 216)).progress.transfer
@@ -264,8 +264,8 @@ def test_a_move_that_is_cancelled_ends_soon_and_keeps_what_came(
     source: Place, goal: Place, bench: Bench
 ) -> None:
     source.store(range(16))
-    running = goal.begin(goal.order(source, range(16)))
-    running.job.cancel()
+    running = goal.start(goal.request(source, range(16)))
+    running.move.cancel()
     assert running.outcome.state in ("cancelled", "done")
     assert max(source.hit(range(16)), goal.hit(range(16))) == 16
 
@@ -276,9 +276,9 @@ def test_a_move_that_is_cancelled_before_the_end_leaves_the_source_as_it_is(
     source.store(range(16))
     asked, cancelled = threading.Event(), threading.Event()
     goal.before_confirm = lambda: (asked.set(), cancelled.wait(20))
-    running = goal.begin(goal.order(source, range(16)))
+    running = goal.start(goal.request(source, range(16)))
     assert asked.wait(20)
-    running.job.cancel()
+    running.move.cancel()
     cancelled.set()
     assert running.outcome.state == "cancelled"
     assert (source.hit(range(16)), goal.hit(range(16))) == (16, 16)
@@ -287,7 +287,7 @@ def test_a_move_that_is_cancelled_before_the_end_leaves_the_source_as_it_is(
 def test_a_move_whose_time_is_over_is_expired_and_says_so(source: Place, goal: Place) -> None:
     source.store(range(16))
     goal.before_confirm = lambda: threading.Event().wait(0.4)
-    running = goal.begin(goal.order(source, range(16)), deadline_s=0.3)
+    running = goal.start(goal.request(source, range(16)), deadline_s=0.3)
     assert running.outcome.state == "expired"
     assert "its time was over" in running.outcome.message
     assert source.hit(range(16)) == 16
@@ -298,7 +298,7 @@ def test_closing_a_cache_ends_its_moves(source: Place, goal: Place) -> None:
     inside = threading.Event()
     goal.before_confirm = inside.set
     goal.confirms = False
-    running = goal.begin(goal.order(source, range(16)))
+    running = goal.start(goal.request(source, range(16)))
     assert inside.wait(20)
-    goal.node.close()
+    goal.close()
     assert running.outcome.state in ("cancelled", "partial")

@@ -72,10 +72,10 @@ def test_the_number_of_tokens_is_known_before_the_first_byte_moves(
     source: Place, goal: Place
 ) -> None:
     source.store(range(40))
-    running = goal.begin(goal.order(source, range(40)))
+    running = goal.start(goal.request(source, range(40)))
     assert running.outcome.state == "done"
-    assert running.job.accepted is not None
-    assert (running.job.accepted.tokens, running.job.accepted.chunks) == (40, 3)
+    assert running.move.accepted is not None
+    assert (running.move.accepted.tokens, running.move.accepted.chunks) == (40, 3)
     assert running.reports[0].chunks_done == 0
     assert running.reports[-1].chunks_done == 3
 
@@ -334,7 +334,7 @@ def test_another_move_is_quicker_over_the_link_that_is_there(source: Place, goal
     for start in (0, 100, 200):
         source.store(range(start, start + 16))
         assert goal.move(source, range(start, start + 16)).state == "done"
-    assert len(goal.node._links._idle) == 1
+    assert goal.peer.access.links.idle == 1
 
 
 def test_moves_in_both_directions_at_once_lose_nothing(make_place: MakePlace) -> None:
@@ -343,7 +343,7 @@ def test_moves_in_both_directions_at_once_lose_nothing(make_place: MakePlace) ->
     for prompt in prompts:
         one.store(prompt)
         other.store(prompt)
-    moves = [one.begin(one.order(other)), other.begin(other.order(one))]
+    moves = [one.start(one.request(other)), other.start(other.request(one))]
     assert all(move.outcome.state in ("done", "partial") for move in moves)
     assert all(max(one.hit(prompt), other.hit(prompt)) == 40 for prompt in prompts)
 
@@ -432,8 +432,8 @@ def test_the_transport_that_cannot_be_used_is_named_with_its_reason(
     assert outcome.state == "done"
     assert outcome.progress.transfer is not None
     assert outcome.progress.transfer.transport == "tcp"
-    assert "not nixl: " in outcome.progress.transfer.how
-    assert "no NIXL on this machine" in outcome.progress.transfer.how
+    assert "not nixl: " in outcome.progress.transfer.description
+    assert "no NIXL on this machine" in outcome.progress.transfer.description
 
 
 def test_auto_takes_nixl_on_one_host(make_place: MakePlace) -> None:
@@ -442,7 +442,7 @@ def test_auto_takes_nixl_on_one_host(make_place: MakePlace) -> None:
     source.store(range(16))
     transfer = goal.move(source, range(16)).progress.transfer
     assert transfer is not None
-    assert (transfer.transport, transfer.how) == ("nixl", "CMA on one host")
+    assert (transfer.transport, transfer.description) == ("nixl", "CMA on one host")
 
 
 def test_two_sides_that_allow_different_transports_say_so(make_place: MakePlace) -> None:
@@ -452,7 +452,7 @@ def test_two_sides_that_allow_different_transports_say_so(make_place: MakePlace)
     transfer = goal.move(source, range(16)).progress.transfer
     assert transfer is not None
     assert transfer.transport == "tcp"
-    assert "not nixl: at instance 'source': not used" in transfer.how
+    assert "not nixl: at instance 'source': not used" in transfer.description
 
 
 def test_windows_are_bounded_by_the_memory(make_place: MakePlace) -> None:

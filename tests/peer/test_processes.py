@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from lmcache_kit.keys import Namespace
-from tests.peer.faulty import FORGOTTEN, GOAL_STEPS, SOURCE_STEPS
+from tests.peer.faulty import DELETED, GOAL_STEPS, SOURCE_STEPS
 from tests.peer.fleet import CHUNK, LAYOUT, Fleet, Instance, eventually, fleet_in, short_path
 
 TOKENS = range(256 * 9 + 12)
 FINAL = ("done", "partial", "failed", "expired")
-STOPPED_STEPS = ["asked", "lent", "offered", "being read", "to forget"]
+STOPPED_STEPS = ["asked", "leased", "offered", "being read", "to delete"]
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def test_a_source_that_dies_ends_the_move_at_once_and_what_came_is_right(
     assert goal.hit(TOKENS) == len(TOKENS)
 
 
-@pytest.mark.parametrize("step", FORGOTTEN)
-def test_a_source_that_dies_when_it_has_forgotten_leaves_everything_at_the_destination(
+@pytest.mark.parametrize("step", DELETED)
+def test_a_source_that_dies_when_it_has_deleted_leaves_everything_at_the_destination(
     fleet: Fleet, make: Any, step: str
 ) -> None:
     source, goal = make("source", step), make("goal")
@@ -159,8 +159,8 @@ def test_a_source_that_stops_past_the_deadline_and_goes_on_later_spoils_nothing(
     goal.rest()
     eventually(lambda: source.idle, "the source holds something")
     assert goal.hit(others) == len(others)
-    if step == "to forget":  # it was told to, and does
-        eventually(lambda: source.hit(TOKENS) == 0, "the source forgets")
+    if step == "to delete":  # it was told to, and does
+        eventually(lambda: source.hit(TOKENS) == 0, "the source deletes")
     else:
         assert source.hit(TOKENS) == len(TOKENS)
         assert fleet.move(source.name, goal.name, TOKENS)["state"] == "done"

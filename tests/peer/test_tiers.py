@@ -95,10 +95,10 @@ def test_moves_at_once_wait_for_room_in_the_memory_of_the_source(
 
 
 def test_a_source_whose_memory_stays_full_says_so(
-    make_place: MakePlace, goal: Place, monkeypatch: pytest.MonkeyPatch
+    make_place: MakePlace, goal: Place
 ) -> None:
-    monkeypatch.setattr("lmcache_kit.peer.move_server.ROOM_S", 0.2)
-    source = make_place("small", mib=3 * CHUNK_BYTES / (1 << 20), stores=[Dict()])
+    mib = 3 * CHUNK_BYTES / (1 << 20)
+    source = make_place("small", mib=mib, stores=[Dict()], room_s=0.2)
     source.store(range(48))
     source.settle()
     source.engine.clear()
@@ -187,8 +187,7 @@ class Within:
             place.engine,
             place.codecs,
             namespaces=place.namespaces,
-            mover=place.node.mover,
-            confirm=place._confirm,
+            moves=place.moves,
         )
 
     def do(self, order: Move | Clear | Pin) -> Outcome:
@@ -283,7 +282,7 @@ def test_what_does_not_fit_into_memory_stays_in_the_tier(make_place: MakePlace) 
     order = Move(location=PLACE, source="small", source_location="A")
     outcome = within.do(order)
     assert outcome.state == "partial"
-    assert "there is no room for it" in outcome.message
+    assert "there is no room here for" in outcome.message
     assert place.hit(range(32, 48)) == 16
     assert len(place.at("A")) >= 1
 

@@ -90,7 +90,7 @@ class Network:
 
 @pytest.fixture
 def network(source: Place) -> Iterator[Network]:
-    network = Network(source.node.url)
+    network = Network(source.peer.url)
     yield network
     network.close()
 
@@ -99,7 +99,7 @@ def network(source: Place) -> Iterator[Network]:
 def length(make_place: MakePlace) -> int:
     """How many bytes a move of TOKENS takes."""
     source, goal = make_place("source"), make_place("goal")
-    network = Network(source.node.url)
+    network = Network(source.peer.url)
     source.store(TOKENS)
     assert goal.move(source, TOKENS, url=network.url).state == "done"
     network.close()
@@ -127,7 +127,7 @@ def test_a_damaged_byte_is_noticed_wherever_it_is(
 ) -> None:
     source.store(TOKENS)
     network.tamper = flip(random.Random(place).randrange(length))
-    outcome = goal.begin(goal.order(source, TOKENS, url=network.url), deadline_s=5).outcome
+    outcome = goal.start(goal.request(source, TOKENS, url=network.url), deadline_s=5).outcome
     network.tamper = lambda _, data: data
     assert outcome.state in ("done", "partial", "failed", "expired")
     assert max(goal.hit(TOKENS), source.hit(TOKENS)) == len(TOKENS)
@@ -174,7 +174,7 @@ def test_a_network_that_stalls_ends_the_move_by_its_deadline_and_nothing_lands_l
         return data
 
     network.tamper = stall
-    outcome = goal.begin(goal.order(source, TOKENS, url=network.url), deadline_s=1.0).outcome
+    outcome = goal.start(goal.request(source, TOKENS, url=network.url), deadline_s=1.0).outcome
     assert outcome.state == "expired"
     eventually(lambda: goal.idle)
     goal.store(range(9000, 9000 + 16 * 60))
