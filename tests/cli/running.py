@@ -125,7 +125,7 @@ def smooth(item: StoreItem) -> bytes:
     """Return a payload of float16 numbers that change slowly, as KV does."""
     count = item.nbytes // 2
     wave = np.sin(np.arange(count) / 9.0 + item.start) + 0.1 * np.cos(np.arange(count) * 1.7)
-    return wave.astype(np.float16).tobytes()
+    return bytes(wave.astype(np.float16).data)
 
 
 def _start(stack: ExitStack, name: str, *arguments: str) -> Program:
