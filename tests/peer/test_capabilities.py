@@ -75,7 +75,9 @@ def test_a_signature_holds_for_every_field_of_its_capability(change: dict[str, o
     assert not capability().verify(signature, bytes(32))
 
 
-def test_a_capability_that_the_controller_did_not_sign_is_refused(source: Place, goal: Place) -> None:
+def test_a_capability_that_the_controller_did_not_sign_is_refused(
+    source: Place, goal: Place
+) -> None:
     source.store(range(16))
     narrow = Capability.of(goal.request(source, range(4), event_id="e"), "e", goal.name)
     outcome = goal.start(goal.request(source, range(16), event_id="e", signed=narrow)).outcome
@@ -108,7 +110,9 @@ def test_a_source_where_nobody_listens_is_named_at_once(source: Place, goal: Pla
     assert f"cannot connect to 127.0.0.1:{port}" in outcome.message
 
 
-def test_a_peer_may_only_lease_and_delete_what_its_capability_covers(source: Place, goal: Place) -> None:
+def test_a_peer_may_only_lease_and_delete_what_its_capability_covers(
+    source: Place, goal: Place
+) -> None:
     source.store(range(16))
     source.store(range(100, 116))
     [other] = [h.key for h in source.engine.holdings(None, pack_tokens(range(100, 116)))]

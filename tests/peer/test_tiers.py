@@ -94,9 +94,7 @@ def test_moves_at_once_wait_for_room_in_the_memory_of_the_source(
     assert {(each.state, each.tokens, each.message) for each in outcomes} == {("done", 48, "")}
 
 
-def test_a_source_whose_memory_stays_full_says_so(
-    make_place: MakePlace, goal: Place
-) -> None:
+def test_a_source_whose_memory_stays_full_says_so(make_place: MakePlace, goal: Place) -> None:
     mib = 3 * CHUNK_BYTES / (1 << 20)
     source = make_place("small", mib=mib, stores=[Dict()], room_s=0.2)
     source.store(range(48))

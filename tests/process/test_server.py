@@ -108,7 +108,7 @@ def test_a_client_that_reads_no_answers_gets_no_more_memory_than_a_buffer(
     before = resident_bytes(pid)
     greedy.socket.settimeout(0.5)
     with pytest.raises(TimeoutError):  # the server stops to read
-        greedy.socket.sendall(frame * (1 << 20))
+        greedy.socket.sendall(data * (1 << 20))
     assert resident_bytes(pid) - before < 4 << 20
     assert client.stats().values["clients"] == 2
     greedy.socket.settimeout(20)
