@@ -75,7 +75,7 @@ class ChunkReceiver:
         Raises TransportError and OperationFailed; chunks that arrived before stay.
         """
         engine, stats = self._destination.engine, self._stats
-        missing = engine.anchors.add(keys, self._owner)
+        missing = engine.references.acquire(keys, self._owner)
         absent = set(missing)
         stats.add_arrived([key for key in keys if key not in absent])
         if not missing:
@@ -93,7 +93,7 @@ class ChunkReceiver:
     def _reserve(self, leased: Leased) -> list[_Expected]:
         """Reserve memory for leased chunks; returns those that there is memory for."""
         stats = self._stats
-        reservations = self._destination.engine.transfers.receive(
+        reservations = self._destination.engine.transfers.reserve(
             leased.descriptors, self._namespaces, self._owner, self._destination.get_codec
         )
         granted: list[_Expected] = []
@@ -140,7 +140,7 @@ class ChunkReceiver:
             self._destination.quarantine.add(self.link.transport, unsettled, tickets)
             return
         for ticket in tickets:
-            self._destination.engine.transfers.discard(ticket)
+            self._destination.engine.transfers.abort(ticket)
 
     def _read_into(
         self, reading: _Reading, leased: Leased, numbers: Sequence[int], timeout_s: float
@@ -223,7 +223,7 @@ class _Reading:
         self._missing[at] -= 1
         if not self._missing[at]:
             del self._open[at]
-            if self._destination.engine.transfers.landed(expected.reservation.ticket):
+            if self._destination.engine.transfers.commit(expected.reservation.ticket):
                 self.committed.append(expected.descriptor.key)
 
     def _is_sound(self, at: int, rank: int, checksum: int | None) -> bool:

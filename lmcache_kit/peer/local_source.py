@@ -38,14 +38,14 @@ class LocalSource:
         tokens: bytes | None,
     ) -> None:
         self.name = source.location
-        self.chunks: Sequence[ChunkRef] = source.holdings(namespaces, tokens)
+        self.chunks: Sequence[ChunkRef] = source.chunk_refs(namespaces, tokens)
         self.incompatible: Mapping[str, int] = {}
         self.window_bytes = WINDOW_BYTES
         self._engine = engine
         self._source = source
         self._wait_s = 0.0 if destination is engine else ROOM_S
         self._aborted = threading.Event()
-        infos = source.spaces({chunk.namespace for chunk in self.chunks})
+        infos = source.namespaces({chunk.namespace for chunk in self.chunks})
         self._chunk_sizes = {info.digest: info.chunk_size for info in infos}
         self._nbytes = {chunk.key: chunk.nbytes for chunk in self.chunks}
 
@@ -71,11 +71,11 @@ class LocalSource:
             )
         finally:
             stats.seconds += time.monotonic() - begin
-            missing = set(self._engine.anchors.add(keys, owner))
+            missing = set(self._engine.references.acquire(keys, owner))
             arrived = [key for key in keys if key not in missing]
             stats.add_arrived(arrived)
             stats.nbytes += sum([self._nbytes[key] for key in arrived])
-        refused = [key for key in missing if self._source.holds(key)]
+        refused = [key for key in missing if self._source.contains(key)]
         stats.gone += len(missing) - len(refused)
         stats.full = stats.full or bool(refused)
 
@@ -83,7 +83,7 @@ class LocalSource:
         """Nothing but references is held, which belong to the move."""
 
     def delete(self, keys: Sequence[ChunkKey]) -> DeleteResult:
-        return self._source.forget(keys)
+        return self._source.delete(keys)
 
     def abort(self) -> None:
         self._aborted.set()

@@ -81,7 +81,7 @@ class MoveExecutor:
         location, InvalidQuery where source and destination are the same, and ControlError for a
         move from another instance where there is no access to peers.
         """
-        tiers = self._context.engine.inventories
+        tiers = self._context.engine.locations
         if request.location not in tiers:
             raise UnknownName("location", request.location, list(tiers))
         open_source = self._remote(request) if request.peer else self._local(request)
@@ -115,7 +115,7 @@ class MoveExecutor:
 
     def _local(self, request: Move) -> LocalSource:
         engine = self._context.engine
-        tiers = engine.inventories
+        tiers = engine.locations
         if request.source_location not in tiers:
             raise UnknownName("location", request.source_location, list(tiers))
         if request.source_location == request.location:
@@ -153,7 +153,7 @@ class RunningMove:
         self._context = context
         self._request = request
         self._open_source = source
-        self._destination = context.engine.inventories[request.location]
+        self._destination = context.engine.locations[request.location]
         self._deadline = time.monotonic() + deadline_s
         self._report = report
         self._finish = finish
@@ -189,8 +189,8 @@ class RunningMove:
             log.exception("a move from %s failed", self._request.source)
             self._why = f"{type(error).__name__}: {error}"
         finally:
-            self._context.engine.anchors.let_go(self)
-            self._destination.anchors.let_go(self)
+            self._context.engine.references.release(self)
+            self._destination.references.release(self)
             if self._source:
                 self._source.close()
             self._ran = True
@@ -238,7 +238,7 @@ class RunningMove:
         """Have the chunks of one window at the destination, by way of memory."""
         self._check()
         stats, destination, engine = self._stats, self._destination, self._context.engine
-        wanted = destination.anchors.add(window, self)
+        wanted = destination.references.acquire(window, self)
         absent = set(wanted)
         stats.add_present([key for key in window if key not in absent])
         if wanted:
@@ -249,12 +249,12 @@ class RunningMove:
 
     def _offload(self, keys: Sequence[ChunkKey]) -> None:
         """Write chunks from memory to the tier that they are meant for."""
-        destination, tiers = self._destination, self._context.engine.tiers
+        destination, tiers = self._destination, self._context.engine.lower_tiers
         assert tiers is not None
         try:
-            tiers.lower(destination, keys, self)
+            tiers.offload(destination, keys, self)
         finally:
-            for key in destination.anchors.add(keys, self):
+            for key in destination.references.acquire(keys, self):
                 del self._stats.arrived[key]
                 self._stats.failures[f"{destination.location} did not take it"] += 1
 
@@ -277,7 +277,7 @@ class RunningMove:
 
     def _hand_over(self, source: MoveSource) -> None:
         """Delete at the source what the controller knows to be here."""
-        arrived = partial(self._destination.anchors.arrived, self, self._wanted)
+        arrived = partial(self._destination.references.findable, self, self._wanted)
         if not arrived():
             return
         self._check()

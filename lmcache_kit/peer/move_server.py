@@ -124,7 +124,7 @@ class MoveServer:
             return f"instance {own.instance_id!r} has been restarted since the move was requested"
         if (
             capability.source != own.instance_id
-            or capability.location not in self.engine.inventories
+            or capability.location not in self.engine.locations
         ):
             return f"{capability.location!r} of {capability.source!r} is not here"
         with self._lock:
@@ -158,7 +158,7 @@ class MoveSession:
         self._server = server
         self._transfers = server.engine.transfers
         self._capability = opening.capability
-        self._tier = server.engine.inventories[opening.capability.location]
+        self._tier = server.engine.locations[opening.capability.location]
         self._chunks: list[ChunkRef] = []
         self._allowed: frozenset[bytes] = frozenset()
         self._leases: dict[int, Sequence[ChunkDescriptor]] = {}
@@ -174,12 +174,12 @@ class MoveSession:
             )
         except (KitError, ValueError) as error:
             return wire.Refused(str(error))
-        self._chunks = self._tier.holdings(chosen, capability.tokens)
+        self._chunks = self._tier.chunk_refs(chosen, capability.tokens)
         self._allowed = frozenset(chunk.key for chunk in self._chunks)
         return wire.Welcome(
             token=self.token,
             base_namespaces=server.namespaces.bases[-_MAX_NAMESPACES:],
-            namespaces=tuple(self._tier.spaces({chunk.namespace for chunk in self._chunks})),
+            namespaces=tuple(self._tier.namespaces({chunk.namespace for chunk in self._chunks})),
             transports=server.transports.addresses(),
             chunks=len(self._chunks),
             first=self._page(0),
@@ -257,7 +257,7 @@ class MoveSession:
             return wire.Refused("a copy leaves its source as it is")
         if not self._allowed.issuperset(request.keys):
             return wire.Refused("the capability does not cover a chunk")
-        return wire.Deleted(self._tier.forget(request.keys))
+        return wire.Deleted(self._tier.delete(request.keys))
 
     def release(self, lease: int) -> None:
         """End a lease: first its offers, so that nothing reads memory that may be reused."""
@@ -292,7 +292,7 @@ class MoveSession:
                 raise OperationFailed(
                     f"memory has no room for what is to be read from {self._tier.location}"
                 )
-            return self._transfers.lend(keys, self)
+            return self._transfers.lease(keys, self)
         finally:
-            if engine.tiers:
-                engine.tiers.let_go(self)
+            if engine.lower_tiers:
+                engine.lower_tiers.release(self)

@@ -32,14 +32,14 @@ def promote(
     has room for are there then. Between two attempts all references of ``owner`` are released, so
     that moves which wait for each other's memory do not wait for ever. Raises BackendError.
     """
-    tiers = engine.tiers
+    tiers = engine.lower_tiers
     if tiers is None or tier is engine:
         return True
     deadline = time.monotonic() + timeout_s
-    while not tiers.bring(tier, keys, owner):
+    while not tiers.promote(tier, keys, owner):
         left_s = deadline - time.monotonic()
         if left_s <= 0 or cancelled():
             return False
-        tiers.let_go(owner)
+        tiers.release(owner)
         wait_for_change(engine, left_s)
     return True

@@ -52,7 +52,7 @@ class Quarantine:
 
     def add(self, transport: str, settled: Callable[[], bool], tickets: Sequence[int]) -> None:
         """Take over the reservations with these tickets; ``settled`` says when to free them."""
-        nbytes = sum([self._transfers.strand(ticket) for ticket in tickets])
+        nbytes = sum([self._transfers.quarantine(ticket) for ticket in tickets])
         log.warning(
             "%d bytes may still be written by %s; they are in quarantine", nbytes, transport
         )
@@ -83,7 +83,7 @@ class Quarantine:
             settled = [each for each in unsettled if self._has_settled(each)]
             for each in settled:
                 for ticket in each.tickets:
-                    self._transfers.discard(ticket)
+                    self._transfers.abort(ticket)
             with self._changed:
                 self._unsettled = [each for each in self._unsettled if each not in settled]
                 self._changed.wait_for(lambda: self._closed, SWEEP_S)

@@ -100,7 +100,7 @@ class EngineOperator(Operator):
 
     def begin(self, order: Order, *, deadline_s: float, report: Report, finish: Finish) -> Job:
         """See :class:`~lmcache_kit.interfaces.operations.Operator`."""
-        inventories = self._engine.inventories
+        inventories = self._engine.locations
         if order.location not in inventories:
             raise UnknownName("location", order.location, list(inventories))
         inventory = inventories[order.location]
@@ -195,7 +195,7 @@ class EngineOperator(Operator):
         encodes = isinstance(order, Compress)
         job = RecodeJob(
             inventory.keys(namespaces, order.tokens),
-            partial(partial(self._pack, inventory) if encodes else inventory.unpack, method=method),
+            partial(partial(self._pack, inventory) if encodes else inventory.decode, method=method),
             done_word=f"encoded with {method}" if encodes else "raw",
             report=report,
             finish=finish,
@@ -205,7 +205,7 @@ class EngineOperator(Operator):
         return job
 
     def _pack(self, inventory: Tier, key: ChunkKey, method: str) -> Transcoded:
-        return inventory.pack(key, method, self._codecs.get(method))
+        return inventory.encode(key, method, self._codecs.get(method))
 
 
 def _clear(

@@ -221,7 +221,7 @@ class Place:
 
     def everything(self) -> set[bytes]:
         """Keys of all that is stored."""
-        return {chunk.key for chunk in self.engine.holdings(None, None)}
+        return {chunk.key for chunk in self.engine.chunk_refs(None, None)}
 
     @property
     def idle(self) -> bool:
@@ -232,13 +232,13 @@ class Place:
 
     def at(self, location: str) -> set[bytes]:
         """Keys of all that is at one location."""
-        return {each.key for each in self.engine.inventories[location].holdings(None, None)}
+        return {each.key for each in self.engine.locations[location].chunk_refs(None, None)}
 
     def settle(self) -> None:
         """Until all that was sent down is there."""
         for tier in self.tiers:
-            assert tier.turns.flush(DEADLINE_S)
-            assert tier.turns.flush(DEADLINE_S)
+            assert tier.executor.flush(DEADLINE_S)
+            assert tier.executor.flush(DEADLINE_S)
 
     def stats(self) -> dict[str, float]:
         return {**self.engine.stats(), **self.peer.stats()}
@@ -246,8 +246,8 @@ class Place:
     def close(self) -> None:
         self.moves.close()
         self.peer.close()
-        if self.engine.tiers:
-            self.engine.tiers.close()
+        if self.engine.lower_tiers:
+            self.engine.lower_tiers.close()
         self.engine.close()
 
 

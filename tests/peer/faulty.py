@@ -41,16 +41,16 @@ SOURCE_STEPS = {
     "offered": Step(f"{_SESSION}.offer", "after"),
     "being read": Step(f"{_SESSION}.offer", "after", delay_s=0.003),
     "released": Step(f"{_SESSION}.release", "before"),
-    "to delete": Step(f"{_TIER}.forget", "before"),
+    "to delete": Step(f"{_TIER}.delete", "before"),
 }
-DELETED = {"has deleted": Step(f"{_TIER}.forget", "after")}
+DELETED = {"has deleted": Step(f"{_TIER}.delete", "after")}
 GOAL_STEPS = {
     "to ask": Step(f"{_MOVE}.open", "before"),
     "accepted": Step(f"{_MOVE}.accept", "after"),
-    "room made": Step(f"{_TRANSFERS}.receive", "after"),
+    "room made": Step(f"{_TRANSFERS}.reserve", "after"),
     "reading": Step(f"{_CLIENT}.lease", "after", delay_s=0.003),
-    "first landed": Step(f"{_TRANSFERS}.landed", "after"),
-    "most landed": Step(f"{_TRANSFERS}.landed", "after", nth=7),
+    "first landed": Step(f"{_TRANSFERS}.commit", "after"),
+    "most landed": Step(f"{_TRANSFERS}.commit", "after", nth=7),
     "to release": Step(f"{_CLIENT}.release", "before"),
     "to confirm": Step(f"{_AGENT}.confirm", "before"),
     "confirmed": Step(f"{_AGENT}.confirm", "after"),
