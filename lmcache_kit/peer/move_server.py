@@ -122,10 +122,7 @@ class MoveServer:
             return "the capability is not signed by our controller"
         if opening.incarnation != own.incarnation:
             return f"instance {own.instance_id!r} has been restarted since the move was requested"
-        if (
-            capability.source != own.instance_id
-            or capability.location not in self.engine.locations
-        ):
+        if capability.source != own.instance_id or capability.location not in self.engine.locations:
             return f"{capability.location!r} of {capability.source!r} is not here"
         with self._lock:
             if capability.event_id in self._served_events:
