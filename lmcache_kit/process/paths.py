@@ -113,6 +113,10 @@ class FileLock:
             raise
         return cls(fd)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the lock file."""
+        return self._fd
+
     def close(self) -> None:
         """Release the lock. Safe to call twice."""
         fd, self._fd = self._fd, -1
