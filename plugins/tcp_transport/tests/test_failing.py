@@ -343,7 +343,7 @@ def test_closing_waits_for_the_call_that_is_moving_bytes() -> None:
     near, far = socket.socketpair()
     connection = Connection(near)
     closing = threading.Thread(target=connection.close)
-    with far, connection._used(socket.SO_RCVTIMEO, None):
+    with far, connection._using_socket(socket.SO_RCVTIMEO, None):
         closing.start()
         assert far.recv(1) == b""  # it has begun
         closing.join(0.1)
