@@ -1,4 +1,4 @@
-"""What a transport must do when all is well; what it must not do otherwise is beside it."""
+"""The suite of transports: reads that succeed; failures and ends are beside it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ SIZES = (5, 4096, 300_000, 1, 2 << 20, 70_001)
 
 
 class TransportSuite(FailingTests, EndingTests):
-    """Inherit it, and define the fixture ``make_transport``: a function from a writable
-    ``memoryview`` to a new transport whose host is ``127.0.0.1``.
+    """Conformance of a :class:`~lmcache_kit.interfaces.Transport`.
 
-    ``one_sided``: it does not use the connection that it is given by ``dial``; what is tried by
-    disturbing that connection is skipped. ``hides_memory``: a peer reads nothing but what is
-    offered, and as long as it is offered. ``encrypts``: nobody on the connection can read the
-    bytes.
+    Define the fixture ``make_transport``: a function from a writable ``memoryview`` to a new
+    transport whose host is ``127.0.0.1``.
+
+    ``one_sided``: the transport does not use the connection from ``dial``; tests that disturb that
+    connection are skipped. ``hides_memory``: a peer can read offered regions only, and only while
+    they are offered. ``encrypts``: bytes on the connection are encrypted.
     """
 
     def test_it_is_a_transport(self, source: Host, link: Link) -> None:
@@ -50,14 +51,13 @@ class TransportSuite(FailingTests, EndingTests):
     def test_a_region_is_there_when_it_is_named(self, source: Host, sink: Host, link: Link) -> None:
         sizes = [500_000] * 8
         offered, into = source.filled(*sizes), sink.room(*sizes)
-        for number, checksum in link.read(source.offer(offered), into, self.patience_s):
+        for number, checksum in link.read(source.offer(offered), into, self.timeout_s):
             wanted = source.checksum(offered[number])
             assert sink.checksum(into[number]) == wanted, f"region {number} was not there yet"
             assert checksum in (None, wanted), f"region {number} has another checksum"
 
     def test_regions_land_where_they_are_wanted(self, source: Host, sink: Host, link: Link) -> None:
-        """In an order of its own on each side, and of one size, so that any mix-up goes unnoticed
-        but for the bytes."""
+        """Regions of one size, in another order on each side: only their bytes show a mix-up."""
         offered, into = source.filled(*[10_000] * 20), sink.room(*[10_000] * 20)
         random.Random(1).shuffle(offered)
         random.Random(2).shuffle(into)
@@ -68,10 +68,10 @@ class TransportSuite(FailingTests, EndingTests):
     ) -> None:
         sink.memory[:] = b"\xa5" * len(sink.memory)
         offered, into = source.filled(*SIZES), sink.room(*SIZES)
-        list(link.read(source.offer(offered), into, self.patience_s))
+        list(link.read(source.offer(offered), into, self.timeout_s))
         for offset, nbytes in into:
             sink.memory[offset : offset + nbytes] = b"\xa5" * nbytes
-        assert not bytes(sink.memory).strip(b"\xa5"), "something landed beside the regions"
+        assert not bytes(sink.memory).strip(b"\xa5"), "bytes were written beside the regions"
 
     def test_the_source_stays_as_it_is(self, source: Host, sink: Host, link: Link) -> None:
         offered = source.filled(*SIZES)
@@ -107,7 +107,7 @@ class TransportSuite(FailingTests, EndingTests):
         offer = source.offer(offered)
         for _ in range(3):
             [into] = sink.room(50_000)
-            list(link.read(offer, [into], self.patience_s))
+            list(link.read(offer, [into], self.timeout_s))
             assert sink.bytes_of(into) == source.bytes_of(offered[0])
 
     def test_offers_are_told_apart(self, source: Host, sink: Host, link: Link) -> None:
@@ -115,7 +115,7 @@ class TransportSuite(FailingTests, EndingTests):
         offers = [source.offer(each) for each in regions]
         for number in (3, 0, 7, 3):
             [into] = sink.room(5000)
-            list(link.read(offers[number], [into], self.patience_s))
+            list(link.read(offers[number], [into], self.timeout_s))
             assert sink.bytes_of(into) == source.bytes_of(regions[number][0])
 
     def test_links_in_several_threads_do_not_disturb_each_other(
@@ -127,7 +127,7 @@ class TransportSuite(FailingTests, EndingTests):
 
         def work(job: tuple[list[Region], list[Region]]) -> None:
             link = sink.link_to(source)
-            begin.wait(self.patience_s)
+            begin.wait(self.timeout_s)
             for _ in range(15):
                 for offset, nbytes in job[1]:
                     sink.memory[offset : offset + nbytes] = bytes(nbytes)
@@ -155,7 +155,7 @@ class TransportSuite(FailingTests, EndingTests):
         def work(pair: tuple[Host, Host]) -> None:
             theirs, ours = pair
             offered, into = theirs.filled(5000), ours.room(5000)
-            begin.wait(self.patience_s)
+            begin.wait(self.timeout_s)
             self.read_all(theirs, offered, ours, ours.link_to(theirs), into)
 
         with ThreadPoolExecutor(2) as pool:
@@ -173,12 +173,12 @@ class TransportSuite(FailingTests, EndingTests):
     def read_all(
         self, source: Host, offered: list[Region], sink: Host, link: Link, into: list[Region]
     ) -> None:
-        """Read and compare, and withdraw the offer."""
+        """Read and compare all regions, and withdraw the offer."""
         offer = source.offer(offered)
-        landed = list(link.read(offer, into, self.patience_s))
+        landed = list(link.read(offer, into, self.timeout_s))
         source.transport.withdraw(offer)
         numbers = sorted(each.number for each in landed)
-        assert numbers == list(range(len(into))), "not each region was named once"
+        assert numbers == list(range(len(into))), "not each region was reported once"
         for number, checksum in landed:
             wanted = source.bytes_of(offered[number])
             assert sink.bytes_of(into[number]) == wanted, f"region {number} has other bytes"
