@@ -24,7 +24,7 @@ class EndingTests(TransportTests):
             self.within(each.close, what="close()")
 
     def test_a_closed_link_reads_nothing(self, source: Host, sink: Host, link: Link) -> None:
-        offer, into = source.offer(source.filled(_NBYTES)), sink.room(_NBYTES)
+        offer, into = source.offer(source.filled(_NBYTES)), sink.allocate(_NBYTES)
         link.close()
         error = self.fails(link, offer, into, what="reading by a closed link")
         assert isinstance(error, TransportError)
@@ -54,7 +54,7 @@ class EndingTests(TransportTests):
         self, source: Host, sink: Host, wire: MakeWire
     ) -> None:
         link = sink.link_to(source)
-        offer, into = source.offer(source.filled(_NBYTES)), sink.room(_NBYTES)
+        offer, into = source.offer(source.filled(_NBYTES)), sink.allocate(_NBYTES)
         source.transport.close()
         error = self.fails(link, offer, into, what="reading from a peer that closed")
         assert isinstance(error, TransportError)
@@ -66,7 +66,7 @@ class EndingTests(TransportTests):
         """The peer closes while bytes are in flight."""
         stall = Stall(_NBYTES)
         link = sink.link_to(source, wire(stall).dial)
-        offer, into = source.offer(source.filled(*[_NBYTES] * 20)), sink.room(*[_NBYTES] * 20)
+        offer, into = source.offer(source.filled(*[_NBYTES] * 20)), sink.allocate(*[_NBYTES] * 20)
 
         def close() -> None:
             stall.reached.wait(self.timeout_s)
@@ -88,7 +88,7 @@ class EndingTests(TransportTests):
     ) -> None:
         stall = Stall(_NBYTES + _NBYTES // 2)
         link = sink.link_to(source, wire(stall).dial)
-        offer, into = source.offer(source.filled(*[_NBYTES] * 2)), sink.room(*[_NBYTES] * 2)
+        offer, into = source.offer(source.filled(*[_NBYTES] * 2)), sink.allocate(*[_NBYTES] * 2)
         closed: list[bool] = []
 
         def close() -> None:
@@ -113,7 +113,7 @@ class EndingTests(TransportTests):
         ends: list[BaseException] = []
 
         def work() -> None:
-            link, into = sink.link_to(source), sink.room(*[100_000] * 4)
+            link, into = sink.link_to(source), sink.allocate(*[100_000] * 4)
             reading.wait(self.timeout_s)
             try:
                 while True:
@@ -137,7 +137,7 @@ class EndingTests(TransportTests):
         def life() -> tuple[int, int]:
             hosts = [Host(make_transport, 1 << 20, self.timeout_s) for _ in range(2)]
             link = hosts[1].link_to(hosts[0])
-            offered, into = hosts[0].filled(5000), hosts[1].room(5000)
+            offered, into = hosts[0].filled(5000), hosts[1].allocate(5000)
             list(link.read(hosts[0].offer(offered), into, self.timeout_s))
             left = [name for host in hosts for name in host.close()]
             assert left == [], f"still running after close(): {', '.join(left)}"

@@ -107,7 +107,7 @@ class FailingTests(TransportTests):
 
     def test_a_withdrawn_offer_cannot_be_read(self, source: Host, sink: Host, link: Link) -> None:
         self._needs_hidden_memory()
-        offer, into = source.offer(source.filled(_NBYTES)), sink.room(_NBYTES)
+        offer, into = source.offer(source.filled(_NBYTES)), sink.allocate(_NBYTES)
         source.transport.withdraw(offer)
         error = self.fails(link, offer, into, what="reading a withdrawn offer")
         assert isinstance(error, TransportError)
@@ -120,7 +120,7 @@ class FailingTests(TransportTests):
         gone, kept = source.offer(first), source.offer(second)
         source.transport.withdraw(gone)
         source.transport.withdraw(gone)
-        [into] = sink.room(5000)
+        [into] = sink.allocate(5000)
         list(link.read(kept, [into], self.timeout_s))
         assert sink.bytes_of(into) == source.bytes_of(second[0])
 
@@ -131,7 +131,7 @@ class FailingTests(TransportTests):
     @pytest.mark.parametrize("seed", range(8))
     def test_what_is_no_offer_cannot_be_read(self, sink: Host, link: Link, seed: int) -> None:
         noise = random.Random(seed).randbytes([0, 1, 8, 16, 20, 40, 1000, 70_000][seed])
-        error = self.fails(link, noise, sink.room(100), what=f"an offer of {len(noise)} bytes")
+        error = self.fails(link, noise, sink.allocate(100), what=f"an offer of {len(noise)} bytes")
         assert isinstance(error, TransportError)
         assert sink.is_empty(), "and something landed"
 
@@ -147,7 +147,7 @@ class FailingTests(TransportTests):
                 guess = bytearray(offers[0])
                 guess[at] ^= bit
                 link = sink.link_to(source)
-                self.fails(link, bytes(guess), sink.room(100), what="reading what was guessed")
+                self.fails(link, bytes(guess), sink.allocate(100), what="reading what was guessed")
                 link.close()
 
     # Regions that do not fit.
@@ -161,7 +161,7 @@ class FailingTests(TransportTests):
         self, source: Host, sink: Host, link: Link, sizes: tuple[int, ...]
     ) -> None:
         offer = source.offer(source.filled(100, 200))
-        into = sink.room(*sizes)
+        into = sink.allocate(*sizes)
         with pytest.raises(TransportError):
             self.within(lambda: list(link.read(offer, into, self.timeout_s)), what="a misfit")
         for offset, nbytes in into:
@@ -189,7 +189,7 @@ class FailingTests(TransportTests):
         self, source: Host, sink: Host, link: Link
     ) -> None:
         self._needs_hidden_memory()
-        offered, [into] = source.filled(5000), sink.room(5000)
+        offered, [into] = source.filled(5000), sink.allocate(5000)
         gone = source.offer(offered)
         source.transport.withdraw(gone)
         self.fails(link, gone, [into], what="reading a withdrawn offer")
@@ -250,7 +250,7 @@ class FailingTests(TransportTests):
             noisy.settimeout(self.timeout_s)
             while noisy.recv(1 << 16):
                 pass
-        offered, [into] = source.filled(5000), sink.room(5000)
+        offered, [into] = source.filled(5000), sink.allocate(5000)
         list(link.read(source.offer(offered), [into], self.timeout_s))
         assert sink.bytes_of(into) == source.bytes_of(offered[0])
 
@@ -261,7 +261,7 @@ class FailingTests(TransportTests):
         self, source: Host, sink: Host, wire: MakeWire, share: float
     ) -> None:
         """The read fails, or its checksum is that of the changed bytes, so that readers see it."""
-        [offered], [into] = source.filled(_NBYTES), sink.room(_NBYTES)
+        [offered], [into] = source.filled(_NBYTES), sink.allocate(_NBYTES)
         way = wire(flip(int(share * _NBYTES)))
         with contextlib.suppress(TransportError):
             reading = sink.link_to(source, way.dial).read(
@@ -276,7 +276,7 @@ class FailingTests(TransportTests):
     def test_a_connection_that_is_cut_ends_the_read(
         self, source: Host, sink: Host, wire: MakeWire, share: float
     ) -> None:
-        offered, into = source.filled(_NBYTES, _NBYTES), sink.room(_NBYTES, _NBYTES)
+        offered, into = source.filled(_NBYTES, _NBYTES), sink.allocate(_NBYTES, _NBYTES)
         link = sink.link_to(source, wire(cut(int(share * 2 * _NBYTES))).dial)
         error = self.fails(link, source.offer(offered), into, what="reading over a cut line")
         assert isinstance(error, TransportError)
@@ -286,7 +286,7 @@ class FailingTests(TransportTests):
         self, source: Host, sink: Host, wire: MakeWire
     ) -> None:
         """Once the error says that it is settled, no byte changes any more."""
-        offered, into = source.filled(_NBYTES, _NBYTES), sink.room(_NBYTES, _NBYTES)
+        offered, into = source.filled(_NBYTES, _NBYTES), sink.allocate(_NBYTES, _NBYTES)
         stall = Stall(int(1.5 * _NBYTES))
         link = sink.link_to(source, wire(stall).dial)
         try:
@@ -301,7 +301,7 @@ class FailingTests(TransportTests):
         assert Bytes(sink.memory) == before, "bytes were written after settled() was true"
 
     def test_no_time_is_a_timeout(self, source: Host, sink: Host, link: Link) -> None:
-        offer, into = source.offer(source.filled(_NBYTES)), sink.room(_NBYTES)
+        offer, into = source.offer(source.filled(_NBYTES)), sink.allocate(_NBYTES)
         with pytest.raises(TransferTimeout) as late:
             self.within(lambda: list(link.read(offer, into, 0.0)), what="a read in no time")
         self._until(late.value.settled, what="settled() to be true")
@@ -311,7 +311,7 @@ class FailingTests(TransportTests):
     ) -> None:
         if not self.encrypts:
             pytest.skip("encrypts = False")
-        [offered], [into] = source.filled(5000), sink.room(5000)
+        [offered], [into] = source.filled(5000), sink.allocate(5000)
         way = wire(lambda _, data: data)
         list(sink.link_to(source, way.dial).read(source.offer([offered]), [into], self.timeout_s))
         assert sink.bytes_of(into) == source.bytes_of(offered)

@@ -134,9 +134,9 @@ class CodecSuite(RefusingTests):
             assert Bytes(codec.encode(kind, chunk)) == blob, f"{type(kind).__name__} as payload"
         for kind in _buffers(blob):
             assert self.decoded(codec, kind, chunk) == plain, f"{type(kind).__name__} as blob"
-        room = bytearray(b"\xa5" * (chunk.payload_bytes + 2))
-        codec.decode(blob, chunk, memoryview(room)[1:-1])
-        assert Bytes(room) == Bytes(b"\xa5" + plain + b"\xa5"), "a part of a buffer as out"
+        padded = bytearray(b"\xa5" * (chunk.payload_bytes + 2))
+        codec.decode(blob, chunk, memoryview(padded)[1:-1])
+        assert Bytes(padded) == Bytes(b"\xa5" + plain + b"\xa5"), "a part of a buffer as out"
 
     def test_a_blob_is_bytes_of_its_own(self, codec: Codec) -> None:
         chunk = chunk_of(LAYOUTS[0])

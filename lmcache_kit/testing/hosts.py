@@ -56,7 +56,7 @@ class Host:
         connection.settimeout(None)
         return connection
 
-    def room(self, *sizes: int) -> list[Region]:
+    def allocate(self, *sizes: int) -> list[Region]:
         """Take regions of these sizes, one after the other with a gap between them."""
         found = []
         for nbytes in sizes:
@@ -67,7 +67,7 @@ class Host:
 
     def filled(self, *sizes: int, seed: int = 0) -> list[Region]:
         """Take regions of these sizes and fill them with random bytes."""
-        regions = self.room(*sizes)
+        regions = self.allocate(*sizes)
         draw = random.Random(seed)
         for offset, nbytes in regions:
             self.memory[offset : offset + nbytes] = draw.randbytes(nbytes)

@@ -46,11 +46,11 @@ class TransportSuite(FailingTests, EndingTests):
         self, source: Host, sink: Host, link: Link
     ) -> None:
         offered = source.filled(*SIZES)
-        self.read_all(source, offered, sink, link, sink.room(*SIZES))
+        self.read_all(source, offered, sink, link, sink.allocate(*SIZES))
 
     def test_a_region_is_there_when_it_is_named(self, source: Host, sink: Host, link: Link) -> None:
         sizes = [500_000] * 8
-        offered, into = source.filled(*sizes), sink.room(*sizes)
+        offered, into = source.filled(*sizes), sink.allocate(*sizes)
         for number, checksum in link.read(source.offer(offered), into, self.timeout_s):
             wanted = source.checksum(offered[number])
             assert sink.checksum(into[number]) == wanted, f"region {number} was not there yet"
@@ -58,7 +58,7 @@ class TransportSuite(FailingTests, EndingTests):
 
     def test_regions_land_where_they_are_wanted(self, source: Host, sink: Host, link: Link) -> None:
         """Regions of one size, in another order on each side: only their bytes show a mix-up."""
-        offered, into = source.filled(*[10_000] * 20), sink.room(*[10_000] * 20)
+        offered, into = source.filled(*[10_000] * 20), sink.allocate(*[10_000] * 20)
         random.Random(1).shuffle(offered)
         random.Random(2).shuffle(into)
         self.read_all(source, offered, sink, link, into)
@@ -67,7 +67,7 @@ class TransportSuite(FailingTests, EndingTests):
         self, source: Host, sink: Host, link: Link
     ) -> None:
         sink.memory[:] = b"\xa5" * len(sink.memory)
-        offered, into = source.filled(*SIZES), sink.room(*SIZES)
+        offered, into = source.filled(*SIZES), sink.allocate(*SIZES)
         list(link.read(source.offer(offered), into, self.timeout_s))
         for offset, nbytes in into:
             sink.memory[offset : offset + nbytes] = b"\xa5" * nbytes
@@ -76,26 +76,26 @@ class TransportSuite(FailingTests, EndingTests):
     def test_the_source_stays_as_it_is(self, source: Host, sink: Host, link: Link) -> None:
         offered = source.filled(*SIZES)
         before = Bytes(source.memory)
-        self.read_all(source, offered, sink, link, sink.room(*SIZES))
+        self.read_all(source, offered, sink, link, sink.allocate(*SIZES))
         assert Bytes(source.memory) == before
 
     def test_many_small_regions_come(self, source: Host, sink: Host, link: Link) -> None:
         offered = source.filled(*[1500] * 500)
-        self.read_all(source, offered, sink, link, sink.room(*[1500] * 500))
+        self.read_all(source, offered, sink, link, sink.allocate(*[1500] * 500))
 
     def test_a_large_region_comes(self, source: Host, sink: Host, link: Link) -> None:
         nbytes = 5 << 20
-        self.read_all(source, source.filled(nbytes), sink, link, sink.room(nbytes))
+        self.read_all(source, source.filled(nbytes), sink, link, sink.allocate(nbytes))
 
     def test_a_link_serves_one_move_after_another(
         self, source: Host, sink: Host, link: Link
     ) -> None:
         for seed in range(10):
             offered = source.filled(100_000, 3, seed=seed)
-            self.read_all(source, offered, sink, link, sink.room(100_000, 3))
+            self.read_all(source, offered, sink, link, sink.allocate(100_000, 3))
 
     def test_what_is_read_is_what_is_there_now(self, source: Host, sink: Host, link: Link) -> None:
-        [region], [into] = source.filled(50_000), sink.room(50_000)
+        [region], [into] = source.filled(50_000), sink.allocate(50_000)
         for seed in range(5):
             source.memory[region.offset : region.offset + 50_000] = random.Random(seed).randbytes(
                 50_000
@@ -106,7 +106,7 @@ class TransportSuite(FailingTests, EndingTests):
         offered = source.filled(50_000)
         offer = source.offer(offered)
         for _ in range(3):
-            [into] = sink.room(50_000)
+            [into] = sink.allocate(50_000)
             list(link.read(offer, [into], self.timeout_s))
             assert sink.bytes_of(into) == source.bytes_of(offered[0])
 
@@ -114,7 +114,7 @@ class TransportSuite(FailingTests, EndingTests):
         regions = [source.filled(5000, seed=seed) for seed in range(8)]
         offers = [source.offer(each) for each in regions]
         for number in (3, 0, 7, 3):
-            [into] = sink.room(5000)
+            [into] = sink.allocate(5000)
             list(link.read(offers[number], [into], self.timeout_s))
             assert sink.bytes_of(into) == source.bytes_of(regions[number][0])
 
@@ -123,7 +123,7 @@ class TransportSuite(FailingTests, EndingTests):
     ) -> None:
         sizes = [60_000, 7, 300_000]
         begin = threading.Barrier(4)
-        jobs = [(source.filled(*sizes, seed=seed), sink.room(*sizes)) for seed in range(4)]
+        jobs = [(source.filled(*sizes, seed=seed), sink.allocate(*sizes)) for seed in range(4)]
 
         def work(job: tuple[list[Region], list[Region]]) -> None:
             link = sink.link_to(source)
@@ -142,7 +142,7 @@ class TransportSuite(FailingTests, EndingTests):
 
         def work(way: tuple[Host, Host, Link]) -> None:
             theirs, ours, link = way
-            offered, into = theirs.filled(200_000), ours.room(200_000)
+            offered, into = theirs.filled(200_000), ours.allocate(200_000)
             for _ in range(10):
                 self.read_all(theirs, offered, ours, link, into)
 
@@ -154,7 +154,7 @@ class TransportSuite(FailingTests, EndingTests):
 
         def work(pair: tuple[Host, Host]) -> None:
             theirs, ours = pair
-            offered, into = theirs.filled(5000), ours.room(5000)
+            offered, into = theirs.filled(5000), ours.allocate(5000)
             begin.wait(self.timeout_s)
             self.read_all(theirs, offered, ours, ours.link_to(theirs), into)
 
@@ -166,7 +166,7 @@ class TransportSuite(FailingTests, EndingTests):
     ) -> None:
         for _ in range(3):
             link = sink.link_to(source)
-            self.read_all(source, source.filled(5000), sink, link, sink.room(5000))
+            self.read_all(source, source.filled(5000), sink, link, sink.allocate(5000))
             link.close()
             link.close()
 

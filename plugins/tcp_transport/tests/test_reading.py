@@ -16,7 +16,7 @@ WAIT_S = 20.0
 
 def fetch(link: Link, offer: bytes, sink: Any, sizes: list[int]) -> list[bytes]:
     """What was offered, by way of the sink's memory; the checksums are checked."""
-    into = [sink.room(size) for size in sizes]
+    into = [sink.allocate(size) for size in sizes]
     landed = list(link.read(offer, into, WAIT_S))
     got = [sink.bytes_of(region) for region in into]
     assert landed == [ReadResult(i, xxh3_64_intdigest(each)) for i, each in enumerate(got)]
@@ -65,7 +65,7 @@ def test_links_of_several_threads_do_not_disturb_each_other(
     source, sink = new_host(8 << 20), new_host(64 << 20)
     payloads = [os.urandom(1_000_000 + n) for n in range(4)]
     offers = [source.offer([payload]) for payload in payloads]
-    regions = [[sink.room(len(payload)) for _ in range(10)] for payload in payloads]
+    regions = [[sink.allocate(len(payload)) for _ in range(10)] for payload in payloads]
 
     def read(number: int) -> None:
         link = sink.link_to(source)
@@ -161,7 +161,7 @@ def test_a_checksum_is_of_64_bits(source: Any) -> None:
 
 def test_giving_up_a_read_half_way_ends_the_link(source: Any, sink: Any, link: Link) -> None:
     offer = source.offer([b"one", b"two"])
-    reading = link.read(offer, [sink.room(3), sink.room(3)], WAIT_S)
+    reading = link.read(offer, [sink.allocate(3), sink.allocate(3)], WAIT_S)
     next(reading)
     reading.close()  # type: ignore[attr-defined]
     with pytest.raises(TransportError, match="closed on this side"):
