@@ -30,9 +30,9 @@ import peer
 import rate_distortion
 import torch
 from lmcache_kit_cachegen.codec import CacheGenCodec
-from lmcache_kit_cachegen.measuring import Measuring, default_texts
 from lmcache_kit_cachegen.options import CacheGenOptions
 from lmcache_kit_cachegen.profile import Profile, load_profile
+from lmcache_kit_cachegen.profiler import Profiler, default_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lmcache_kit.interfaces import ChunkInfo, Rope
@@ -204,10 +204,10 @@ def profile_of(folder: str, given: str | None) -> Profile:
     path = Path(given) if given else Path(folder).with_suffix(".lkcp")
     if not path.exists():
         print(f"making {path}; this takes minutes", file=sys.stderr)
-        measuring = Measuring(folder, context=1024, ahead=256, rope_style="neox")
+        profiler = Profiler(folder, context=1024, ahead=256, rope_style="neox")
         for text in default_texts():
-            measuring.add(text)
-        path.write_bytes(measuring.profile().to_bytes())
+            profiler.add(text)
+        path.write_bytes(profiler.profile().to_bytes())
     return load_profile(path)
 
 

@@ -1,7 +1,7 @@
-"""Declarations: what a plugin says about what it offers, before any of it is imported.
+"""Declarations that a plugin's hooks return, before any of its implementation is imported.
 
-A hook returns these; nothing is built in a hook. ``target`` is a dotted path ``module:attribute``
-that is imported only when the configuration asks for the name.
+``target`` is a dotted path ``module:attribute``. It is imported only when the configuration names
+the plugin.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ KINDS: tuple[Kind, ...] = ("backend", "codec", "transport", "frontend", "command
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """``name``: what configurations and requests call it. ``target``: ``module:attribute`` of the
-    class or factory. ``config``: ``module:attribute`` of a pydantic model for its options, or
-    empty. ``capabilities``: names of the optional powers it claims. ``probe``: ``module:attribute``
-    of a function that returns an empty string, or the reason why it cannot work on this machine.
+    """Base of all declarations.
+
+    ``name``: its name in configurations and requests. ``target``: ``module:attribute`` of the class
+    or factory. ``config``: ``module:attribute`` of a pydantic model for its options, or empty.
+    ``capabilities``: names of optional capabilities. ``probe``: ``module:attribute`` of a function
+    that returns the reason why the plugin cannot work on this machine, or an empty string.
     """
 
     name: str
@@ -49,14 +51,14 @@ class TransportSpec(_Spec):
     """A transport between cache processes; ``name`` is a value of ``transfer_channel``.
 
     ``target`` is a :class:`~lmcache_kit.interfaces.Transport` class. ``transfer_channel: auto``
-    tries those with the capability ``"one-sided"`` first: they read a peer's memory without its
-    help.
+    tries transports with the capability ``"one-sided"`` first: these read a peer's memory without
+    help from the peer's processor.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class FrontendSpec(_Spec):
-    """A way into the controller, such as ``http``."""
+    """A frontend of the controller, such as ``http``."""
 
 
 @dataclass(frozen=True, slots=True)

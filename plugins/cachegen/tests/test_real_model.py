@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from lmcache_kit_cachegen.codec import CacheGenCodec
 from lmcache_kit_cachegen.command import command
-from lmcache_kit_cachegen.measuring import default_texts
 from lmcache_kit_cachegen.profile import load_profile
+from lmcache_kit_cachegen.profiler import default_texts
 
 from lmcache_kit.interfaces import ChunkInfo, Rope
 from lmcache_kit.layout import KVLayout

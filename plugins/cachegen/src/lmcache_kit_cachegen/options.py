@@ -1,4 +1,4 @@
-"""Options of the codec."""
+"""Options of the codec ``cachegen``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class CacheGenOptions(BaseModel):
-    """How hard to compress, and with what.
+    """Compression level, entropy coder, profiles and threads.
 
     ``level``: 0 lossless, 1 near-lossless, 2 default, 3 compact. ``coder``: ``rans`` is smaller,
     ``zstd`` decodes faster. ``profiles``: files made by ``lmcache-kit cachegen profile``; the
-    first that fits a chunk encodes it, each of them decodes. ``threads``: for one chunk.
+    first one that fits a chunk encodes the chunk, all of them decode. ``threads``: number of
+    threads that encode or decode one chunk.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

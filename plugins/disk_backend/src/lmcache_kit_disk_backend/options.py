@@ -1,4 +1,4 @@
-"""Options of the backend."""
+"""Options of the backend ``LocalDiskBackend``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _absolute(path: Path) -> Path:
     try:
         path = path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{path} has no home folder to begin with: {error}") from error
+        raise ValueError(f"{path}: the home folder is unknown: {error}") from error
     if not path.is_absolute():
         raise ValueError(f"{str(path)!r} must be absolute, such as /var/cache/lmcache_kit")
     return path
@@ -27,11 +27,11 @@ def _user_cache() -> Path:
 
 
 class DiskOptions(BaseModel):
-    """Where blobs lie, and how much room they may take there.
+    """Location and size limit of the files.
 
-    ``path``: a folder on a local disk; ``~`` is the user's own. ``max_size_gib``: of the files, in
-    blocks of the file system. ``subfolder``: a name for what is kept here, such as the instance's;
-    backends with different ones can have one ``path``, and each its own ``max_size_gib`` in it.
+    ``path``: a folder on a local disk; ``~`` is the user's home. ``max_size_gib``: limit on all
+    files, in blocks of the file system. ``subfolder``: a name such as the instance's; backends with
+    different subfolders can share one ``path``, each with its own ``max_size_gib``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

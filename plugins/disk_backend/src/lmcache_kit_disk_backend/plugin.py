@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Plugin hooks: the backend ``LocalDiskBackend``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the transport."""
+"""Options of the transport ``nixl``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class NixlOptions(BaseModel):
-    """What NIXL runs on.
+    """Backends of NIXL and their settings.
 
-    ``backends``: NIXL's backends by name. ``allow_tcp``: let UCX move bytes by TCP where there is
-    neither RDMA nor CMA. It is two to three times slower than the transport ``tcp``, and a peer
-    that stalls can make UCX abort the process that it reads from: for experiments.
-    ``progress_delay_us``: how long NIXL's progress thread sleeps between two looks; 0 burns a core.
+    ``backends``: NIXL's backends by name. ``allow_tcp``: let UCX use TCP where there is neither
+    RDMA nor CMA. UCX over TCP is two to three times slower than the transport ``tcp``, and a reader
+    that stalls can make UCX abort the process it reads from: for experiments only.
+    ``progress_delay_us``: pause of NIXL's progress thread between two polls; 0 burns a core.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Plugin hooks: the transport ``nixl``."""
 
 from __future__ import annotations
 
