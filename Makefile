@@ -9,7 +9,7 @@ JOBS ?= 2
 SOURCES := lmcache_kit tools $(wildcard plugins/*/src)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test lint format demo docs peer wheels clean distclean
+.PHONY: help setup model test lint format demo docs lmcache wheels clean distclean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,8 +40,8 @@ docs: setup ## Build the documentation into site/; a link that leads nowhere is 
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"
 
-peer: setup ## Create .venv-peer: LMCache on top of .venv, for the benchmarks
-	@$(PYTHON) tools/setup_peer.py $(VENV) .venv-peer
+lmcache: setup ## Create .venv-lmcache: LMCache on top of .venv, for the benchmarks
+	@$(PYTHON) tools/setup_lmcache.py $(VENV) .venv-lmcache
 
 wheels: setup ## Build wheels and sdists of core and plugins into dist/
 	@for folder in . plugins/*/; do \
@@ -53,4 +53,4 @@ clean: ## Remove what builds and tests left behind
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and the converted model too
-	rm -rf $(VENV) .venv-peer .cache
+	rm -rf $(VENV) .venv-lmcache .cache
