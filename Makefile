@@ -15,7 +15,7 @@ help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create .venv, or bring it up to date: vLLM for CPUs, the kit, what the tests need
-	@$(PYTHON) tools/setup_env.py $(VENV)
+	@$(PYTHON) -m tools.setup_env $(VENV)
 
 model: setup ## Convert the small language model that tests and demo use, once
 	@$(BIN)/python -m tools.make_model
