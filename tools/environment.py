@@ -12,6 +12,7 @@ import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,7 +81,7 @@ class Environment:
         lines: list[str] = self._ask(_REQUIRES, distribution) or []
         return [line for line in lines if "extra ==" not in line and _name(line) not in without]
 
-    def _ask(self, code: str, *arguments: str) -> object:
+    def _ask(self, code: str, *arguments: str) -> Any:
         command = [str(self.python), "-c", code, *arguments]
         return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
