@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import peer
+import lmcache_baseline
 
 SHAPES = {"SmolLM2-135M": (30, 3, 64), "Llama-8B": (32, 8, 128)}
 ORDERS = ("vec", "amx", "token")
@@ -106,13 +106,13 @@ def measure(name: str, order: str, tokens: int, rounds: int) -> dict[str, object
     return result
 
 
-def show_peer(name: str, options: argparse.Namespace) -> None:
+def show_lmcache(name: str, options: argparse.Namespace) -> None:
     """LMCache's store and retrieve of KV of the same shape, from token-major CPU pages."""
-    figures = peer.measure("store", *SHAPES[name], options.tokens)
+    figures = lmcache_baseline.measure("store", *SHAPES[name], options.tokens)
     if figures is None:
         return
     if options.json:
-        print(json.dumps({"shape": name, "peer": "LMCache", **figures}), flush=True)
+        print(json.dumps({"shape": name, "baseline": "LMCache", **figures}), flush=True)
     else:
         store, load = figures["store_gb_s"], figures["load_gb_s"]
         print(f"{name:13} LMCache: store {store:.2f} GB/s, load {load:.2f} GB/s", flush=True)
@@ -131,7 +131,7 @@ def main() -> None:
         import vllm._custom_ops  # noqa: F401
     torch.set_num_threads(1)
     for name in SHAPES:
-        show_peer(name, options)
+        show_lmcache(name, options)
         for order in ORDERS:
             result = measure(name, order, options.tokens, options.rounds)
             if options.json:

@@ -171,6 +171,11 @@ class Reference:
         self.answers.close()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark every test in this folder: each imports vLLM or torch, even where none starts."""
+    item.add_marker(pytest.mark.vllm)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def vllm_imported() -> None:
     """Importing vLLM warns about much that is not ours."""

@@ -17,6 +17,8 @@ from lmcache_kit.layout import KVLayout
 
 from .conftest import round_trip
 
+pytestmark = pytest.mark.vllm  # torch, and the converted model
+
 MODEL = Path(__file__).resolve().parents[3] / ".cache" / "models" / "SmolLM2-135M-Instruct"
 LAYOUT = KVLayout("bfloat16", layers=30, kv_heads=3, head_dim=64)
 ROPE = Rope(rotary_dim=64, base=100000.0)
