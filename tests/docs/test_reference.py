@@ -12,7 +12,7 @@ from lmcache_kit_http_api.openapi import document
 from lmcache_kit_http_api.routes import ROUTES
 
 from lmcache_kit import errors, hookspecs, interfaces, specs
-from lmcache_kit.cli.app import OWN, app
+from lmcache_kit.cli.app import BUILTINS, app
 from lmcache_kit.config import KitConfig
 from lmcache_kit.config.lmcache import ALIASES, UNSERVED
 from lmcache_kit.plugins import Plugins
@@ -150,7 +150,7 @@ def test_every_field_of_every_reply_is_there(pages: dict[str, str]) -> None:
 def test_every_command_has_every_option_that_help_shows(pages: dict[str, str]) -> None:
     shown = sections(pages["reference/cli.md"])
     offered = [offer.spec.name for offer in Plugins.load().specs("command")]
-    for name in [*OWN, *offered]:
+    for name in [*BUILTINS, *offered]:
         assert any(f"{words}-".startswith(f"lmcache-kit-{name}-") for words in shown), name
     for words, text in shown.items():
         path = next(path for path in _paths() if words == "-".join(("lmcache-kit", *path)))

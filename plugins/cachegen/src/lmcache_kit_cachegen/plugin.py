@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Declare the codec of this plugin and its command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Declare the memory backend of this plugin."""
 
 from __future__ import annotations
 
