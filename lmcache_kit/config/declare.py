@@ -18,8 +18,8 @@ Scope: TypeAlias = Literal["cache", "client", "accepted"]
 @dataclass(frozen=True, slots=True)
 class Declaration:
     """A key. ``help``: the first sentence says what it is. ``aliases``: other spellings.
-    ``lmcache``: LMCache has this key too. ``plugin``: name of the backend, codec or transport that
-    declares it, empty for a key of the kit."""
+    ``lmcache``: LMCache has this key too. ``plugin`` and ``type``: for a key of a plugin, the name
+    of the backend, codec or transport, and how values are read; empty for a key of the kit."""
 
     name: str
     default: Any
@@ -28,6 +28,7 @@ class Declaration:
     aliases: tuple[str, ...] = ()
     lmcache: bool = True
     plugin: str = ""
+    type: str = ""
 
     @property
     def summary(self) -> str:

@@ -12,10 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from lmcache_kit.config.declare import Declaration
 from lmcache_kit.config.entries import Entry, reason, shown
+from lmcache_kit.config.lmcache import is_unserved
 from lmcache_kit.config.model import ALIASES, KEYS
 from lmcache_kit.config.values import mapping, read, text_list
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.plugins import Offer, Plugins
+from lmcache_kit.plugins.first_party import provider_of
 from lmcache_kit.plugins.records import Raised, attempt
 from lmcache_kit.specs import ConfigKey, Kind
 
@@ -78,7 +80,9 @@ class PluginKeys:
                 found[0].key.default,
                 f"{found[0].key.help.rstrip('.')}.",
                 scope="cache",
+                lmcache=provider_of(name) is not None or is_unserved(name),
                 plugin=found[0].offer.spec.name,
+                type=found[0].key.type,
             )
             for name, found in self._declared.items()
         ]
