@@ -176,7 +176,7 @@ def test_gibibytes_become_bytes() -> None:
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        KitConfig().chunk_size = 1  # type: ignore[misc]
+        KitConfig().chunk_size = 1
 
 
 @given(
