@@ -17,7 +17,7 @@ from lmcache_kit.plugins import BUILTIN_POLICIES, Failure, Plugins
 from lmcache_kit.plugins.first_party import FIRST_PARTY, FirstParty
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
+    from tests.support.sites import FakeSite
 
 ROOT = Path(__file__).parent.parent
 
