@@ -22,7 +22,7 @@ from lmcache_kit.service.service import settings_digest
 from tools.docs.keys import keys_table
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
+    from tests.support.sites import FakeSite
 
 ROOT = Path(__file__).parent.parent
 OF_OURS = ("local_disk", "max_local_disk_size", "remote_url", "nixl_backends")

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 BUILTIN_POLICIES = ("FIFO", "LFU", "LRU")
 _VERSIONS = ("api version", "requirement")
-"""Stages whose error has the remedy: another version is needed, not the same one again."""
+"""Stages whose error includes the remedy: to install another version."""
 
 _BUILTIN = "lmcache_kit.cache.index.builtin_policies"
 _KEY = re.compile(r"[a-z][a-z0-9_]*")
@@ -93,7 +93,7 @@ class Plugins:
         return self._offer(kind, name).spec
 
     def resolve(self, kind: Kind, name: str) -> Any:
-        """Probe ``name``, then import its target. Raises as :meth:`spec`, or PluginBroken."""
+        """Probe ``name``, then import its target. Raises as :meth:`spec`, and PluginBroken."""
         offer = self._offer(kind, name)
         who = _described(offer)
         if reason := self.why_unusable(offer):
@@ -172,7 +172,7 @@ class Plugins:
     def _results(
         self, hook: str, *, collect: Callable[[Any], Any] = lambda result: result, **values: object
     ) -> Iterator[tuple[str, Any]]:
-        """Each implementation's plugin and result; one that raises loses only its own."""
+        """Yield plugin and result of each implementation. One that raises becomes a failure."""
         caller = getattr(self._manager.hook, hook)
         for implementation in reversed(caller.get_hookimpls()):
             arguments = {name: values[name] for name in implementation.argnames}

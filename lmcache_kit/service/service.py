@@ -71,7 +71,7 @@ def settings_digest(config: KitConfig) -> str:
 
 
 class CacheService:
-    """A composed cache. Raises as :func:`serve`; :meth:`run` or :meth:`close` must follow."""
+    """A composed cache. Raises as :func:`serve`; call :meth:`run` or :meth:`close` afterwards."""
 
     def __init__(self, config: KitConfig, *, linger_s: float | None = None) -> None:
         # Deferred: plugins and the engine take time to import, and clients need none of them.

@@ -14,8 +14,8 @@ from lmcache_kit.plugins import Plugins
 from lmcache_kit.service.build import memory_factory
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
     from tests.process.conftest import Configure, Connect
+    from tests.support.sites import FakeSite
 
 NAMESPACE = bytes(32)
 TOKENS = pack_tokens(range(12))
