@@ -47,6 +47,9 @@ class MemoryBackend(ABC):
     owns the bytes. Methods are called under the engine's lock, and must not block on anything but
     memory.
 
+    A configuration names the class by ``memory_backend``. It is built with ``capacity_bytes``, and
+    with an instance of its ``config`` model as well when the configuration has options for it.
+
     >>> from lmcache_kit_cpu_backend.backend import LocalCPUBackend
     >>> memory = LocalCPUBackend(capacity_bytes=1 << 20)
     >>> region = memory.allocate(1000)

@@ -131,7 +131,7 @@ class PluginSuite(Suite):
         self, offers: list[Offer], plugins: Plugins
     ) -> None:
         for offer in offers:
-            if reason := plugins.trouble(offer):
+            if reason := plugins.why_unusable(offer):
                 pytest.skip(f"{offer.spec.name!r} cannot be used here: {reason}")
             try:
                 target = plugins.resolve(offer.kind, offer.spec.name)

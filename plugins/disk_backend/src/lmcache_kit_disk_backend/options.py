@@ -27,18 +27,26 @@ def _user_cache() -> Path:
 
 
 class DiskOptions(BaseModel):
-    """Location and size limit of the files.
-
-    ``path``: a folder on a local disk; ``~`` is the user's home. ``max_size_gib``: limit on all
-    files, in blocks of the file system. ``subfolder``: a name such as the instance's; backends with
-    different subfolders can share one ``path``, each with its own ``max_size_gib``.
-    """
+    """Options of the backend: the folder of the blobs, and the limit of their size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Annotated[Path, AfterValidator(_absolute)] = Field(default_factory=_user_cache)
-    max_size_gib: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    subfolder: str = ""
+    path: Annotated[Path, AfterValidator(_absolute)] = Field(
+        default_factory=_user_cache,
+        description="folder on a local disk, absolute; `~` is the user's own. "
+        "`~/.cache/lmcache_kit` if absent",
+    )
+    max_size_gib: float = Field(
+        default=5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB of files at most, in blocks of the file system",
+    )
+    subfolder: str = Field(
+        default="",
+        description="name of the folder in `path` that is used, such as the instance's; several "
+        "backends can share one `path` so, each with its own `max_size_gib`",
+    )
 
     @property
     def capacity_bytes(self) -> int:

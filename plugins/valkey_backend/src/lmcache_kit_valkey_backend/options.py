@@ -14,28 +14,43 @@ ENCRYPTED = ("rediss", "valkeys")
 
 
 class ValkeyOptions(BaseModel):
-    """Server, credentials, TLS and limits.
-
-    ``url``: ``valkey://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE]``, ``valkeys://`` for TLS, the same
-    with ``redis``, or ``unix://PATH``. ``password_file``: a file with the password in its first
-    line. ``ca``: certificate authorities to trust instead of the system's. ``cert`` and ``key``:
-    client certificate and its key (PEM), if the server requires one. ``prefix``: prefix of all
-    keys. ``timeout_ms``: time-out of an answer. ``connections``: size of the connection pool; a
-    cache process reads four chunks of a lookup at once. ``ttl_s``: seconds after which a blob that
-    is not read expires.
-    """
+    """Options of the backend: the server, the connections to it, and the keys on it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    url: SecretStr = SecretStr("valkey://localhost:6379")
-    password_file: Path | None = None
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-    prefix: str = Field(default="lmcache_kit:", max_length=100, pattern=r"^[!-~]*$")
-    timeout_ms: int = Field(default=1000, ge=1, le=60_000)
-    connections: int = Field(default=10, ge=1, le=256)
-    ttl_s: int | None = Field(default=None, ge=1)
+    url: SecretStr = Field(
+        default=SecretStr("valkey://localhost:6379"),
+        description="`valkey://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE]`, `valkeys://` for TLS, "
+        "the same with `redis`, or `unix://PATH`",
+    )
+    password_file: Path | None = Field(
+        default=None, description="file whose first line is the password"
+    )
+    ca: Path | None = Field(
+        default=None, description="authorities to trust (PEM); those of the system if absent"
+    )
+    cert: Path | None = Field(
+        default=None, description="certificate of this client (PEM), if the server asks for one"
+    )
+    key: Path | None = Field(default=None, description="key of `cert` (PEM)")
+    prefix: str = Field(
+        default="lmcache_kit:",
+        max_length=100,
+        pattern=r"^[!-~]*$",
+        description="prefix of all keys on the server; instances with the same prefix share KV",
+    )
+    timeout_ms: int = Field(
+        default=1000, ge=1, le=60_000, description="milliseconds to wait for an answer"
+    )
+    connections: int = Field(
+        default=10,
+        ge=1,
+        le=256,
+        description="connections at a time, at most; a lookup reads four chunks at once",
+    )
+    ttl_s: int | None = Field(
+        default=None, ge=1, description="seconds after which a blob that nothing reads expires"
+    )
 
     @field_validator("url")
     @classmethod
