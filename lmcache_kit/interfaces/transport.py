@@ -16,7 +16,7 @@ Dial: TypeAlias = "Callable[[float], socket.socket]"
 :meth:`Transport.serve`. Raises OSError or TransportError."""
 
 MAX_ADDRESS_BYTES = 64 * 1024
-"""The most that :meth:`Transport.address` and :meth:`Transport.offer` return."""
+"""Most bytes of the result of :meth:`Transport.address` and :meth:`Transport.offer`."""
 
 
 class ReadableRegion(NamedTuple):
