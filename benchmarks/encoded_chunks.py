@@ -19,18 +19,18 @@ from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.entries import Form
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.interfaces import Region, Rope
 from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.codecs import Codecs
+from lmcache_kit.service.codecs import Codecs
 
 SPACE = bytes(32)
 CHUNK = 256
-FORM = Form(KVLayout("bfloat16", 30, 3, 64), Rope(64, 100_000.0))
+FORM = RankLayout(KVLayout("bfloat16", 30, 3, 64), Rope(64, 100_000.0))
 
 
 def payload(random: np.random.Generator) -> bytes:

@@ -18,13 +18,13 @@ from typing import Any, Self
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.config import KitConfig
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.process.client import CacheClient
-from lmcache_kit.process.life import open_client
+from lmcache_kit.service.launch import open_client
 
 BIN = Path(sys.executable).parent
 PLACE = "LocalCPUBackend"
@@ -203,7 +203,7 @@ def settings(folder: Path, controller: Controller, name: str, **keys: Any) -> di
 def worker(config: KitConfig, base: Namespace) -> CacheClient:
     """A client that stores."""
     return open_client(
-        config, role="worker", namespace=base, form=Form(base.layout), wait_ready=True
+        config, role="worker", namespace=base, form=RankLayout(base.layout), wait_ready=True
     )
 
 

@@ -25,14 +25,14 @@ from typing import Any
 
 import peer
 
-from lmcache_kit.control.index import KeyIndex, Owner
-from lmcache_kit.control.lookup import lookup, pack
-from lmcache_kit.control.matching import match
-from lmcache_kit.control.registry import Registry
-from lmcache_kit.control.wire import Batch, Register, decode_from_agent, encode
+from lmcache_kit.controller.key_index import KeyIndex, Owner
+from lmcache_kit.controller.lookup import lookup, pack
+from lmcache_kit.controller.prefix_match import match
+from lmcache_kit.controller.registry import Registry
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace, chain
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.protocol.control import Batch, Register, decode_from_agent, encode
 
 LAYOUT = KVLayout("bfloat16", layers=32, kv_heads=8, head_dim=128)
 BATCH_KEYS = 4096

@@ -16,7 +16,7 @@ from statistics import median
 from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.keys import chain, pack_tokens
 

@@ -27,9 +27,9 @@ from lmcache_kit_disk_backend.options import DiskOptions
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.cache.tier import Tier
+from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces import Region
 from lmcache_kit.interfaces.codec import Codec
@@ -52,10 +52,10 @@ class Cache:
         self.nbytes = nbytes
         self.memory = LocalCPUBackend(chunks * (nbytes + 4096) + MIB)
         self.engine = CacheEngine(self.memory, LRU(), location="memory")
-        self.tier: Tier | None = None
+        self.tier: StoreTier | None = None
         if folder is not None:
             store = LocalDiskBackend(DiskOptions(path=folder, max_size_gib=8))
-            self.tier = Tier(store, LRU(), location="disk", get_codec=no_codec)
+            self.tier = StoreTier(store, LRU(), location="disk", get_codec=no_codec)
             self.engine.subscribe(self.engine.attach([self.tier], no_codec))
         self.tokens = pack_tokens(range(chunks * CHUNK))
         self.items = [

@@ -27,19 +27,19 @@ from lmcache_kit_nixl_transport.probe import why_not
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.entries import Form
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.index.policies import LRU
+from lmcache_kit.cache.namespaces import NamespaceRegistry
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.config import KitConfig
 from lmcache_kit.errors import CodecError
-from lmcache_kit.interfaces import Codec, Link, Offered, Region, Transport
+from lmcache_kit.interfaces import Codec, Link, ReadableRegion, Region, Transport
 from lmcache_kit.interfaces.operations import Move, Outcome, Peer
 from lmcache_kit.keys import Namespace, chain, pack_tokens
-from lmcache_kit.peer.claim import Claim
-from lmcache_kit.peer.node import Node
+from lmcache_kit.peer.service import PeerService
 from lmcache_kit.peer.sockets import Listener, dial
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.namespaces import Namespaces
+from lmcache_kit.protocol.capability import Capability
 
 HOST = "127.0.0.1"
 CHUNK = 256
@@ -94,17 +94,17 @@ class _Cache:
         self.incarnation = secrets.token_bytes(16)
         self.memory = LocalCPUBackend(nbytes)
         self.engine = CacheEngine(self.memory, LRU(), location=PLACE)
-        self.namespaces = Namespaces()
+        self.namespaces = NamespaceRegistry()
         for base in (_LLAMA, _SMOLLM2):
             self.namespaces.register(base)
         self.plugins = Plugins.load()
         self.slab = ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self.memory.memory))
 
-    def node(self, name: str, channel: str) -> Node:
+    def node(self, name: str, channel: str) -> PeerService:
         config = KitConfig(
             enable_p2p=True, lmcache_instance_id=name, p2p_host=HOST, transfer_channel=channel
         )
-        made = Node(
+        made = PeerService(
             config,
             self.plugins,
             self.memory,
@@ -133,7 +133,7 @@ class _Cache:
                 chain(payload.base.digest, packed, CHUNK), payload.sizes, strict=True
             )
         ]
-        form = Form(payload.base.layout)
+        form = RankLayout(payload.base.layout)
         grants = self.engine.allocate(payload.base.digest, 0, 1, CHUNK, items, "bench", form)
         regions = [Region(g.offset, item.nbytes) for g, item in zip(grants, items, strict=True)]
         written = []
@@ -149,7 +149,7 @@ def _no_codec(name: str) -> Codec:
     raise CodecError(f"no codec {name} here")
 
 
-def _transport(node: Node, name: str) -> Transport:
+def _transport(node: PeerService, name: str) -> Transport:
     """The one that the node's moves go by: another one would have another progress thread."""
     found = node._transports.get(name)
     if isinstance(found, str):
@@ -172,7 +172,7 @@ def lend(pipe: Connection) -> None:
     plain = socket.create_server((HOST, 0))
     threading.Thread(target=_send_plainly, args=(plain, cache, regions), daemon=True).start()
     agent = cache.nixl() if "nixl" in names else None
-    offered = [[Offered(region, 0) for region in some] for some in regions]
+    offered = [[ReadableRegion(region, 0) for region in some] for some in regions]
     pipe.send(
         Lender(
             node.key,
@@ -272,7 +272,7 @@ class Taker:
             source_location=PLACE,
             copy=True,
         )
-        seal = Claim.of(order, event_id, f"taker-{name}").seal(lender.key)
+        seal = Capability.of(order, event_id, f"taker-{name}").seal(lender.key)
         fields = {field: getattr(order, field) for field in order.__struct_fields__}
         peer = Peer(event_id, lender.url, lender.incarnation, seal)
 

@@ -27,7 +27,7 @@ def register_backends():
 """
 
 POLICY = """
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 class Own(LRU): pass
 @hookimpl
 def make_eviction_policy(name):
@@ -424,7 +424,7 @@ def test_an_allowed_plugin_that_is_not_installed_is_reported(site: FakeSite) -> 
 def acme_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the codec ``acme`` were in a distribution of this repository."""
     ours = {("codec", "acme"): "lmcache-kit-acme"}
-    monkeypatch.setattr("lmcache_kit.plugins.facade.FIRST_PARTY", ours)
+    monkeypatch.setattr("lmcache_kit.plugins.registry.FIRST_PARTY", ours)
 
 
 @pytest.mark.usefixtures("acme_is_ours")

@@ -104,8 +104,8 @@ def test_a_tiers_plugin_knows_nothing_of_the_core_but_what_is_published(plugin: 
 
 @pytest.mark.parametrize("package", ["cache", "interfaces"])
 def test_the_engine_and_the_contracts_know_no_sockets_and_no_configuration(package: str) -> None:
-    forbidden = ("socket", "asyncio", "zmq", "lmcache_kit.process", "lmcache_kit.control",
-                 "lmcache_kit.config", "lmcache_kit.plugins")  # fmt: skip
+    forbidden = ("socket", "asyncio", "zmq", "lmcache_kit.process", "lmcache_kit.controller",
+                 "lmcache_kit.agent", "lmcache_kit.config", "lmcache_kit.plugins")  # fmt: skip
     found = {
         (short(path), name)
         for path in (CORE / package).rglob("*.py")

@@ -10,34 +10,34 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from lmcache_kit.cache import checks
+from lmcache_kit.cache import validation
 from lmcache_kit.cache.counters import COUNTERS
-from lmcache_kit.cache.entries import Body, Form, Space
-from lmcache_kit.cache.inventory import Inventory
-from lmcache_kit.cache.leases import Leases
-from lmcache_kit.cache.lookups import Lookups, Query, Search
-from lmcache_kit.cache.packing import Packer, Recoded
-from lmcache_kit.cache.recalls import Recalls
+from lmcache_kit.cache.index.chunk_index import MemoryIndex
+from lmcache_kit.cache.index.entries import NamespaceState, Payload, RankLayout
+from lmcache_kit.cache.index.leases import Leases
+from lmcache_kit.cache.lookup import Lookups, Query, Search
+from lmcache_kit.cache.memory.decoding import Decoder
+from lmcache_kit.cache.memory.pending_stores import PendingStores
+from lmcache_kit.cache.memory.transcoding import Transcoded, Transcoder
+from lmcache_kit.cache.memory.transfers import GetCodec, Transfers
 from lmcache_kit.cache.records import (
     Grant,
     Match,
     StoreItem,
 )
-from lmcache_kit.cache.shelf import MemoryShelf
-from lmcache_kit.cache.stores import Stores
-from lmcache_kit.cache.tiers import Tiers
-from lmcache_kit.cache.transfers import GetCodec, Transfers
-from lmcache_kit.cache.unpacking import Unpacker
+from lmcache_kit.cache.tier_base import Tier
+from lmcache_kit.cache.tiers.lower_tiers import LowerTiers
+from lmcache_kit.cache.tiers.promotion import Promotions
 from lmcache_kit.keys import ChunkKey
 
 if TYPE_CHECKING:
-    from lmcache_kit.cache.tier import Tier
+    from lmcache_kit.cache.tiers.store_tier import StoreTier
     from lmcache_kit.interfaces import Codec, EvictionPolicy, MemoryBackend
 
 MAX_LOADERS = 4
 
 
-class CacheEngine(Inventory):
+class CacheEngine(Tier):
     """What is stored where, who reads or writes it, and what leaves when room is needed.
 
     A library without sockets: whoever serves it names the *owner* of each lookup and store, and
@@ -48,7 +48,7 @@ class CacheEngine(Inventory):
     all ranks is set aside with the first one, so that a chunk that one rank stores fits for all.
 
     >>> from lmcache_kit.cache.engine import CacheEngine
-    >>> from lmcache_kit.cache.eviction import LRU
+    >>> from lmcache_kit.cache.index.policies import LRU
     >>> from lmcache_kit.cache.records import StoreItem
     >>> from lmcache_kit.keys import pack_tokens
     >>> from lmcache_kit_cpu_backend.backend import LocalCPUBackend
@@ -65,7 +65,7 @@ class CacheEngine(Inventory):
     >>> engine.close()
     """
 
-    _shelf: MemoryShelf
+    _shelf: MemoryIndex
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class CacheEngine(Inventory):
         loaders: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        shelf = MemoryShelf(backend, policy)
+        shelf = MemoryIndex(backend, policy)
         super().__init__(
             location,
             shelf,
@@ -89,20 +89,20 @@ class CacheEngine(Inventory):
         )
         self._ttl_s = lease_ttl_s
         self._leases = Leases(lease_ttl_s, clock)
-        self._stores = Stores(self._shelf, self._counters, clock)
+        self._stores = PendingStores(self._shelf, self._counters, clock)
         self._loaders = loaders or ThreadPoolExecutor(
             min(MAX_LOADERS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-load"
         )
-        unpacker = Unpacker(self._shelf, self._counters, self._lock, self._loaders)
+        unpacker = Decoder(self._shelf, self._counters, self._lock, self._loaders)
         self._lookups = Lookups(self._shelf, self._leases, unpacker, self._counters)
-        self._packer = Packer(self._shelf, self._pins, unpacker, self._counters, self._lock)
+        self._packer = Transcoder(self._shelf, self._pins, unpacker, self._counters, self._lock)
         self.transfers = Transfers(
             self._shelf, self.anchors, self._leases, self._counters, self._lock, clock
         )
-        self.tiers: Tiers | None = None
+        self.tiers: LowerTiers | None = None
         self._closed = False
 
-    def attach(self, tiers: Sequence[Tier], get_codec: GetCodec) -> Tiers:
+    def attach(self, tiers: Sequence[StoreTier], get_codec: GetCodec) -> LowerTiers:
         """Put tiers below memory, once: lookups find what lies there. Who closes the engine closes
         them first."""
         recalled = Transfers(
@@ -114,7 +114,7 @@ class CacheEngine(Inventory):
             self._clock,
             "recalled",
         )
-        recalls = Recalls(
+        recalls = Promotions(
             tiers,
             self._shelf,
             recalled,
@@ -124,11 +124,11 @@ class CacheEngine(Inventory):
             counters=self._counters,
             lock=self._lock,
         )
-        self.tiers = Tiers(tiers, self, recalls)
+        self.tiers = LowerTiers(tiers, self, recalls)
         return self.tiers
 
     @property
-    def inventories(self) -> dict[str, Inventory]:
+    def inventories(self) -> dict[str, Tier]:
         """By location: ourselves, and the tiers below."""
         return {each.location: each for each in (self, *(self.tiers or ()))}
 
@@ -172,8 +172,8 @@ class CacheEngine(Inventory):
     ) -> Search:
         """Do what :meth:`lookup` does before it waits, which it must if ``waiting`` is not 0.
         ``on_ready`` is called then, from any thread; but not to wait for it is allowed, too."""
-        checks.check_shape(namespace, chunk_size, world_size)
-        checks.check_lookup(tokens)
+        validation.check_shape(namespace, chunk_size, world_size)
+        validation.check_lookup(tokens)
         query = Query(namespace, tokens, chunk_size, world_size)
         search = Search(query, owner, on_ready)
         with self._lock:
@@ -217,7 +217,7 @@ class CacheEngine(Inventory):
         chunk_size: int,
         items: Sequence[StoreItem],
         owner: Hashable,
-        form: Form | None = None,
+        form: RankLayout | None = None,
     ) -> list[Grant]:
         """Memory for one rank's payloads of some chunks; one grant per item, in order.
 
@@ -226,19 +226,19 @@ class CacheEngine(Inventory):
         in this batch. Only ranks that say what their payloads are, as ``form``, can have them
         encoded.
         """
-        checks.check_shape(namespace, chunk_size, world_size)
-        checks.check_store(items, rank, world_size, chunk_size)
+        validation.check_shape(namespace, chunk_size, world_size)
+        validation.check_store(items, rank, world_size, chunk_size)
         with self._lock:
             self._expire_holds()
             space = self._shelf.space(namespace, chunk_size, world_size)
-            space = space or Space(namespace, chunk_size, world_size)
+            space = space or NamespaceState(namespace, chunk_size, world_size)
             if form is not None:
                 space.forms[rank] = form
             return self._stores.allocate(space, rank, items, owner)
 
     def commit(self, written: Sequence[tuple[int, int]], owner: Hashable) -> int:
         """The payloads of these ``(ticket, checksum)`` are written. Returns how many counted."""
-        checks.check_written(written)
+        validation.check_written(written)
         with self._lock:
             return sum([self._stores.commit(*pair, owner) for pair in written])
 
@@ -249,13 +249,13 @@ class CacheEngine(Inventory):
 
     # What operators ask for, beside what every inventory offers.
 
-    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Recoded:
-        """See :class:`~lmcache_kit.cache.inventory.Inventory`; those who read the raw bytes keep
+    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+        """See :class:`~lmcache_kit.cache.tier_base.Tier`; those who read the raw bytes keep
         them until they are done."""
         return self._packer.pack(key, method, codec)
 
-    def unpack(self, key: ChunkKey, method: str) -> Recoded:
-        """See :class:`~lmcache_kit.cache.inventory.Inventory`."""
+    def unpack(self, key: ChunkKey, method: str) -> Transcoded:
+        """See :class:`~lmcache_kit.cache.tier_base.Tier`."""
         return self._packer.unpack(key, method)
 
     # The end of things.
@@ -323,6 +323,6 @@ class CacheEngine(Inventory):
         self._settle(bodies)
         return ended
 
-    def _settle(self, bodies: Sequence[Body]) -> None:
+    def _settle(self, bodies: Sequence[Payload]) -> None:
         for body in bodies:
             self._shelf.settle(body)

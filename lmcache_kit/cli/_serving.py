@@ -14,11 +14,11 @@ import click
 from pydantic import ValidationError
 
 from lmcache_kit.cli._listening import ListenError, listening, open_to_the_network
-from lmcache_kit.control.controller import Controller
-from lmcache_kit.control.curve import ControllerKeys
+from lmcache_kit.controller.controller import Controller
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces.frontend import Frontend
 from lmcache_kit.plugins import Plugins
+from lmcache_kit.protocol.zmq_auth import ControllerKeys
 
 _STOP_S = 1.8
 """After this a stop that hangs is given up, so that the process is gone within two seconds."""

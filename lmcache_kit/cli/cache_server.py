@@ -40,7 +40,7 @@ def cache_server(config_file: str | None, status: bool, as_json: bool) -> None:
 
 
 def _serve(config: KitConfig) -> None:
-    from lmcache_kit.process.host import serve
+    from lmcache_kit.service.service import serve
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -54,7 +54,7 @@ def _serve(config: KitConfig) -> None:
 
 
 def _show_status(config: KitConfig, *, as_json: bool) -> None:
-    from lmcache_kit.process.life import open_client
+    from lmcache_kit.service.launch import open_client
 
     attached = config.model_copy(update={"cache_process": "attach"})
     with silenced("lmcache_kit"), closing(open_client(attached, role="tool")) as client:

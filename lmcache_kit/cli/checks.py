@@ -19,12 +19,12 @@ from lmcache_kit import __version__
 from lmcache_kit.config import KitConfig, Loaded
 from lmcache_kit.config.model import GIB
 from lmcache_kit.errors import ConfigError, KitError
-from lmcache_kit.peer.choice import AUTO, candidates
-from lmcache_kit.peer.trial import Tried, tried
+from lmcache_kit.peer.probe import ProbeResult, probe
+from lmcache_kit.peer.selection import AUTO, candidates
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.codecs import Codecs
-from lmcache_kit.process.composing import backend_of
 from lmcache_kit.process.paths import secure_directory, socket_path
+from lmcache_kit.service.build import backend_of
+from lmcache_kit.service.codecs import Codecs
 from lmcache_kit.specs import TransportSpec
 from lmcache_kit.vllm.plugin import TAKE_OVER, serves_lmcache_name
 
@@ -75,7 +75,7 @@ def tiers(found: Plugins, config: KitConfig) -> Iterator[Check]:
             how = "installed"
             if getattr(found.resolve("backend", name), "shared", False):
                 with closing(make()) as backend:
-                    how = f"answers, {backend.stock().entries} chunks lie there"
+                    how = f"answers, {backend.usage().entries} chunks lie there"
             yield Check("ok", f"tier {name}", how)
         except KitError as error:
             yield Check.failed(f"tier {name}", error)
@@ -262,9 +262,9 @@ def peers(found: Plugins, config: KitConfig) -> Iterator[Check]:
     channel, usable = config.transfer_channel, []
     for offer in found.specs("transport"):
         name, spec = f"transport {offer.spec.name}", offer.spec
-        result = Tried(why_not=found.trouble(offer))
+        result = ProbeResult(why_not=found.trouble(offer))
         if not result.why_not:
-            result = tried(spec.name, config)
+            result = probe(spec.name, config)
         if trouble := result.why_not:
             asked = spec.name == channel
             remedy = "Repair it, or set transfer_channel to another" if asked else ""

@@ -12,8 +12,8 @@ import click
 
 from lmcache_kit.cli._listening import ListenError, monitor_ports
 from lmcache_kit.cli._serving import Settings, serve
-from lmcache_kit.control.curve import ControllerKeys
 from lmcache_kit.errors import ConfigError, KitError
+from lmcache_kit.protocol.zmq_auth import ControllerKeys
 
 TOKEN_VARIABLE = "LMCACHE_KIT_TOKEN"  # noqa: S105
 MONITOR_PORT = 9001

@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 from zmq.auth import create_certificates
 
-from lmcache_kit.control.curve import CONTROLLER, WORKERS
 from lmcache_kit.errors import ConfigError
+from lmcache_kit.protocol.zmq_auth import CONTROLLER, WORKERS
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 

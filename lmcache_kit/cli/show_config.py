@@ -6,7 +6,7 @@ import click
 
 from lmcache_kit.cli.output import print_json, print_table
 from lmcache_kit.config import KitConfig, load_config
-from lmcache_kit.config.hiding import without_passwords
+from lmcache_kit.config.redaction import without_passwords
 
 
 @click.command("show-config")

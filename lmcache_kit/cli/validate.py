@@ -7,9 +7,9 @@ import click
 from lmcache_kit.cli.output import quiet_plugins
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.codecs import Codecs
-from lmcache_kit.process.composing import backend_of
-from lmcache_kit.process.host import worker_keys
+from lmcache_kit.service.build import backend_of
+from lmcache_kit.service.codecs import Codecs
+from lmcache_kit.service.service import worker_keys
 
 
 @click.command()

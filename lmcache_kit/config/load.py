@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from lmcache_kit.config.hiding import without_passwords
-from lmcache_kit.config.known import ALIASES, UNSERVED, is_configuration, is_unserved
+from lmcache_kit.config.lmcache import ALIASES, UNSERVED, is_configuration, is_unserved
 from lmcache_kit.config.model import KitConfig
+from lmcache_kit.config.redaction import without_passwords
 from lmcache_kit.errors import ConfigError
 
 ENV_PREFIX = "LMCACHE_"

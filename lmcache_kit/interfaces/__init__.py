@@ -1,6 +1,14 @@
 """The contracts between the core and its plugins, and nothing else."""
 
-from lmcache_kit.interfaces.backend import Backend, Blob, Data, OpenBlob, Readable, Stock, Stored
+from lmcache_kit.interfaces.backend import (
+    Backend,
+    Blob,
+    BlobRecord,
+    Data,
+    OpenBlob,
+    Readable,
+    StoreUsage,
+)
 from lmcache_kit.interfaces.cache import CacheInfo
 from lmcache_kit.interfaces.codec import BlobInfo, ChunkInfo, Codec, Rope
 from lmcache_kit.interfaces.eviction import EvictionPolicy
@@ -14,12 +22,13 @@ from lmcache_kit.interfaces.frontend import (
     WorkerInfo,
 )
 from lmcache_kit.interfaces.memory import MemoryBackend, Region, Usage
-from lmcache_kit.interfaces.transport import Dial, Landed, Link, Offered, Transport
+from lmcache_kit.interfaces.transport import Dial, Link, ReadableRegion, ReadResult, Transport
 
 __all__ = [
     "Backend",
     "Blob",
     "BlobInfo",
+    "BlobRecord",
     "CacheInfo",
     "ChunkInfo",
     "Codec",
@@ -29,19 +38,18 @@ __all__ = [
     "EvictionPolicy",
     "Frontend",
     "InstanceMatch",
-    "Landed",
     "Link",
     "LocationMatch",
     "LookupAnswer",
     "LookupQuery",
     "MemoryBackend",
-    "Offered",
     "OpenBlob",
+    "ReadResult",
     "Readable",
+    "ReadableRegion",
     "Region",
     "Rope",
-    "Stock",
-    "Stored",
+    "StoreUsage",
     "Transport",
     "Usage",
     "WorkerInfo",

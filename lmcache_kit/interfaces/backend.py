@@ -41,7 +41,7 @@ class OpenBlob(NamedTuple):
     file: Readable
 
 
-class Stored(NamedTuple):
+class BlobRecord(NamedTuple):
     """One of the blobs in a store, without its data, of which there are ``nbytes``."""
 
     key: bytes
@@ -49,7 +49,7 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-class Stock(msgspec.Struct, frozen=True):
+class StoreUsage(msgspec.Struct, frozen=True):
     """How much lies in a store: ``nbytes`` is the room that it takes there, which is at least the
     sum of the data. ``capacity_bytes`` is None where the store has no limit of its own."""
 
@@ -104,13 +104,13 @@ class Backend(ABC):
         BackendError."""
 
     @abstractmethod
-    def scan(self) -> Iterator[Stored]:
+    def scan(self) -> Iterator[BlobRecord]:
         """All blobs, each once, those first that were put first where that is known. One that is
         put or removed meanwhile may come or not; nobody waits until all have come. Raises
         BackendError."""
 
     @abstractmethod
-    def stock(self) -> Stock:
+    def usage(self) -> StoreUsage:
         """How much lies here now. Raises BackendError."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ class EvictionPolicy(ABC):
     The engine tells it what comes, is used and goes, under its lock; it never blocks. Keys of a
     prefix are touched from the last chunk to the first, so that a tail leaves before its head.
 
-    >>> from lmcache_kit.cache.eviction import LRU
+    >>> from lmcache_kit.cache.index.policies import LRU
     >>> policy = LRU()
     >>> policy.added(b"a"); policy.added(b"b"); policy.touched(b"a")
     >>> list(policy.victims())

@@ -77,10 +77,12 @@ class MemoryBackend(ABC):
         """Give a region back. Raises ValueError for one that is not allocated."""
 
     @abstractmethod
-    def clearance(self, nbytes: int, movable: Callable[[Region], bool]) -> Iterable[Region] | None:
+    def eviction_plan(
+        self, nbytes: int, evictable: Callable[[Region], bool]
+    ) -> Iterable[Region] | None:
         """Regions whose release lets ``allocate(nbytes)`` succeed, with as few bytes as can be.
 
-        Only regions for which ``movable`` is true may be named. None only when there is no such
+        Only regions for which ``evictable`` is true may be named. None only when there is no such
         set: the engine asks before it evicts anything, so that nothing is lost in vain, and again
         when eviction in policy order has freed enough bytes in all and none of the holes is large
         enough; this bounds fragmentation.

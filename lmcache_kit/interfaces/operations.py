@@ -57,7 +57,7 @@ class Decompress(_Order, frozen=True, tag="decompress"):
 class Peer(msgspec.Struct, frozen=True):
     """The cache process that a move takes from: ``HOST:PORT``, and which life of it is meant.
     ``seal`` proves to it that the controller wants this move; see
-    :mod:`lmcache_kit.peer.claim`."""
+    :mod:`lmcache_kit.protocol.capability`."""
 
     event_id: str
     url: str

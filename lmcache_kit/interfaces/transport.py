@@ -19,14 +19,14 @@ MAX_ADDRESS_BYTES = 64 * 1024
 """The most that :meth:`Transport.address` and :meth:`Transport.offer` return."""
 
 
-class Offered(NamedTuple):
+class ReadableRegion(NamedTuple):
     """A region that is offered, and the xxh3-64 that its bytes had when they were stored."""
 
     region: Region
     checksum: int
 
 
-class Landed(NamedTuple):
+class ReadResult(NamedTuple):
     """The bytes of region ``number`` are there. ``checksum``: their xxh3-64, if the
     transport computed it from the bytes as they came in; None: the reader has to."""
 
@@ -43,7 +43,7 @@ class Link(ABC):
         """What the bytes go over, in a few words: ``"TCP"``, ``"CMA on one host"``."""
 
     @abstractmethod
-    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[Landed]:
+    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
         """Fill ``into``, regions of our own memory, with what the peer offered, in any order.
 
         Each region is named once, as soon as its bytes are all there. The caller may look at it
@@ -76,7 +76,7 @@ class Transport(ABC):
         """What a peer's :meth:`connect` must know of this side."""
 
     @abstractmethod
-    def offer(self, regions: Sequence[Offered]) -> bytes:
+    def offer(self, regions: Sequence[ReadableRegion]) -> bytes:
         """Let peers read these regions; what they pass to :meth:`Link.read`. It cannot be guessed,
         unless the transport cannot hide memory from its peers at all."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from lmcache_kit.cache.transfers import Transfers
+    from lmcache_kit.cache.memory.transfers import Transfers
 
 log = logging.getLogger(__name__)
 

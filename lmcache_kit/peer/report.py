@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from lmcache_kit.cache.parcels import Forgotten
+from lmcache_kit.cache.descriptors import DeleteResult
 from lmcache_kit.interfaces.operations import Outcome, Progress
 
 if TYPE_CHECKING:
-    from lmcache_kit.peer.intake import Tally
+    from lmcache_kit.peer.chunk_receiver import MoveStats
 
 Stopped = Literal["", "cancelled", "expired"]
 _MAX_REASONS = 3
@@ -19,12 +19,12 @@ _MAX_REASONS = 3
 def outcome(
     tokens: int,
     progress: Progress,
-    tally: Tally | None,
+    tally: MoveStats | None,
     *,
     why: str,
     stopped: Stopped,
     unfit: Mapping[str, int],
-    forgotten: Forgotten,
+    forgotten: DeleteResult,
 ) -> Outcome:
     """``why``: what ended it before it was through. ``unfit`` chunks are not in ``progress``."""
     said = [why] if why else []
@@ -40,7 +40,7 @@ def outcome(
 
 
 def _remarks(
-    progress: Progress, tally: Tally | None, unfit: Mapping[str, int], forgotten: Forgotten
+    progress: Progress, tally: MoveStats | None, unfit: Mapping[str, int], forgotten: DeleteResult
 ) -> Iterator[str]:
     chunks = progress.chunks
     for reason, count in unfit.items():
@@ -66,7 +66,7 @@ def _remarks(
         yield kept
 
 
-def kept_chunks(forgotten: Forgotten) -> str:
+def kept_chunks(forgotten: DeleteResult) -> str:
     """What the source did not forget, and why; empty if it forgot all."""
     kept = [
         f"{forgotten.pinned} that are pinned" if forgotten.pinned else "",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_kit.errors import KitError, PluginNotFound, TransportError
 from lmcache_kit.interfaces import Transport
-from lmcache_kit.peer.choice import AUTO, candidates
-from lmcache_kit.peer.wire import Address
+from lmcache_kit.peer.selection import AUTO, candidates
 from lmcache_kit.plugins.options import validated
+from lmcache_kit.protocol.peer import Address
 from lmcache_kit.specs import TransportSpec
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 The only package that touches pluggy and entry points, beside the hook specs themselves.
 """
 
-from lmcache_kit.plugins.facade import BUILTIN_POLICIES, FIRST_PARTY, Plugins
 from lmcache_kit.plugins.records import Failure, Offer, PluginInfo
+from lmcache_kit.plugins.registry import BUILTIN_POLICIES, FIRST_PARTY, Plugins
 
 __all__ = ["BUILTIN_POLICIES", "FIRST_PARTY", "Failure", "Offer", "PluginInfo", "Plugins"]

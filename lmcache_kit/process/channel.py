@@ -20,8 +20,9 @@ import weakref
 from typing import TypeAlias
 
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable, ProtocolError
-from lmcache_kit.process import paths, protocol
-from lmcache_kit.process.protocol import HEADER, Answer, Failed, Hello, Request, Welcome
+from lmcache_kit.process import paths
+from lmcache_kit.protocol import local as protocol
+from lmcache_kit.protocol.local import HEADER, Answer, Failed, Hello, Request, Welcome
 
 GIVE_UP_S = 30.0
 """An answer this late will not come: the connection is closed and made anew."""

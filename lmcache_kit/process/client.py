@@ -24,9 +24,9 @@ import msgspec
 from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.errors import CacheUnavailable, ConfigError, KitError, PluginError, ProtocolError
 from lmcache_kit.keys import ChunkKey
-from lmcache_kit.process import protocol
 from lmcache_kit.process.channel import Channel, Pending, greet
-from lmcache_kit.process.protocol import Answer, Failed, Found, Hello, Request, Stats, Welcome
+from lmcache_kit.protocol import local as protocol
+from lmcache_kit.protocol.local import Answer, Failed, Found, Hello, Request, Stats, Welcome
 
 logger = logging.getLogger(__name__)
 

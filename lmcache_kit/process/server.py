@@ -1,4 +1,4 @@
-"""The server: answers :mod:`~lmcache_kit.process.protocol` on a Unix socket, from one engine.
+"""The server: answers :mod:`~lmcache_kit.protocol.local` on a Unix socket, from one engine.
 
 An owner of leases and unfinished stores is a connection: when it ends, however it ends, they go.
 Whatever a connection sends, the worst that it brings about is its own end.
@@ -15,10 +15,11 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.errors import KitError, ProtocolError
-from lmcache_kit.process import paths, protocol, waiting
-from lmcache_kit.process.protocol import HEADER, Failed, Hello, Stats, Welcome
+from lmcache_kit.process import lookups, paths
+from lmcache_kit.protocol import local as protocol
+from lmcache_kit.protocol.local import HEADER, Failed, Hello, Stats, Welcome
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
@@ -39,7 +40,7 @@ class CacheServer:
     """Serves one engine to the clients of a listening socket.
 
     ``linger_s``: how long to go on without a client, None for ever. ``settings``: what it was
-    started with (see :class:`~lmcache_kit.process.protocol.Hello`). ``on_hello`` hears of each
+    started with (see :class:`~lmcache_kit.protocol.local.Hello`). ``on_hello`` hears of each
     client, on the server's thread; ``more_stats`` adds to the figures.
     """
 
@@ -115,7 +116,7 @@ class CacheServer:
     def stop_from_thread(self) -> None:
         """End :meth:`serve`; from any thread, at any time."""
         if self._loop is not None:
-            waiting.soon(self._loop, self.stop)
+            lookups.soon(self._loop, self.stop)
 
     def welcome(self, connection: _Connection, hello: Hello) -> Welcome | Failed:
         """Answer to a Hello."""
@@ -312,7 +313,7 @@ class _Connection(asyncio.Protocol):
             if not self._transport.is_closing():
                 self._transport.write(protocol.encode(request_id, self._found(match)))
 
-        match = waiting.look_up(self._server.engine, request, self, answer)
+        match = lookups.look_up(self._server.engine, request, self, answer)
         return None if match is None else self._found(match)
 
     def _found(self, match: Match) -> protocol.Found:
@@ -347,7 +348,9 @@ class _Connection(asyncio.Protocol):
                     request.chunk_size,
                     request.items,
                     self,
-                    Form(hello.layout, hello.rope, hello.first_head) if hello.layout else None,
+                    RankLayout(hello.layout, hello.rope, hello.first_head)
+                    if hello.layout
+                    else None,
                 )
                 answer = protocol.Allocated(tuple(grants))
             case protocol.Commit():

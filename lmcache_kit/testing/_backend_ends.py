@@ -68,7 +68,7 @@ class EndingTests(BackendTests):
         assert second.get(key_of(4)) is None
         told = {stored.key: (stored.meta, stored.nbytes) for stored in second.scan()}
         assert told == {key: (meta, len(data)) for key, (meta, data) in wanted.items()}
-        assert second.stock().entries == len(wanted)
+        assert second.usage().entries == len(wanted)
 
     def test_what_was_put_is_there_after_a_kill(self, opened: MakeBackend) -> None:
         """All that ``put`` has returned for, though nothing was closed."""
@@ -87,7 +87,7 @@ class EndingTests(BackendTests):
             found = plain(again.get(key_of(number)))
             assert found == ((b"other", b"again") if number == 3 else wanted)
         assert {stored.key for stored in again.scan()} == {key_of(number) for number in range(20)}
-        assert again.stock().entries == 20
+        assert again.usage().entries == 20
 
     def test_those_that_were_put_first_are_told_first_after_a_restart(
         self, opened: MakeBackend
@@ -108,9 +108,9 @@ class EndingTests(BackendTests):
         first = opened()
         for number in range(5):
             put(first, key_of(number), bytes_of(100_000))
-        before = first.stock()
+        before = first.usage()
         first.close()
-        assert opened().stock() == before
+        assert opened().usage() == before
 
     def test_a_blob_that_was_got_outlives_the_backend(self, backend: Backend) -> None:
         put(backend, key_of(1), bytes_of(2_000_000))
@@ -131,7 +131,7 @@ class EndingTests(BackendTests):
             "contains": lambda: backend.contains([key_of(1)]),
             "remove": lambda: backend.remove([key_of(1)]),
             "scan": lambda: list(backend.scan()),
-            "stock": backend.stock,
+            "stock": backend.usage,
         }
         answered = []
         for name, call in calls.items():

@@ -68,7 +68,7 @@ class ThreadTests(BackendTests):
         assert {key: plain(backend.get(key)) for key in wanted} == {
             key: (b"meta", data) for key, data in wanted.items()
         }
-        assert backend.stock().entries == len(wanted)
+        assert backend.usage().entries == len(wanted)
 
     def test_a_reader_gets_a_blob_whole_while_it_is_replaced(self, backend: Backend) -> None:
         """Meta and data of one put, never a mixture or a part."""
@@ -121,7 +121,7 @@ class ThreadTests(BackendTests):
         told = {stored.key: (stored.meta, stored.nbytes) for stored in backend.scan()}
         assert told == {key: (meta, len(data)) for key, (meta, data) in there.items()}
         assert backend.contains(keys) == [key in there for key in keys]
-        assert backend.stock().entries == len(there)
+        assert backend.usage().entries == len(there)
 
     def test_a_blob_that_is_read_outlives_its_removal(self, backend: Backend) -> None:
         put(backend, key_of(1), bytes_of(2_000_000))
@@ -173,7 +173,7 @@ class ThreadTests(BackendTests):
         def work(thread: int) -> None:
             for number in range(10):
                 backend.put(key_of(100 * thread + number), b"meta", [memoryview(bytes(size))])
-                stock = backend.stock()
+                stock = backend.usage()
                 assert stock.capacity_bytes is not None
                 assert stock.nbytes <= stock.capacity_bytes
 

@@ -12,7 +12,7 @@ from typing import ClassVar, TypeAlias
 import pytest
 
 from lmcache_kit.errors import TransferTimeout, TransportError
-from lmcache_kit.interfaces import Link, Offered, Region
+from lmcache_kit.interfaces import Link, ReadableRegion, Region
 from lmcache_kit.testing._bytes import Bytes
 from lmcache_kit.testing.hosts import Host, MakeTransport, Stall, Wire, cut, flip
 from lmcache_kit.testing.suite import Suite
@@ -183,7 +183,7 @@ class FailingTests(TransportTests):
         if offset == 1:
             offset = len(source.memory) - 50
         with pytest.raises((TransportError, ValueError)):
-            source.transport.offer([Offered(Region(offset, 100), 0)])
+            source.transport.offer([ReadableRegion(Region(offset, 100), 0)])
 
     def test_a_link_survives_a_refusal_or_says_that_it_is_over(
         self, source: Host, sink: Host, link: Link

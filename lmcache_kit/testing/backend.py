@@ -45,7 +45,7 @@ class BackendSuite(ThreadTests, EndingTests):
     def test_a_new_one_is_empty(self, backend: Backend) -> None:
         self.is_empty(backend, [key_of(1), bytes(16)])
         assert list(backend.scan()) == []
-        assert backend.stock().entries == 0
+        assert backend.usage().entries == 0
 
     @pytest.mark.parametrize("nbytes", [1, 2, 100, 4095, 4096, 4097, 100_000, 3 * MIB + 1])
     def test_a_blob_comes_back_as_it_was(self, backend: Backend, nbytes: int) -> None:
@@ -113,7 +113,7 @@ class BackendSuite(ThreadTests, EndingTests):
             put(backend, key_of(1), bytes_of(nbytes), meta)
             assert plain(backend.get(key_of(1))) == (meta, bytes_of(nbytes))
         assert [stored.key for stored in backend.scan()] == [key_of(1)]
-        assert backend.stock().entries == 1
+        assert backend.usage().entries == 1
 
     def test_what_is_not_there_is_none(self, backend: Backend) -> None:
         put(backend, key_of(1), b"data")
@@ -169,7 +169,7 @@ class BackendSuite(ThreadTests, EndingTests):
         gone = [key_of(number) for number in (0, 3, 9)]
         backend.remove(gone)
         self.is_empty(backend, gone)
-        assert backend.stock().entries == 7
+        assert backend.usage().entries == 7
         for number in (1, 2, 4, 5, 6, 7, 8):
             assert plain(backend.get(key_of(number))) == (b"meta", bytes_of(1000, number))
 
@@ -178,7 +178,7 @@ class BackendSuite(ThreadTests, EndingTests):
         backend.remove([])
         backend.remove([key_of(2), key_of(1), key_of(1), key_of(3)])
         backend.remove([key_of(1)])
-        assert backend.stock().entries == 0
+        assert backend.usage().entries == 0
 
     def test_what_was_removed_can_be_put_again(self, backend: Backend) -> None:
         put(backend, key_of(1), b"old")
@@ -218,13 +218,13 @@ class BackendSuite(ThreadTests, EndingTests):
         for number in range(10):
             put(backend, key_of(number), bytes_of(10_000 * number))
             total += 10_000 * number
-            stock = backend.stock()
+            stock = backend.usage()
             assert stock.entries == number + 1
             assert stock.nbytes >= total
         put(backend, key_of(9), bytes_of(5))
-        assert backend.stock().entries == 10
+        assert backend.usage().entries == 10
         backend.remove([key_of(number) for number in range(10)])
-        assert backend.stock().entries == 0
+        assert backend.usage().entries == 0
 
     def test_room_comes_back_with_what_is_removed(self, backend: Backend) -> None:
         room = self.needs_bound()
@@ -236,8 +236,8 @@ class BackendSuite(ThreadTests, EndingTests):
             there = [stored.key for stored in backend.scan()]
             assert there, "nothing at all found room"
             backend.remove(there)
-            assert backend.stock().entries == 0
-            left.append(backend.stock().nbytes)
+            assert backend.usage().entries == 0
+            left.append(backend.usage().nbytes)
         assert left[2] <= left[0], "it counts more and more of what is not there"
 
     def test_what_does_not_fit_is_refused_and_changes_nothing(self, backend: Backend) -> None:
@@ -248,13 +248,13 @@ class BackendSuite(ThreadTests, EndingTests):
                 assert backend.put(key, b"meta", [memoryview(bytes(nbytes))]) is False
         assert plain(backend.get(key_of(1))) == (b"meta", bytes_of(MIB))
         assert backend.contains([key_of(1), key_of(2)]) == [True, False]
-        assert backend.stock().entries == 1
+        assert backend.usage().entries == 1
 
     def test_it_never_takes_more_room_than_it_has(self, backend: Backend) -> None:
         self.needs_bound()
         for number in range(200):
             backend.put(key_of(number), b"meta", [memoryview(bytes((number % 7) * MIB // 2))])
-            stock = backend.stock()
+            stock = backend.usage()
             assert stock.capacity_bytes is not None, "it has a limit and does not say so"
             assert stock.nbytes <= stock.capacity_bytes
             if number % 5 == 0:

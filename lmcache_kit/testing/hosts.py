@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.interfaces import Link, Offered, Region, Transport
+from lmcache_kit.interfaces import Link, ReadableRegion, Region, Transport
 from lmcache_kit.testing._bytes import Bytes
 
 MakeTransport: TypeAlias = Callable[[memoryview], Transport]
@@ -73,7 +73,7 @@ class Host:
 
     def offer(self, regions: Sequence[Region]) -> bytes:
         """Offer them with their checksums."""
-        return self.transport.offer([Offered(each, self.checksum(each)) for each in regions])
+        return self.transport.offer([ReadableRegion(each, self.checksum(each)) for each in regions])
 
     def bytes_of(self, region: Region) -> Bytes:
         return Bytes(self.memory[region.offset : region.offset + region.nbytes])

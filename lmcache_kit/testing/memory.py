@@ -153,19 +153,19 @@ class MemoryBackendSuite(Suite):
     # Clearance.
 
     @pytest.mark.parametrize("seed", range(12))
-    def test_clearance_makes_room_whenever_it_can_be_made(
+    def test_eviction_plan_makes_room_whenever_it_can_be_made(
         self, make: Callable[[], MemoryBackend], seed: int
     ) -> None:
-        """None means that even moving all that is movable would not do."""
+        """None means that even moving all that is evictable would not do."""
         draw = random.Random(seed)
-        memory, movable = self._scattered(make(), draw), set[Region]()
+        memory, evictable = self._scattered(make(), draw), set[Region]()
         with memory:
-            movable |= {region for region in memory.live if draw.random() < 0.7}
+            evictable |= {region for region in memory.live if draw.random() < 0.7}
             wanted = draw.choice([5000, 2 * _EIGHTH, 3 * _EIGHTH, 5 * _EIGHTH])
             before = memory.backend.usage()
-            named = memory.backend.clearance(wanted, movable.__contains__)
-            leave = movable if named is None else set(named)
-            assert leave <= movable, "it names regions that must stay, or are not allocated"
+            named = memory.backend.eviction_plan(wanted, evictable.__contains__)
+            leave = evictable if named is None else set(named)
+            assert leave <= evictable, "it names regions that must stay, or are not allocated"
             assert memory.backend.usage() == before, "asking changed something"
             for region in leave:
                 memory.free(region)
@@ -173,7 +173,7 @@ class MemoryBackendSuite(Suite):
             assert (made is None) == (named is None), f"named {named}, and then got {made}"
 
     @pytest.mark.parametrize("seed", range(4))
-    def test_clearance_names_nothing_in_vain(
+    def test_eviction_plan_names_nothing_in_vain(
         self, make: Callable[[], MemoryBackend], seed: int
     ) -> None:
         def scattered() -> Checked:
@@ -181,7 +181,7 @@ class MemoryBackendSuite(Suite):
 
         wanted = 3 * _EIGHTH
         with scattered() as memory:
-            named = list(memory.backend.clearance(wanted, lambda _: True) or ())
+            named = list(memory.backend.eviction_plan(wanted, lambda _: True) or ())
         for kept in named:
             with scattered() as memory:
                 for region in named:
@@ -189,16 +189,16 @@ class MemoryBackendSuite(Suite):
                         memory.free(region)
                 assert memory.backend.allocate(wanted) is None, f"{kept} need not have gone"
 
-    def test_clearance_of_what_fits_already_names_nothing(self, memory: MemoryBackend) -> None:
+    def test_eviction_plan_of_what_fits_already_names_nothing(self, memory: MemoryBackend) -> None:
         memory.allocate(_EIGHTH)
-        named = memory.clearance(_EIGHTH, lambda _: True)
+        named = memory.eviction_plan(_EIGHTH, lambda _: True)
         assert named is not None
         assert list(named) == []
 
-    def test_clearance_of_more_than_there_is_is_none(self, memory: MemoryBackend) -> None:
+    def test_eviction_plan_of_more_than_there_is_is_none(self, memory: MemoryBackend) -> None:
         self._fill(memory)
-        assert memory.clearance(memory.usage().capacity_bytes + 1, lambda _: True) is None
-        assert memory.clearance(_EIGHTH, lambda _: False) is None
+        assert memory.eviction_plan(memory.usage().capacity_bytes + 1, lambda _: True) is None
+        assert memory.eviction_plan(_EIGHTH, lambda _: False) is None
 
     # The bytes.
 

@@ -231,7 +231,7 @@ def open_pages(
 
 
 def _scheduler_side(config: KitConfig, model: Model, transfer: Any) -> SchedulerSide:
-    from lmcache_kit.process.life import open_client
+    from lmcache_kit.service.launch import open_client
 
     client = open_client(
         config,
@@ -250,9 +250,9 @@ def _scheduler_side(config: KitConfig, model: Model, transfer: Any) -> Scheduler
 
 
 def _worker_side(config: KitConfig, model: Model, rank: int) -> WorkerSide:
-    from lmcache_kit.cache.entries import Form
-    from lmcache_kit.process.life import open_client
-    from lmcache_kit.vllm.rotation import loaded_rotation
+    from lmcache_kit.cache.index.entries import RankLayout
+    from lmcache_kit.service.launch import open_client
+    from lmcache_kit.vllm.rope import loaded_rotation
 
     # Ranks beyond the number of heads repeat them.
     first_head = rank * model.namespace.layout.kv_heads // model.world_size
@@ -262,7 +262,7 @@ def _worker_side(config: KitConfig, model: Model, rank: int) -> WorkerSide:
         rank=rank,
         world_size=model.world_size,
         namespace=model.namespace,
-        form=Form(model.layout, loaded_rotation(), first_head),
+        form=RankLayout(model.layout, loaded_rotation(), first_head),
         wait_ready=config.cache_process != "attach",
     )
     return WorkerSide(

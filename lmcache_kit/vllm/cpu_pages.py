@@ -12,7 +12,7 @@ from xxhash import xxh3_64
 from lmcache_kit.errors import UnsupportedModel
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.vllm import kernels
-from lmcache_kit.vllm.learn import Side, Writer, learn_page
+from lmcache_kit.vllm.page_layout import Side, Writer, learn_page
 from lmcache_kit.vllm.pages import Pages, Piece
 
 _UNSIGNED = {2: np.uint16, 4: np.uint32}

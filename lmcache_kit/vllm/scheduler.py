@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from lmcache_kit.process.client import PendingLookup
-    from lmcache_kit.process.protocol import Found
+    from lmcache_kit.protocol.local import Found
     from lmcache_kit.vllm.model import Model
 
 _log = logging.getLogger("vllm.lmcache_kit")

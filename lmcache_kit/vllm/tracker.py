@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from lmcache_kit.keys import Namespace
     from lmcache_kit.process.client import PendingLookup
-    from lmcache_kit.process.protocol import Found
+    from lmcache_kit.protocol.local import Found
 
 SKIP_SAVE = "lmcache.skip_save"
 TAG_PREFIX = "lmcache.tag."

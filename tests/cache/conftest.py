@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region, Usage
 from tests.cache.stores import Cache, Dict, MakeCache
 
@@ -43,7 +43,9 @@ class FakeMemory(MemoryBackend):
     def free(self, region: Region) -> None:
         self._regions.remove(region)
 
-    def clearance(self, nbytes: int, movable: Callable[[Region], bool]) -> Iterable[Region] | None:
+    def eviction_plan(
+        self, nbytes: int, evictable: Callable[[Region], bool]
+    ) -> Iterable[Region] | None:
         best: tuple[int, list[Region]] | None = None
         for start in range(len(self._bytes) - nbytes + 1):
             inside = [
@@ -52,7 +54,7 @@ class FakeMemory(MemoryBackend):
                 if region.offset < start + nbytes and region.offset + region.nbytes > start
             ]
             cost = sum(region.nbytes for region in inside)
-            if all(movable(region) for region in inside) and (best is None or cost < best[0]):
+            if all(evictable(region) for region in inside) and (best is None or cost < best[0]):
                 best = (cost, inside)
         return best[1] if best else None
 

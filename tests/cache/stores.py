@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.cache.tier import Tier
+from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.errors import BackendError, ConfigError
-from lmcache_kit.interfaces import Backend, Blob, Region, Stock, Stored
+from lmcache_kit.interfaces import Backend, Blob, BlobRecord, Region, StoreUsage
 from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import chain, pack_tokens
 
@@ -69,15 +69,15 @@ class Dict(Backend):
         for key in keys:
             self.blobs.pop(key, None)
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self) -> Iterator[BlobRecord]:
         self._call("scan")
         for key, (meta, data) in list(self.blobs.items()):
-            yield Stored(key, meta, len(data))
+            yield BlobRecord(key, meta, len(data))
 
-    def stock(self) -> Stock:
+    def usage(self) -> StoreUsage:
         self._call("stock")
         held = sum(len(data) for _, data in self.blobs.values())
-        return Stock(len(self.blobs), held, self.capacity)
+        return StoreUsage(len(self.blobs), held, self.capacity)
 
     def close(self) -> None:
         self.closed = True
@@ -105,7 +105,7 @@ class Cache:
         self.engine = make_engine(memory)
         self.stores = stores
         self.tiers = [
-            Tier(store, LRU(), location=name, get_codec=get_codec, clock=clock)
+            StoreTier(store, LRU(), location=name, get_codec=get_codec, clock=clock)
             for name, store in zip("ABC", stores, strict=False)
         ]
         self.below = self.engine.attach(self.tiers, get_codec)

@@ -8,7 +8,7 @@ from typing import Protocol
 import pytest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import FIFO, LRU
+from lmcache_kit.cache.index.policies import FIFO, LRU
 from lmcache_kit.cache.records import Grant, Match, StoredChunk, StoreItem
 from lmcache_kit.keys import ChunkKey, chain, pack_tokens
 

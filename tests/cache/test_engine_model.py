@@ -23,10 +23,10 @@ from hypothesis.stateful import (
 )
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.builtin import make_eviction_policy
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.entries import Form
-from lmcache_kit.cache.lookups import Search
+from lmcache_kit.cache.index.builtin_policies import make_eviction_policy
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.lookup import Search
 from lmcache_kit.cache.records import Selected, StoredChunk, StoreItem
 from lmcache_kit.interfaces import BlobInfo, ChunkInfo, Codec, MemoryBackend, Region
 from lmcache_kit.interfaces.codec import Buffer
@@ -224,7 +224,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         )
         self.listener = Listener()
         assert self.engine.subscribe(self.listener) == []
-        self.form = Form(KVLayout("float8_e4m3", 1, 1, self.unit, "mla"))
+        self.form = RankLayout(KVLayout("float8_e4m3", 1, 1, self.unit, "mla"))
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):

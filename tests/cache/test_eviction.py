@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache_kit.cache.builtin import make_eviction_policy
-from lmcache_kit.cache.eviction import FIFO, LFU, LRU
+from lmcache_kit.cache.index.builtin_policies import make_eviction_policy
+from lmcache_kit.cache.index.policies import FIFO, LFU, LRU
 from lmcache_kit.interfaces import EvictionPolicy
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lmcache_kit.cache.fetching import AHEAD
+from lmcache_kit.cache.tiers.tier_reader import AHEAD
 from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces import Blob, OpenBlob
 from tests.cache.stores import Cache, Dict, MakeCache, keys

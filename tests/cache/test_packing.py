@@ -10,9 +10,9 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.entries import Form
-from lmcache_kit.cache.eviction import LRU
-from lmcache_kit.cache.packing import Recoded
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.index.policies import LRU
+from lmcache_kit.cache.memory.transcoding import Transcoded
 from lmcache_kit.cache.records import Located, Match, StoredChunk, StoreItem
 from lmcache_kit.interfaces import ChunkInfo, MemoryBackend, Region, Rope
 from lmcache_kit.keys import ChunkKey, chain, pack_tokens
@@ -21,7 +21,7 @@ from tests.cache.codecs import Zip
 
 SPACE = bytes(range(32))
 CHUNK = 4
-FORM = Form(KVLayout("float8_e4m3", 25, 1, 1, "mla"), Rope(2), 3)
+FORM = RankLayout(KVLayout("float8_e4m3", 25, 1, 1, "mla"), Rope(2), 3)
 """25 bytes a token, so 100 a chunk."""
 
 
@@ -37,7 +37,7 @@ class Cache:
             loaders=ThreadPoolExecutor(2),
         )  # fmt: skip
 
-    def store(self, tokens: Sequence[int], world: int = 1, form: Form | None = FORM) -> None:
+    def store(self, tokens: Sequence[int], world: int = 1, form: RankLayout | None = FORM) -> None:
         packed = pack_tokens(tokens)
         for rank in range(world):
             items = [
@@ -56,10 +56,10 @@ class Cache:
                     written.append((grant.ticket, xxh3_64_intdigest(payload)))
             assert self.engine.commit(written, "worker") == len(written)
 
-    def pack(self, tokens: Sequence[int]) -> list[Recoded]:
+    def pack(self, tokens: Sequence[int]) -> list[Transcoded]:
         return [self.engine.pack(key, "zip", self.codec) for key in keys_of(tokens)]
 
-    def unpack(self, tokens: Sequence[int]) -> list[Recoded]:
+    def unpack(self, tokens: Sequence[int]) -> list[Transcoded]:
         return [self.engine.unpack(key, "zip") for key in keys_of(tokens)]
 
     def find(self, tokens: Sequence[int], world: int = 1, wait_s: float = 20) -> Match:
@@ -173,7 +173,7 @@ def test_two_readers_share_a_decoded_copy(cache: Cache) -> None:
 def test_encoding_twice_is_fine_and_says_so(cache: Cache) -> None:
     cache.store(range(4))
     cache.pack(range(4))
-    assert cache.pack(range(4)) == [Recoded("already")]
+    assert cache.pack(range(4)) == [Transcoded("already")]
     assert cache.stat("encoded_chunks_total") == 1
 
 
@@ -182,8 +182,8 @@ def test_a_chunk_that_is_encoded_otherwise_is_left_so(cache: Cache) -> None:
     cache.pack(range(4))
     [key] = keys_of(range(4))
     why = "it is encoded with zip"
-    assert cache.engine.pack(key, "other", cache.codec) == Recoded("failed", why)
-    assert cache.engine.unpack(key, "other") == Recoded("failed", why)
+    assert cache.engine.pack(key, "other", cache.codec) == Transcoded("failed", why)
+    assert cache.engine.unpack(key, "other") == Transcoded("failed", why)
 
 
 def test_decoding_for_good_is_the_reverse(cache: Cache) -> None:
@@ -193,7 +193,7 @@ def test_decoding_for_good_is_the_reverse(cache: Cache) -> None:
     assert [(each.status, each.bytes_after) for each in results] == [("done", 100)] * 2
     assert cache.stat("allocated_bytes") == 200
     assert cache.hit(range(8), wait_s=0) == 8
-    assert cache.unpack(range(8)) == [Recoded("already")] * 2
+    assert cache.unpack(range(8)) == [Transcoded("already")] * 2
 
 
 def test_decoding_for_good_keeps_a_copy_that_readers_have(cache: Cache) -> None:
@@ -257,7 +257,7 @@ def test_only_one_operation_at_a_time_is_at_work_on_a_chunk(cache: Cache) -> Non
     packing = Thread(target=cache.pack, args=(range(4),))
     packing.start()
     assert cache.codec.begun.acquire(timeout=20)
-    assert cache.pack(range(4)) == [Recoded("failed", "another operation is at work on it")]
+    assert cache.pack(range(4)) == [Transcoded("failed", "another operation is at work on it")]
     cache.codec.gate.set()
     packing.join()
 
@@ -266,7 +266,7 @@ def test_only_one_operation_at_a_time_is_at_work_on_a_chunk(cache: Cache) -> Non
 def test_a_chunk_that_goes_while_it_is_encoded_is_gone(cache: Cache, end: str) -> None:
     cache.store(range(4))
     cache.codec.gate.clear()
-    results: list[Recoded] = []
+    results: list[Transcoded] = []
     packing = Thread(target=lambda: results.extend(cache.pack(range(4))))
     packing.start()
     assert cache.codec.begun.acquire(timeout=20)
@@ -276,7 +276,7 @@ def test_a_chunk_that_goes_while_it_is_encoded_is_gone(cache: Cache, end: str) -
         cache.engine.drop_corrupt(keys_of(range(4))[0])
     cache.codec.gate.set()
     packing.join()
-    assert results == [Recoded("gone")]
+    assert results == [Transcoded("gone")]
     assert cache.stat("allocated_bytes") == 0
 
 
@@ -436,7 +436,7 @@ def test_pinned_bytes_shrink_and_never_grow_over_the_budget(make_cache: MakeCach
 def test_a_codec_that_cannot_hold_its_bound_leaves_the_chunk_raw(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.fail = ValueError("the error would be 3 times the bound")
-    assert cache.pack(range(4)) == [Recoded("failed", "the error would be 3 times the bound")]
+    assert cache.pack(range(4)) == [Transcoded("failed", "the error would be 3 times the bound")]
     assert cache.hit(range(4), wait_s=0) == 4
     assert cache.stat("encode_failed_total") == 1
 
@@ -444,7 +444,7 @@ def test_a_codec_that_cannot_hold_its_bound_leaves_the_chunk_raw(cache: Cache) -
 def test_a_codec_with_a_bug_leaves_the_chunk_raw(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.fail = RuntimeError("bug")
-    assert cache.pack(range(4)) == [Recoded("failed", "RuntimeError: bug")]
+    assert cache.pack(range(4)) == [Transcoded("failed", "RuntimeError: bug")]
     cache.codec.fail = None
     assert [each.status for each in cache.pack(range(4))] == ["done"]
 
@@ -453,32 +453,36 @@ def test_what_does_not_get_smaller_stays_raw(cache: Cache) -> None:
     cache.store([1])
     [first] = keys_of([1])
     cache.codec.encode = lambda payload, chunk: bytes(25)  # type: ignore[method-assign]
-    assert cache.engine.pack(first, "zip", cache.codec) == Recoded(
+    assert cache.engine.pack(first, "zip", cache.codec) == Transcoded(
         "failed", "it would not get smaller"
     )
 
 
 def test_chunks_of_ranks_that_do_not_say_what_they_store_stay_raw(cache: Cache) -> None:
     cache.store(range(4), form=None)
-    assert cache.pack(range(4)) == [Recoded("failed", "rank 0 has not said what its payloads are")]
+    assert cache.pack(range(4)) == [
+        Transcoded("failed", "rank 0 has not said what its payloads are")
+    ]
 
 
 def test_payloads_of_an_unknown_type_stay_raw(cache: Cache) -> None:
-    cache.store(range(4), form=Form(KVLayout("int3", 25, 1, 1, "mla")))
-    assert cache.pack(range(4)) == [Recoded("failed", "rank 0 stores 'int3', which is not known")]
+    cache.store(range(4), form=RankLayout(KVLayout("int3", 25, 1, 1, "mla")))
+    assert cache.pack(range(4)) == [
+        Transcoded("failed", "rank 0 stores 'int3', which is not known")
+    ]
 
 
 def test_payloads_that_do_not_fit_their_layout_stay_raw(cache: Cache) -> None:
-    cache.store(range(4), form=Form(KVLayout("bfloat16", 1, 1, 8)))
+    cache.store(range(4), form=RankLayout(KVLayout("bfloat16", 1, 1, 8)))
     why = "rank 0 stored 100 bytes, and 128 are 4 tokens of its layout"
-    assert cache.pack(range(4)) == [Recoded("failed", why)]
+    assert cache.pack(range(4)) == [Transcoded("failed", why)]
 
 
 def test_a_raw_chunk_that_is_corrupt_is_dropped_instead_of_encoded(cache: Cache) -> None:
     cache.store(range(4))
     cache.memory.view(Region(7, 1))[:] = b"\xff"
     why = "the bytes do not match their checksum"
-    assert cache.pack(range(4)) == [Recoded("failed", why)]
+    assert cache.pack(range(4)) == [Transcoded("failed", why)]
     assert cache.hit(range(4)) == 0
     assert cache.stat("corrupt_total") == 1
     assert cache.stat("allocated_bytes") == 0
@@ -506,8 +510,8 @@ def test_a_codec_with_a_bug_is_a_miss_for_the_reader_and_no_loss(cache: Cache) -
 
 
 def test_a_chunk_that_is_not_there_is_gone(cache: Cache) -> None:
-    assert cache.pack(range(4)) == [Recoded("gone")]
-    assert cache.unpack(range(4)) == [Recoded("gone")]
+    assert cache.pack(range(4)) == [Transcoded("gone")]
+    assert cache.unpack(range(4)) == [Transcoded("gone")]
 
 
 def test_a_reader_who_comes_while_a_chunk_is_decoded_for_good_shares_the_copy(

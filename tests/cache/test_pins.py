@@ -7,8 +7,8 @@ from typing import Protocol
 
 import pytest
 
-from lmcache_kit.cache import pins
 from lmcache_kit.cache.engine import CacheEngine
+from lmcache_kit.cache.index import pins
 from lmcache_kit.cache.records import Selected, StoreItem
 from lmcache_kit.keys import chain, pack_tokens
 

@@ -11,8 +11,8 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.entries import Form
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.interfaces import MemoryBackend, Region
 from lmcache_kit.keys import chain, pack_tokens
@@ -21,7 +21,7 @@ from tests.cache.codecs import Zip
 
 SPACE = bytes(range(32))
 CHUNK = 4
-FORM = Form(KVLayout("float8_e4m3", 32, 1, 1, "mla"))
+FORM = RankLayout(KVLayout("float8_e4m3", 32, 1, 1, "mla"))
 THREADS = 4
 OPERATIONS = 2500
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_kit.cache.fetching import Fetcher
+from lmcache_kit.cache.tiers.tier_reader import TierReader
 from lmcache_kit.errors import BackendError
 from lmcache_kit.keys import pack_tokens
 from tests.cache.conftest import Clock
@@ -329,13 +329,13 @@ def test_lookups_of_the_same_prompt_at_once_find_all_of_it(
     cache = make(Dict(), memory=2000)
     cache.store(range(40))
     cache.forget_memory()
-    fill = Fetcher._fill
+    fill = TierReader._fill
 
     def slowly(*call: Any) -> str:
         threading.Event().wait(0.01)
         return fill(*call)
 
-    monkeypatch.setattr(Fetcher, "_fill", slowly)
+    monkeypatch.setattr(TierReader, "_fill", slowly)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda _: cache.hit(range(40)), range(8))) == [40] * 8
     assert cache.stat("recalled_chunks_total") == 10

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.errors import BackendError
 from tests.cache.conftest import Clock, FakeMemory
 from tests.cache.stores import Cache, Dict, SharedDict

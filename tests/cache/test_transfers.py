@@ -7,8 +7,14 @@ from typing import Protocol
 
 import pytest
 
+from lmcache_kit.cache.descriptors import (
+    ChunkDescriptor,
+    DeleteResult,
+    Encoding,
+    NamespaceInfo,
+    Reservation,
+)
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.parcels import Forgotten, Landing, Packing, Parcel, SpaceInfo
 from lmcache_kit.cache.records import Extent, StoreItem
 from lmcache_kit.errors import PluginNotFound
 from lmcache_kit.interfaces.codec import ChunkInfo, Codec
@@ -52,7 +58,7 @@ def keys(tokens: Sequence[int]) -> list[bytes]:
 
 def receive(
     engine: CacheEngine, source: CacheEngine, tokens: Sequence[int], owner: str = "move"
-) -> list[Landing]:
+) -> list[Reservation]:
     """Room for what the source lends of a prompt."""
     lease, parcels = source.transfers.lend(keys(tokens), "peer")
     spaces = {space.digest: space for space in source.spaces([SPACE])}
@@ -61,16 +67,16 @@ def receive(
     return landings
 
 
-def one(**changes: object) -> Parcel:
+def one(**changes: object) -> ChunkDescriptor:
     """A parcel of four tokens that is all right."""
     packed = pack_tokens([1, 2, 3, 4])
-    parcel = Parcel(
+    parcel = ChunkDescriptor(
         chunk_key(SPACE, SPACE[:16], packed), SPACE, SPACE[:16], packed, 0, (Extent(0, 40, 7),)
     )
     return parcel._replace(**changes)
 
 
-SPACES = {SPACE: SpaceInfo(SPACE, CHUNK, 1, ())}
+SPACES = {SPACE: NamespaceInfo(SPACE, CHUNK, 1, ())}
 
 
 def test_what_is_lent_stays_until_it_is_given_back(make_engine: MakeEngine) -> None:
@@ -203,9 +209,9 @@ def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEng
     engine.pin([SPACE], pack_tokens(range(100, 104)), "p")
     engine.anchors.add(keys(range(200, 204)), "another move")
     asked = [*keys(range(4)), *keys(range(100, 108)), *keys(range(200, 204)), bytes(16)]
-    assert engine.forget(asked) == Forgotten(1, pinned=1, followed=1, in_use=1)
+    assert engine.forget(asked) == DeleteResult(1, pinned=1, followed=1, in_use=1)
     assert [hit(engine, range(s, s + 8)) for s in (0, 100, 200)] == [8, 4, 4]
-    assert engine.forget(keys(range(8))) == Forgotten(2)
+    assert engine.forget(keys(range(8))) == DeleteResult(2)
     assert hit(engine, range(8)) == 0
 
 
@@ -229,7 +235,7 @@ def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEn
         decode = describe = max_blob_bytes = encode  # type: ignore[assignment]
 
     goal = make_engine()
-    packing = Packing("echo", 3, (ChunkInfo(LAYOUT, 4),))
+    packing = Encoding("echo", 3, (ChunkInfo(LAYOUT, 4),))
     [landing] = goal.transfers.receive([one(packing=packing)], SPACES, "move", lambda _: Echo())
     goal.transfers.landed(landing.ticket)
     assert goal.stats()["encoded_chunks"] == 1
@@ -255,8 +261,8 @@ def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEn
         {"extents": (Extent(0, 0, 7),)},
         {"extents": (Extent(0, -4, 7),)},
         {"namespace": bytes(32)},
-        {"packing": Packing("echo", 1, ())},
-        {"packing": Packing("echo", 1, (ChunkInfo(LAYOUT, 4),))},
+        {"packing": Encoding("echo", 1, ())},
+        {"packing": Encoding("echo", 1, (ChunkInfo(LAYOUT, 4),))},
     ],
     ids=str,
 )
@@ -275,7 +281,7 @@ def test_a_parcel_that_is_not_what_it_says_is_not_taken(
 def test_a_namespace_of_another_shape_here_takes_no_parcel(make_engine: MakeEngine) -> None:
     goal = make_engine()
     store(goal, range(4))
-    spaces = {SPACE: SpaceInfo(SPACE, 8, 1, ())}
+    spaces = {SPACE: NamespaceInfo(SPACE, 8, 1, ())}
     [landing] = goal.transfers.receive([one()], spaces, "move", no_codec)
     assert landing.status == "unfit"
     assert "chunk_size 4" in landing.why

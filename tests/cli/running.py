@@ -21,13 +21,13 @@ import numpy as np
 from click.testing import CliRunner, Result
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.cli.app import app
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.process.client import CacheClient
-from lmcache_kit.process.life import open_client
+from lmcache_kit.service.launch import open_client
 
 BIN = Path(sys.executable).parent
 WAIT_S = 30
@@ -49,7 +49,7 @@ class Kit(NamedTuple):
     @contextmanager
     def worker(self) -> Iterator[CacheClient]:
         """A worker of the instance."""
-        form = Form(self.namespace.layout)
+        form = RankLayout(self.namespace.layout)
         client = open_client(self.config, role="worker", namespace=self.namespace, form=form)
         try:
             assert client.wait_ready(WAIT_S)

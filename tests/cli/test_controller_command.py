@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import zmq
 
-from lmcache_kit.control.wire import Register, WorkerPort, encode
+from lmcache_kit.protocol.control import Register, WorkerPort, encode
 
 pytest.importorskip("lmcache_kit_http_api")
 

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lmcache_kit.cli.app import app
-from lmcache_kit.control.curve import ControllerKeys, WorkerKeys
 from lmcache_kit.keys import Namespace
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.protocol.zmq_auth import ControllerKeys, WorkerKeys
 from tests.cli.running import eventually, running_kit
 
 COMMAND = "from lmcache_kit.cli.controller import controller; controller()"

@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 
-from lmcache_kit.control.agent import Agent
+from lmcache_kit.agent.agent import Agent
 from tests.control.fakes import NAMESPACE, FakeEngine, chunks_of
 
 TOKENS = list(range(12))

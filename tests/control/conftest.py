@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from lmcache_kit.control.agent import Agent
-from lmcache_kit.control.controller import Controller
+from lmcache_kit.agent.agent import Agent
+from lmcache_kit.controller.controller import Controller
 from lmcache_kit.interfaces.frontend import LookupQuery
 from tests.control.fakes import NAMESPACE, FakeEngine
 

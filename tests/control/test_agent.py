@@ -10,14 +10,14 @@ import time
 import pytest
 import zmq
 
+from lmcache_kit.agent import event_log
+from lmcache_kit.agent.agent import Agent
 from lmcache_kit.cache.records import StoredChunk
-from lmcache_kit.control import announcer
-from lmcache_kit.control.address import connect_url
-from lmcache_kit.control.agent import Agent
-from lmcache_kit.control.registry import Registry
+from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
+from lmcache_kit.protocol.address import connect_url
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import LAYOUT, NAMESPACE, FakeEngine, Proxy, chunks_of, eventually
 
@@ -132,7 +132,7 @@ def test_a_large_cache_comes_over_in_parts_while_it_changes(
     start_controller: StartController, start_agent: StartAgent
 ) -> None:
     engine = FakeEngine()
-    lying = many_chunks(announcer.KEYS_PER_MESSAGE * 5)
+    lying = many_chunks(event_log.KEYS_PER_MESSAGE * 5)
     engine.store(lying)
     controller = start_controller()
     start_agent(controller.url, engine=engine)

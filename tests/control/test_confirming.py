@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lmcache_kit.control import wire
-from lmcache_kit.control.agent import Agent
-from lmcache_kit.control.announcer import Announcer
-from lmcache_kit.control.confirming import AGAIN_S, Wait
-from lmcache_kit.control.registry import Registry
-from lmcache_kit.control.session import Identity, Session
-from lmcache_kit.control.stream import Stream
+from lmcache_kit.agent.agent import Agent
+from lmcache_kit.agent.controller_client import ControllerClient, Identity
+from lmcache_kit.agent.event_log import EventLog
+from lmcache_kit.agent.location_feed import LocationFeed
+from lmcache_kit.agent.sync_barrier import AGAIN_S, Barrier
+from lmcache_kit.controller.registry import Registry
+from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import (
     LOCATION,
@@ -38,10 +38,10 @@ class Pair:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.engine = FakeEngine()
-        self.announcer = Announcer(self.engine.location)
+        self.announcer = EventLog(self.engine.location)
         self.announcer.begin_with(self.engine.subscribe(self.announcer))
-        self.stream = Stream(self.engine, self.announcer)
-        self.session = Session([self.stream], Identity("a", b"i" * 16), clock=self.clock)
+        self.stream = LocationFeed(self.engine, self.announcer)
+        self.session = ControllerClient([self.stream], Identity("a", b"i" * 16), clock=self.clock)
         self.session.register_namespace(NAMESPACE)
         self.restart_controller()
 
@@ -63,7 +63,7 @@ class Pair:
                     self.session.handle(answer)
         return said
 
-    def ask(self) -> Wait:
+    def ask(self) -> Barrier:
         return self.stream.confirmations.ask()
 
 

@@ -15,11 +15,11 @@ import msgspec
 import pytest
 import zmq
 
-from lmcache_kit.control import wire
-from lmcache_kit.control.controller import Controller
-from lmcache_kit.control.registry import COUNTERS
+from lmcache_kit.controller.controller import Controller
+from lmcache_kit.controller.registry import COUNTERS
 from lmcache_kit.errors import ConfigError, DeadlineExceeded, KitError
 from lmcache_kit.keys import Namespace
+from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import LAYOUT, NAMESPACE, chunks_of, eventually
 
@@ -73,7 +73,7 @@ HOSTILE = {
     "another version": [msgspec.msgpack.encode((2, {"type": "goodbye"}))],
     "no version": [msgspec.msgpack.encode({"type": "goodbye"})],
     "an unknown tag": [msgspec.msgpack.encode((1, {"type": "evict"}))],
-    "a controller's tag": [wire.encode(wire.WhoAreYou())],
+    "a controller's tag": [wire.encode(wire.NotRegistered())],
     "wrong types": [msgspec.msgpack.encode((1, {"type": "heartbeat", "positions": "x"}))],
     "an end that is none": [
         msgspec.msgpack.encode(
@@ -197,7 +197,7 @@ def test_what_does_not_even_speak_zmq_harms_nobody(
 def test_a_stranger_is_asked_who_it_is_and_changes_nothing(controller: Running, dial: Dial) -> None:
     connection = dial(controller)
     connection.send(wire.encode(wire.Batch("ram", 1, chunks_of(PROMPT)[0].key, b"")))
-    assert hear(connection) == wire.WhoAreYou()
+    assert hear(connection) == wire.NotRegistered()
     assert controller.counters()["index_keys"] == 0
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from zmq.auth import create_certificates, load_certificate
 
-from lmcache_kit.control.curve import ControllerKeys, WorkerKeys
 from lmcache_kit.errors import ConfigError
+from lmcache_kit.protocol.zmq_auth import ControllerKeys, WorkerKeys
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import FakeEngine, chunks_of, eventually
 

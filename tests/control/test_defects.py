@@ -17,12 +17,12 @@ import pytest
 import zmq
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.control import wire
 from lmcache_kit.errors import DeadlineExceeded, NoWorker, UnknownName
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import chain, pack_tokens
+from lmcache_kit.protocol import control as wire
 from tests.control.cache_process import TOKENS
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import NAMESPACE, Proxy, chunks_of, eventually

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_kit.control.index import KeyIndex, Owner, bits
-from lmcache_kit.control.wire import Tail
+from lmcache_kit.controller.key_index import KeyIndex, Owner, bits
+from lmcache_kit.protocol.control import Tail
 
 KEYS = [bytes([i]) * 16 for i in range(40)]
 OWNER = Owner("a", "ram")

@@ -6,12 +6,14 @@ import logging
 
 import pytest
 
-from lmcache_kit.control import jobs as module
-from lmcache_kit.control.announcer import Announcer
-from lmcache_kit.control.jobs import Jobs
-from lmcache_kit.control.session import Identity, Session
-from lmcache_kit.control.stream import Stream
-from lmcache_kit.control.wire import (
+from lmcache_kit.agent import operations as module
+from lmcache_kit.agent.controller_client import ControllerClient, Identity
+from lmcache_kit.agent.event_log import EventLog
+from lmcache_kit.agent.location_feed import LocationFeed
+from lmcache_kit.agent.operations import Jobs
+from lmcache_kit.errors import ControlError, InvalidQuery, UnknownName
+from lmcache_kit.interfaces.operations import Accepted, Compress, Outcome, PinInfo, Progress
+from lmcache_kit.protocol.control import (
     AboutOrders,
     Began,
     Begin,
@@ -22,8 +24,6 @@ from lmcache_kit.control.wire import (
     Rejected,
     Settled,
 )
-from lmcache_kit.errors import ControlError, InvalidQuery, UnknownName
-from lmcache_kit.interfaces.operations import Accepted, Compress, Outcome, PinInfo, Progress
 from tests.control.fakes import FakeClock, FakeEngine, FakeOperator
 
 BEGIN = Begin("e1", 9.0, Compress(location="ram", method="cachegen"))
@@ -138,9 +138,12 @@ def test_a_new_connection_is_told_at_once(side: Side) -> None:
 
 def test_a_session_on_a_new_connection_tells_every_end_again(side: Side) -> None:
     engine, sent = FakeEngine(), list[FromAgent]()
-    announcer = Announcer(engine.location)
-    session = Session(
-        [Stream(engine, announcer)], Identity("a", b"i" * 16), jobs=side.jobs, clock=side.clock
+    announcer = EventLog(engine.location)
+    session = ControllerClient(
+        [LocationFeed(engine, announcer)],
+        Identity("a", b"i" * 16),
+        jobs=side.jobs,
+        clock=side.clock,
     )
 
     def turn() -> list[FromAgent]:

@@ -8,10 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from lmcache_kit.control import ledger as ledgers
-from lmcache_kit.control.ledger import Event, Ledger
-from lmcache_kit.control.registry import Process
-from lmcache_kit.control.wire import Register, WorkerPort
+from lmcache_kit.controller import operation_log as ledgers
+from lmcache_kit.controller.operation_log import Event, OperationLog
+from lmcache_kit.controller.registry import Process
 from lmcache_kit.errors import ControlError, DeadlineExceeded, NoWorker, UnknownName
 from lmcache_kit.interfaces.frontend import Operation
 from lmcache_kit.interfaces.operations import (
@@ -23,6 +22,7 @@ from lmcache_kit.interfaces.operations import (
     Pin,
     Progress,
 )
+from lmcache_kit.protocol.control import Register, WorkerPort
 from tests.control.fakes import FakeClock
 
 PROCESS = Process(
@@ -39,7 +39,7 @@ class Book:
     def __init__(self, **limits: Any) -> None:
         self.clock = FakeClock()
         self.counts: Counter[str] = Counter()
-        self.ledger = Ledger(self.counts, clock=self.clock, wall=self.clock, **limits)
+        self.ledger = OperationLog(self.counts, clock=self.clock, wall=self.clock, **limits)
 
     def open(self, order: Order = COMPRESS, **more: Any) -> Event:
         return self.ledger.open(operation(order, **more), PROCESS)

@@ -7,12 +7,12 @@ from array import array
 import msgspec
 import pytest
 
-from lmcache_kit.control.lookup import lookup
-from lmcache_kit.control.registry import Registry
-from lmcache_kit.control.wire import Batch, Register, Tail
+from lmcache_kit.controller.lookup import lookup
+from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ControlError, InvalidQuery
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
+from lmcache_kit.protocol.control import Batch, Register, Tail
 from tests.control.fakes import NAMESPACE, chunks_of
 
 PROMPT = list(range(100, 112))

@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lmcache_kit.control import wire
-from lmcache_kit.control.announcer import Announcer
-from lmcache_kit.control.confirming import Wait
-from lmcache_kit.control.lookup import lookup
-from lmcache_kit.control.registry import Registry
-from lmcache_kit.control.session import Identity, Session
-from lmcache_kit.control.stream import Stream
+from lmcache_kit.agent.controller_client import ControllerClient, Identity
+from lmcache_kit.agent.event_log import EventLog
+from lmcache_kit.agent.location_feed import LocationFeed
+from lmcache_kit.agent.sync_barrier import Barrier
+from lmcache_kit.controller.lookup import lookup
+from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.frontend import LookupQuery
+from lmcache_kit.protocol import control as wire
 from tests.control.fakes import NAMESPACE, FakeClock, FakeEngine, chunks_of
 
 OTHER = NAMESPACE.variant(lora="other")
@@ -47,9 +47,9 @@ class Life:
     instance_id: str
     incarnation: bytes
     engine: FakeEngine
-    announcer: Announcer
-    session: Session
-    waits: list[tuple[Wait, set[bytes]]] = field(default_factory=list)
+    announcer: EventLog
+    session: ControllerClient
+    waits: list[tuple[Barrier, set[bytes]]] = field(default_factory=list)
     connection: int = 0
     stopped: bool = False
     out: deque[bytes] = field(default_factory=deque)
@@ -90,12 +90,12 @@ class Network(RuleBasedStateMachine):
         self.started += 1
         engine = FakeEngine("ram")
         engine.store(random.Random(self.started).sample(CHUNKS, self.started % 4))
-        announcer = Announcer("ram", max_notes=12, max_past_keys=30, keys_per_message=3)
+        announcer = EventLog("ram", max_notes=12, max_past_keys=30, keys_per_message=3)
         announcer.begin_with(engine.subscribe(announcer))
         incarnation = self.started.to_bytes(16, "big")
         identity = Identity(name, incarnation, started=float(self.started), heartbeat_s=1.0)
         # The session asks its engine's location nowhere, only its announcer's.
-        session = Session([Stream(engine, announcer)], identity, clock=self.clock)
+        session = ControllerClient([LocationFeed(engine, announcer)], identity, clock=self.clock)
         session.register_namespace(NAMESPACE)
         session.register_namespace(OTHER)
         life = Life(name, incarnation, engine, announcer, session)
@@ -243,7 +243,7 @@ class Network(RuleBasedStateMachine):
                 message = wire.decode_from_agent(bytes(frame))
                 # A registration that still reads as one is one, of somebody with another name.
                 if not isinstance(message, wire.Register):
-                    assert self.registry.handle(-1, message) in ([], [(-1, wire.WhoAreYou())])
+                    assert self.registry.handle(-1, message) in ([], [(-1, wire.NotRegistered())])
 
     @rule(which=st.integers(0, 99), frame=st.binary(max_size=40))
     def rubbish(self, which: int, frame: bytes) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from lmcache_kit.control import ledger as ledgers
+from lmcache_kit.controller import operation_log as ledgers
 from lmcache_kit.errors import (
     ControlError,
     DeadlineExceeded,
@@ -21,7 +21,7 @@ from lmcache_kit.errors import (
 from lmcache_kit.interfaces.frontend import EventInfo, Operation
 from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Progress, Transfer
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.peer.claim import Claim
+from lmcache_kit.protocol.capability import Capability
 from tests.control.conftest import Running, StartAgent
 from tests.control.fakes import (
     LOCATION,
@@ -123,12 +123,12 @@ def test_the_proof_is_of_this_move_and_no_other(site: Site) -> None:
     order = site.order()
     assert order.peer
     seal = order.peer.seal
-    assert Claim.of(order, event_id, "b").is_sealed(seal, KEYS["a"])
-    assert not Claim.of(order, event_id, "b").is_sealed(seal, KEYS["b"])
-    assert not Claim.of(order, "another", "b").is_sealed(seal, KEYS["a"])
-    assert not Claim.of(order, event_id, "c").is_sealed(seal, KEYS["a"])
+    assert Capability.of(order, event_id, "b").is_sealed(seal, KEYS["a"])
+    assert not Capability.of(order, event_id, "b").is_sealed(seal, KEYS["b"])
+    assert not Capability.of(order, "another", "b").is_sealed(seal, KEYS["a"])
+    assert not Capability.of(order, event_id, "c").is_sealed(seal, KEYS["a"])
     everything = msgspec.structs.replace(order, tokens=None)
-    assert not Claim.of(everything, event_id, "b").is_sealed(seal, KEYS["a"])
+    assert not Capability.of(everything, event_id, "b").is_sealed(seal, KEYS["a"])
 
 
 def test_each_event_has_a_proof_of_its_own(site: Site) -> None:
@@ -145,7 +145,7 @@ def test_7_that_the_source_keeps_its_copy_reaches_the_destination_and_is_sealed(
     assert order.copy
     assert order.peer
     moved = msgspec.structs.replace(order, copy=False)
-    assert not Claim.of(moved, event_id, "b").is_sealed(order.peer.seal, KEYS["a"])
+    assert not Capability.of(moved, event_id, "b").is_sealed(order.peer.seal, KEYS["a"])
 
 
 def test_progress_tells_over_what_the_bytes_come(site: Site) -> None:

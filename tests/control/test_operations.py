@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import zmq
 
-from lmcache_kit.control import wire
 from lmcache_kit.errors import (
     ControlError,
     DeadlineExceeded,
@@ -31,6 +30,7 @@ from lmcache_kit.interfaces.operations import (
     Progress,
 )
 from lmcache_kit.keys import pack_tokens
+from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import LOCATION, FakeJob, FakeOperator, Proxy, eventually
 

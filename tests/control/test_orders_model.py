@@ -12,13 +12,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lmcache_kit.control import wire
-from lmcache_kit.control.jobs import Jobs
-from lmcache_kit.control.ledger import Event
-from lmcache_kit.control.operations import Operations
-from lmcache_kit.control.registry import Connection, Registry
+from lmcache_kit.agent.operations import Jobs
+from lmcache_kit.controller.operation_log import Event
+from lmcache_kit.controller.operations import Operations
+from lmcache_kit.controller.registry import Connection, Registry
 from lmcache_kit.interfaces.frontend import EventInfo, Operation
 from lmcache_kit.interfaces.operations import Accepted, Clear, Outcome, Progress
+from lmcache_kit.protocol import control as wire
 from tests.control.fakes import FakeClock, FakeOperator
 
 ENDS = ["done", "partial", "failed"]

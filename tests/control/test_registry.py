@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from lmcache_kit.control.registry import Registry
-from lmcache_kit.control.session import Identity
-from lmcache_kit.control.wire import (
+from lmcache_kit.agent.controller_client import Identity
+from lmcache_kit.controller.registry import Registry
+from lmcache_kit.errors import ProtocolError, UnknownName
+from lmcache_kit.protocol.control import (
     Batch,
     Confirm,
     Confirmed,
     Fenced,
     Goodbye,
     Heartbeat,
+    NotRegistered,
     Refused,
     Register,
     Registered,
     Resync,
-    WhoAreYou,
 )
-from lmcache_kit.errors import ProtocolError, UnknownName
 from tests.control.fakes import NAMESPACE, FakeClock, chunks_of
 
 KEY = chunks_of([1, 2, 3, 4])[0].key
@@ -108,7 +108,7 @@ def test_the_long_silent_are_forgotten_and_their_memory_taken_back(holding: Worl
     assert holding.registry.processes()
     holding.clock.now += 2
     assert holding.registry.processes() == []
-    assert holding.say("c1", Heartbeat(())) == [WhoAreYou()]
+    assert holding.say("c1", Heartbeat(())) == [NotRegistered()]
     while holding.registry.index.sweep():
         pass
     assert (len(holding.registry.index), holding.registry.index.holders) == (0, 0)
@@ -118,7 +118,7 @@ def test_a_later_life_takes_over_and_the_earlier_one_is_told_by_whom(holding: Wo
     assert holding.register("c2", life=2) == Registered((("ram", 0),))
     assert ("c1", Fenced("host2")) in holding.sent
     assert holding.holds() == 0
-    assert holding.say("c1", Batch("ram", 2, KEY, b"")) == [WhoAreYou()]
+    assert holding.say("c1", Batch("ram", 2, KEY, b"")) == [NotRegistered()]
     assert holding.holds() == 0
     assert holding.registry.counts["messages_unregistered_total"] == 1
 
@@ -134,7 +134,7 @@ def test_an_earlier_life_takes_over_from_a_silent_one_until_that_is_back(holding
     holding.register("c2", life=2)
     holding.clock.now += 5
     assert holding.register("c1", life=1) == Registered((("ram", 0),))
-    assert holding.say("c2", Heartbeat(())) == [WhoAreYou()]
+    assert holding.say("c2", Heartbeat(())) == [NotRegistered()]
     assert holding.register("c2", life=2) == Registered((("ram", 0),))
     assert ("c1", Fenced("host2")) in holding.sent
 
@@ -184,7 +184,7 @@ def test_a_thousand_restarts_leave_nothing_behind(world: World) -> None:
 def test_a_confirmation_is_of_a_location_of_who_asks(holding: World) -> None:
     assert holding.say("c1", Confirm("ram", 1)) == [Confirmed("ram", 1)]
     assert holding.say("c1", Confirm("ram", 2)) == [Resync("ram", 1)]
-    assert holding.say("c2", Confirm("ram", 1)) == [WhoAreYou()]
+    assert holding.say("c2", Confirm("ram", 1)) == [NotRegistered()]
     with pytest.raises(ProtocolError, match="location 'disk' is not registered"):
         holding.say("c1", Confirm("disk", 1))
     assert holding.registry.counts["confirmations_total"] == 1

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from lmcache_kit.control import follower as followers
-from lmcache_kit.control.announcer import Announcer
-from lmcache_kit.control.follower import MAX_BUFFERED, Follower
-from lmcache_kit.control.index import KeyIndex, Owner
-from lmcache_kit.control.wire import Batch, Confirmed, Position, Resync, SnapshotPart, Tail
+from lmcache_kit.agent.event_log import EventLog
+from lmcache_kit.controller import replica as followers
+from lmcache_kit.controller.key_index import KeyIndex, Owner
+from lmcache_kit.controller.replica import MAX_BUFFERED, Replica
 from lmcache_kit.errors import ProtocolError
+from lmcache_kit.protocol.control import Batch, Confirmed, Position, Resync, SnapshotPart, Tail
 from tests.control.fakes import chunks_of
 
 KEYS = [bytes([i]) * 16 for i in range(1, 40)]
@@ -24,7 +24,7 @@ class Ends:
     def __init__(self) -> None:
         self.index = KeyIndex()
         self.counts: Counter[str] = Counter()
-        self.follower = Follower(self.index, Owner("a", "ram"), 2.0, self.counts)
+        self.follower = Replica(self.index, Owner("a", "ram"), 2.0, self.counts)
         self.index.show(self.follower.holder)
 
     @property
@@ -202,7 +202,7 @@ def test_an_index_without_room_confirms_nothing(
 # The announcing end.
 
 
-def send_all(announcer: Announcer) -> list[Batch | SnapshotPart]:
+def send_all(announcer: EventLog) -> list[Batch | SnapshotPart]:
     sent = []
     while (message := announcer.next_message()) is not None:
         sent.append(message)
@@ -214,7 +214,7 @@ CHUNKS = chunks_of(list(range(42)))
 
 
 def test_changes_of_one_moment_are_one_batch_and_the_last_one_counts() -> None:
-    announcer = Announcer("ram")
+    announcer = EventLog("ram")
     first, second, *_ = CHUNKS
     announcer.added(first)
     announcer.added(second)
@@ -226,7 +226,7 @@ def test_changes_of_one_moment_are_one_batch_and_the_last_one_counts() -> None:
 
 
 def test_a_partial_chunk_is_announced_as_a_tail() -> None:
-    announcer = Announcer("ram")
+    announcer = EventLog("ram")
     announcer.added(CHUNKS[-1])
     announcer.flush()
     (sent,) = send_all(announcer)
@@ -234,7 +234,7 @@ def test_a_partial_chunk_is_announced_as_a_tail() -> None:
 
 
 def test_large_changes_are_split() -> None:
-    announcer = Announcer("ram", keys_per_message=4)
+    announcer = EventLog("ram", keys_per_message=4)
     for chunk in CHUNKS[:10]:
         announcer.added(chunk)
     announcer.flush()
@@ -243,7 +243,7 @@ def test_large_changes_are_split() -> None:
 
 
 def test_the_past_is_sent_again_from_where_the_other_end_stands() -> None:
-    announcer = Announcer("ram", keys_per_message=2)
+    announcer = EventLog("ram", keys_per_message=2)
     for chunk in CHUNKS[:6]:
         announcer.added(chunk)
     announcer.flush()
@@ -253,7 +253,7 @@ def test_the_past_is_sent_again_from_where_the_other_end_stands() -> None:
 
 
 def test_a_past_that_is_forgotten_becomes_a_snapshot() -> None:
-    announcer = Announcer("ram", keys_per_message=2, max_past_keys=20)
+    announcer = EventLog("ram", keys_per_message=2, max_past_keys=20)
     for chunk in CHUNKS[:6]:
         announcer.added(chunk)
     announcer.flush()
@@ -269,7 +269,7 @@ def test_a_past_that_is_forgotten_becomes_a_snapshot() -> None:
 
 
 def test_notes_beyond_the_bound_are_dropped_and_become_a_snapshot() -> None:
-    announcer = Announcer("ram", max_notes=3)
+    announcer = EventLog("ram", max_notes=3)
     for chunk in CHUNKS[:9]:
         announcer.added(chunk)
     announcer.flush()
@@ -283,7 +283,7 @@ def test_notes_beyond_the_bound_are_dropped_and_become_a_snapshot() -> None:
 
 
 def test_an_empty_cache_sends_an_empty_snapshot() -> None:
-    announcer = Announcer("ram")
+    announcer = EventLog("ram")
     announcer.want_snapshot()
     announcer.snapshot_is([])
     announcer.start_snapshot()
@@ -291,7 +291,7 @@ def test_an_empty_cache_sends_an_empty_snapshot() -> None:
 
 
 def test_what_lay_there_before_is_told_by_a_snapshot() -> None:
-    announcer = Announcer("ram")
+    announcer = EventLog("ram")
     announcer.begin_with(CHUNKS[:2])
     announcer.resume(0)
     assert announcer.next_message() is None
@@ -299,7 +299,7 @@ def test_what_lay_there_before_is_told_by_a_snapshot() -> None:
 
 
 def test_notes_that_a_snapshot_holds_already_are_not_told_again() -> None:
-    announcer = Announcer("ram")
+    announcer = EventLog("ram")
     announcer.want_snapshot()
     announcer.added(CHUNKS[0])
     announcer.snapshot_is(CHUNKS[:1])

@@ -12,13 +12,13 @@ import pytest
 from lmcache_kit_http_api.metrics import HttpMetrics
 
 from lmcache_kit.config import KitConfig
-from lmcache_kit.control.controller import Controller
-from lmcache_kit.process.life import open_client
+from lmcache_kit.controller.controller import Controller
+from lmcache_kit.service.launch import open_client
 from lmcache_kit.testing.controller import FakeController
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
-SESSION = (ROOT / "lmcache_kit" / "control" / "session.py").read_text()
+SESSION = (ROOT / "lmcache_kit" / "agent" / "controller_client.py").read_text()
 TIER = "LocalDiskBackend"
 
 

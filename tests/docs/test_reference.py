@@ -14,7 +14,7 @@ from lmcache_kit_http_api.routes import ROUTES
 from lmcache_kit import errors, hookspecs, interfaces, specs
 from lmcache_kit.cli.app import OWN, app
 from lmcache_kit.config import KitConfig
-from lmcache_kit.config.known import ALIASES, UNSERVED
+from lmcache_kit.config.lmcache import ALIASES, UNSERVED
 from lmcache_kit.plugins import Plugins
 from tools.docs import reference, source
 

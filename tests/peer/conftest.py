@@ -14,20 +14,20 @@ from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.entries import Form
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.index.policies import LRU
+from lmcache_kit.cache.namespaces import NamespaceRegistry
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.cache.tier import Tier
+from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.config import KitConfig
 from lmcache_kit.interfaces import Backend, Region
 from lmcache_kit.interfaces.operations import Move, Outcome, Peer, Progress
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
-from lmcache_kit.peer.claim import Claim
-from lmcache_kit.peer.node import Node
+from lmcache_kit.peer.service import PeerService
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.codecs import Codecs
-from lmcache_kit.process.namespaces import Namespaces
+from lmcache_kit.protocol.capability import Capability
+from lmcache_kit.service.codecs import Codecs
 
 PLACE = "LocalCPUBackend"
 CHUNK = 16
@@ -88,14 +88,14 @@ class Place:
         self.before_confirm: Callable[[], object] = lambda: None
         self.memory = LocalCPUBackend(int(mib * (1 << 20)))
         self.engine = CacheEngine(self.memory, LRU(), location=PLACE)
-        self.namespaces = Namespaces()
+        self.namespaces = NamespaceRegistry()
         if base is not None:
             self.namespaces.register(base)
         plugins = plugins or Plugins.load()
         # Lossless, so that what is read can be compared with what was stored.
         self.codecs = Codecs(plugins, {"cachegen": {"level": 0}})
         self.tiers = [
-            Tier(store, LRU(), location=location, get_codec=self.codecs.make)
+            StoreTier(store, LRU(), location=location, get_codec=self.codecs.make)
             for store, location in zip(stores, "ABC", strict=False)
         ]
         below = self.engine.attach(self.tiers, self.codecs.make)
@@ -106,7 +106,7 @@ class Place:
             "p2p_host": "127.0.0.1",
             "transfer_channel": "tcp",
         }
-        self.node = Node(
+        self.node = PeerService(
             KitConfig(**{**defaults, **keys}),  # type: ignore[arg-type]
             plugins,
             self.memory,
@@ -138,7 +138,13 @@ class Place:
                 for link in links
             ]
             grants = self.engine.allocate(
-                digest, rank, self.ranks, CHUNK, items, "worker", Form(LAYOUT, first_head=2 * rank)
+                digest,
+                rank,
+                self.ranks,
+                CHUNK,
+                items,
+                "worker",
+                RankLayout(LAYOUT, first_head=2 * rank),
             )
             written = []
             for link, item, grant in zip(links, items, grants, strict=True):
@@ -176,7 +182,7 @@ class Place:
         at: str = PLACE,
         to: str = PLACE,
         url: str | None = None,
-        sealed: Claim | None = None,
+        sealed: Capability | None = None,
         incarnation: bytes | None = None,
     ) -> Move:
         """As the controller gives it; ``at`` and ``to`` are locations there and here."""
@@ -190,7 +196,7 @@ class Place:
             source_location=at,
             copy=copy,
         )
-        seal = (sealed or Claim.of(order, event_id, self.name)).seal(source.node.key)
+        seal = (sealed or Capability.of(order, event_id, self.name)).seal(source.node.key)
         peer = Peer(event_id, url or source.node.url, incarnation or source.incarnation, seal)
         return Move(**{**{f: getattr(order, f) for f in order.__struct_fields__}, "peer": peer})
 

@@ -26,11 +26,11 @@ class Step(NamedTuple):
     delay_s: float = 0.0
 
 
-_SESSION = "lmcache_kit.peer.source:_Session"
-_TRANSFERS = "lmcache_kit.cache.transfers:Transfers"
-_INVENTORY = "lmcache_kit.cache.inventory:Inventory"
-_REMOTE = "lmcache_kit.peer.remote:Remote"
-_AGENT = "lmcache_kit.control.agent:Agent"
+_SESSION = "lmcache_kit.peer.move_server:_Session"
+_TRANSFERS = "lmcache_kit.cache.memory.transfers:Transfers"
+_INVENTORY = "lmcache_kit.cache.tier_base:Tier"
+_REMOTE = "lmcache_kit.peer.source_client:SourceClient"
+_AGENT = "lmcache_kit.agent.agent:Agent"
 
 SOURCE_STEPS = {
     "asked": Step(f"{_SESSION}.welcome", "before"),
@@ -43,8 +43,8 @@ SOURCE_STEPS = {
 }
 FORGOTTEN = {"has forgotten": Step(f"{_INVENTORY}.forget", "after")}
 GOAL_STEPS = {
-    "to ask": Step("lmcache_kit.peer.mover:MoveJob._open", "before"),
-    "accepted": Step("lmcache_kit.peer.mover:MoveJob._accept", "after"),
+    "to ask": Step("lmcache_kit.peer.move_executor:RunningMove._open", "before"),
+    "accepted": Step("lmcache_kit.peer.move_executor:RunningMove._accept", "after"),
     "room made": Step(f"{_TRANSFERS}.receive", "after"),
     "reading": Step(f"{_REMOTE}.lend", "after", delay_s=0.003),
     "first landed": Step(f"{_TRANSFERS}.landed", "after"),

@@ -21,13 +21,13 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.process.client import CacheClient, Reconnect
-from lmcache_kit.process.life import open_client
+from lmcache_kit.service.launch import open_client
 
 BIN = Path(sys.executable).parent
 WAIT_S = 40.0
@@ -140,7 +140,7 @@ class Instance:
             self.config,
             role="worker",
             namespace=self.base,
-            form=Form(self.base.layout),
+            form=RankLayout(self.base.layout),
             wait_ready=True,
             reconnect=QUICK,
         )

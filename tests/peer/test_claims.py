@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from lmcache_kit.errors import OperationFailed, ProtocolError, TransportError
 from lmcache_kit.interfaces.operations import Move
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.peer import wire
-from lmcache_kit.peer.claim import Claim
-from lmcache_kit.peer.remote import Remote, attach
 from lmcache_kit.peer.sockets import dial
+from lmcache_kit.peer.source_client import SourceClient, attach
+from lmcache_kit.protocol import peer as wire
+from lmcache_kit.protocol.capability import Capability
 
 if TYPE_CHECKING:
     from .conftest import Eventually, Place
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KEY = bytes(range(32))
 
 
-def claim(**changes: object) -> Claim:
+def claim(**changes: object) -> Capability:
     fields: dict[str, object] = {
         "event_id": "e",
         "source": "a",
@@ -39,18 +39,18 @@ def claim(**changes: object) -> Claim:
         "model": None,
         "copy": False,
     }
-    return Claim(**{**fields, **changes})  # type: ignore[arg-type]
+    return Capability(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def opened(goal: Place, source: Place, **how: object) -> wire.Open:
     order: Move = goal.order(source, **how)  # type: ignore[arg-type]
     assert order.peer
-    what = Claim.of(order, order.peer.event_id, goal.name)
+    what = Capability.of(order, order.peer.event_id, goal.name)
     return wire.Open(wire.VERSION, what, order.peer.seal, source.incarnation, ())
 
 
-def open_remote(source: Place, first: wire.Open) -> Remote:
-    return Remote.open(lambda left_s: dial(source.node.url, left_s), "it", first, 10)
+def open_remote(source: Place, first: wire.Open) -> SourceClient:
+    return SourceClient.open(lambda left_s: dial(source.node.url, left_s), "it", first, 10)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_seal_holds_for_every_field_of_its_claim(change: dict[str, object]) ->
 
 def test_a_claim_that_the_controller_did_not_seal_is_refused(source: Place, goal: Place) -> None:
     source.store(range(16))
-    narrow = Claim.of(goal.order(source, range(4), event_id="e"), "e", goal.name)
+    narrow = Capability.of(goal.order(source, range(4), event_id="e"), "e", goal.name)
     outcome = goal.begin(goal.order(source, range(16), event_id="e", sealed=narrow)).outcome
     assert outcome.state == "failed"
     assert "not sealed by our controller" in outcome.message

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lmcache_kit.errors import TransferTimeout, TransportError
-from lmcache_kit.interfaces import Dial, Landed, Link, Offered, Region, Transport
+from lmcache_kit.interfaces import Dial, Link, ReadableRegion, ReadResult, Region, Transport
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.plugins.records import Offer, PluginInfo
 from lmcache_kit.specs import Kind, TransportSpec
@@ -47,7 +47,7 @@ class BenchLink(Link):
     def how(self) -> str:
         return "thin air"
 
-    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[Landed]:
+    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
         bench = self.bench
         if self.closed:
             raise TransportError("the link is closed")
@@ -65,7 +65,7 @@ class BenchLink(Link):
                 threading.Thread(target=self._land, args=(there, rest)).start()
                 raise TransferTimeout("too late", settled=bench.settled.is_set)
             self._copy(there, offset, region)
-            yield Landed(number)
+            yield ReadResult(number)
 
     def _land(self, there: memoryview, rest: list[tuple[int, Region]]) -> None:
         self.bench.landing.wait()
@@ -92,7 +92,7 @@ class BenchTransport(Transport):
     def address(self) -> bytes:
         return self.name
 
-    def offer(self, regions: Sequence[Offered]) -> bytes:
+    def offer(self, regions: Sequence[ReadableRegion]) -> bytes:
         return self.name + b"|" + b" ".join(b"%d" % each.region.offset for each in regions)
 
     def withdraw(self, offer: bytes) -> None:

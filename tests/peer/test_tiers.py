@@ -10,7 +10,7 @@ import pytest
 from lmcache_kit.errors import BackendError, InvalidQuery, UnknownName
 from lmcache_kit.interfaces.operations import Clear, Move, Outcome, Pin, Progress
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.process.operations import EngineOperator
+from lmcache_kit.service.operations import EngineOperator
 from tests.cache.stores import Dict
 from tests.peer.conftest import DEADLINE_S, LAYOUT, PLACE, MakePlace, Place
 
@@ -97,7 +97,7 @@ def test_moves_at_once_wait_for_room_in_the_memory_of_the_source(
 def test_a_source_whose_memory_stays_full_says_so(
     make_place: MakePlace, goal: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_kit.peer.source.ROOM_S", 0.2)
+    monkeypatch.setattr("lmcache_kit.peer.move_server.ROOM_S", 0.2)
     source = make_place("small", mib=3 * CHUNK_BYTES / (1 << 20), stores=[Dict()])
     source.store(range(48))
     source.settle()

@@ -18,12 +18,12 @@ from typing import Protocol
 
 import pytest
 
-from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.config import KitConfig
-from lmcache_kit.process import protocol
 from lmcache_kit.process.client import CacheClient, Reconnect
-from lmcache_kit.process.life import open_client
-from lmcache_kit.process.protocol import HEADER, Answer, Hello, Request
+from lmcache_kit.protocol import local as protocol
+from lmcache_kit.protocol.local import HEADER, Answer, Hello, Request
+from lmcache_kit.service.launch import open_client
 
 DEADLINE_S = 20.0
 QUICK = Reconnect(first_s=0.02, most_s=0.1, steady_s=0.0, keep_memory_s=0.2)
@@ -38,7 +38,7 @@ class Connect(Protocol):
         *,
         rank: int = ...,
         world_size: int = ...,
-        form: Form | None = ...,
+        form: RankLayout | None = ...,
         **keys: object,
     ) -> CacheClient: ...
 
@@ -102,7 +102,7 @@ def connect(configure: Configure) -> Iterator[Connect]:
             *,
             rank: int = 0,
             world_size: int = 1,
-            form: Form | None = None,
+            form: RankLayout | None = None,
             **keys: object,
         ) -> CacheClient:
             client = open_client(
@@ -148,7 +148,7 @@ def processes_at(folder: Path) -> list[int]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"lmcache_kit.process" in words and os.fsencode(folder / "c.sock") in words:
+                if b"lmcache_kit.service" in words and os.fsencode(folder / "c.sock") in words:
                     found.append(int(entry.name))
     return found
 
@@ -165,7 +165,7 @@ def script(configure: Configure) -> Iterator[Script]:
             from lmcache_kit.cache.records import StoreItem
             from lmcache_kit.config import KitConfig
             from lmcache_kit.keys import pack_tokens
-            from lmcache_kit.process.life import open_client
+            from lmcache_kit.service.launch import open_client
             config = KitConfig.from_json({configure(**keys).to_json()!r})
         """
         source = textwrap.dedent(prelude) + textwrap.dedent(body)

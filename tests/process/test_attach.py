@@ -14,8 +14,8 @@ import pytest
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import CacheUnavailable, ConfigError, PluginNotFound
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.process import life
-from lmcache_kit.process.host import serve
+from lmcache_kit.service import launch
+from lmcache_kit.service.service import serve
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAMESPACE = bytes(32)
 TOKENS = pack_tokens(range(12))
 SERVICE = """
-    from lmcache_kit.process.host import serve
+    from lmcache_kit.service.service import serve
     serve(
         config,
         socket=config.cache_socket,
@@ -98,7 +98,7 @@ def test_what_hangs_does_not_keep_a_service_from_ending_and_is_named(
 ) -> None:
     prelude = f"""
     import threading, time
-    from lmcache_kit.process import host
+    from lmcache_kit.service import service as host
     from lmcache_kit_cpu_backend.backend import LocalCPUBackend
     host.END_S = 0.5
     def hang(*_):
@@ -185,9 +185,9 @@ def test_embedded_refuses_what_cannot_be_composed(
     connect: Connect, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="cache_policy 'BEST'"):
-        life.open_client(configure(cache_process="embedded", cache_policy="BEST"), role="worker")
+        launch.open_client(configure(cache_process="embedded", cache_policy="BEST"), role="worker")
     with monkeypatch.context() as patched:
         patched.setenv("LMCACHE_KIT_PLUGINS", "-cpu_backend")
         with pytest.raises(PluginNotFound, match="LocalCPUBackend"):
-            life.open_client(configure(cache_process="embedded"), role="worker")
+            launch.open_client(configure(cache_process="embedded"), role="worker")
     assert connect(cache_process="embedded").connected

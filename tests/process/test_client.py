@@ -17,10 +17,10 @@ import pytest
 from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable, ConfigError
 from lmcache_kit.keys import chunk_key, pack_tokens
-from lmcache_kit.process import protocol
 from lmcache_kit.process.channel import Channel
 from lmcache_kit.process.client import CacheClient, Reconnect, _waits
-from lmcache_kit.process.protocol import HEADER, Answer, Hello, Request, Welcome
+from lmcache_kit.protocol import local as protocol
+from lmcache_kit.protocol.local import HEADER, Answer, Hello, Request, Welcome
 
 if TYPE_CHECKING:
     from tests.process.conftest import Connect, Eventually

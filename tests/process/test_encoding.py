@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.entries import Form
+from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import CacheTimeout, ConfigError, PluginError, PluginNotFound
 from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.layout import KVLayout
-from lmcache_kit.process import background
+from lmcache_kit.service import background_encoder
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
-    from lmcache_kit.process.protocol import Found
+    from lmcache_kit.protocol.local import Found
     from tests.conftest import FakeSite
     from tests.process.conftest import Connect, Eventually
 
 SPACE = bytes(range(32))
 CHUNK = 16
-FORM = Form(KVLayout("float32", 2, 1, 16))
+FORM = RankLayout(KVLayout("float32", 2, 1, 16))
 TOKENS = pack_tokens(range(40))
 PLUGIN = """
     @hookimpl
@@ -251,7 +251,7 @@ def test_a_codec_that_does_not_warm_up_leaves_all_raw(
 def test_more_than_may_wait_stays_raw(
     connect: Connect, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(background, "MAX_WAITING", 1)
+    monkeypatch.setattr(background_encoder, "MAX_WAITING", 1)
     client = connect(
         form=FORM,
         cache_process="embedded",

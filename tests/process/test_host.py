@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.control.controller import Controller
+from lmcache_kit.controller.controller import Controller
 from lmcache_kit.errors import UnknownName
 from lmcache_kit.interfaces import CacheInfo, LookupQuery
 from lmcache_kit.keys import Namespace, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.process.client import Reconnect
-from lmcache_kit.process.life import open_client
+from lmcache_kit.service.launch import open_client
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient

@@ -10,8 +10,9 @@ from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.entries import Form
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.index.policies import LRU
+from lmcache_kit.cache.namespaces import NamespaceRegistry
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import InvalidQuery, PluginBroken, UnknownName
 from lmcache_kit.interfaces import Codec, Region
@@ -30,10 +31,9 @@ from lmcache_kit.interfaces.operations import (
 )
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
-from lmcache_kit.process import jobs
-from lmcache_kit.process.codecs import Codecs
-from lmcache_kit.process.namespaces import Namespaces
-from lmcache_kit.process.operations import EngineOperator
+from lmcache_kit.service import jobs
+from lmcache_kit.service.codecs import Codecs
+from lmcache_kit.service.operations import EngineOperator
 from tests.cache.codecs import Zip
 
 LAYOUT = KVLayout("float32", 2, 1, 16)
@@ -90,7 +90,7 @@ class Place:
         self.memory = LocalCPUBackend(64 * 4096)
         self.engine = CacheEngine(self.memory, LRU(), location=PLACE)
         self.codecs = FakeCodecs()
-        self.namespaces = Namespaces()
+        self.namespaces = NamespaceRegistry()
         self.namespaces.register(BASE)
         self.operator = EngineOperator(self.engine, self.codecs, namespaces=self.namespaces)
 
@@ -105,7 +105,7 @@ class Place:
             )
             for link in chain(space.digest, packed, CHUNK)
         ]
-        grants = self.engine.allocate(space.digest, 0, 1, CHUNK, items, "w", Form(LAYOUT))
+        grants = self.engine.allocate(space.digest, 0, 1, CHUNK, items, "w", RankLayout(LAYOUT))
         written = []
         for item, grant in zip(items, grants, strict=True):
             data = bytes(range(16)) * (item.nbytes // 16)

@@ -12,8 +12,9 @@ import pytest
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import CacheUnavailable
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.process import paths, protocol, server
-from lmcache_kit.process.protocol import HEADER, MAX_FRAME_BYTES, Failed, Welcome
+from lmcache_kit.process import paths, server
+from lmcache_kit.protocol import local as protocol
+from lmcache_kit.protocol.local import HEADER, MAX_FRAME_BYTES, Failed, Welcome
 
 if TYPE_CHECKING:
     from tests.process.conftest import Connect, Eventually, Raw

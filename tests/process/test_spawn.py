@@ -19,8 +19,8 @@ import pytest
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import ConfigError, PluginNotFound
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.process import life
 from lmcache_kit.process.client import Reconnect
+from lmcache_kit.service import launch
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -95,7 +95,7 @@ def test_it_ends_when_no_client_ever_comes(
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spawner = life._Spawner(configure(cache_linger_s=0), folder / "c.sock")
+    spawner = launch._Spawner(configure(cache_linger_s=0), folder / "c.sock")
     spawner._start(threading.Event(), time.monotonic() + 20)
     assert len(processes_at(folder)) == 1
     eventually(lambda: not processes_at(folder))
@@ -216,7 +216,7 @@ def test_a_killed_starter_does_not_keep_others_from_starting(
         time.sleep(60)
     """
     holder = script(body, wait_for="held")
-    client = life.open_client(configure(), role="worker")
+    client = launch.open_client(configure(), role="worker")
     try:
         assert not client.wait_ready(0.3)
         holder.kill()
@@ -269,7 +269,9 @@ def test_a_process_that_dies_as_it_starts_is_no_error_and_names_its_log(
     configure: Configure, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    client = life.open_client(configure(cache_start_timeout_s=0.5), role="worker", wait_ready=True)
+    client = launch.open_client(
+        configure(cache_start_timeout_s=0.5), role="worker", wait_ready=True
+    )
     try:
         assert not client.connected
         with pytest.raises(ConnectionError, match=r"ended as it started.*c\.sock\.log"):
@@ -281,7 +283,7 @@ def test_a_process_that_dies_as_it_starts_is_no_error_and_names_its_log(
 def test_without_waiting_open_client_returns_before_the_process_is_there(
     configure: Configure,
 ) -> None:
-    client = life.open_client(configure(), role="worker")
+    client = launch.open_client(configure(), role="worker")
     try:
         assert not client.connected
         assert client.wait_ready(20)
@@ -292,7 +294,7 @@ def test_without_waiting_open_client_returns_before_the_process_is_there(
 def test_closing_a_client_that_is_still_starting_a_process_is_quick(
     configure: Configure, folder: Path
 ) -> None:
-    client = life.open_client(configure(), role="worker")
+    client = launch.open_client(configure(), role="worker")
     began = time.monotonic()
     client.close()
     assert time.monotonic() - began < 10
@@ -335,7 +337,7 @@ def test_what_could_not_be_composed_is_tried_again_later(
     configure: Configure, folder: Path, eventually: Eventually
 ) -> None:
     folder.chmod(0o755)
-    client = life.open_client(configure(), role="worker", reconnect=Reconnect(broken_s=0.1))
+    client = launch.open_client(configure(), role="worker", reconnect=Reconnect(broken_s=0.1))
     try:
         with pytest.raises(ConfigError, match="mode 0755"):
             client.wait_ready(20)

@@ -14,7 +14,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import ConfigError, PluginBroken
 from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.composing import make_tiers
+from lmcache_kit.service.build import make_tiers
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient

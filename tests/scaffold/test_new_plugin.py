@@ -30,10 +30,10 @@ from lmcache_kit.cli.app import app
 from lmcache_kit.interfaces import ChunkInfo
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.codecs import Codecs
-from lmcache_kit.process.composing import make_backend
 from lmcache_kit.scaffold import KINDS, Project, ScaffoldError, render
 from lmcache_kit.scaffold.render import requirement
+from lmcache_kit.service.build import make_backend
+from lmcache_kit.service.codecs import Codecs
 from lmcache_kit.testing import FakeController
 from tests.scaffold.conftest import WAIT_S, Made, run
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_kit.config import load_config
-from lmcache_kit.process.life import open_client
-from lmcache_kit.process.protocol import Stats
+from lmcache_kit.protocol.local import Stats
+from lmcache_kit.service.launch import open_client
 from tools import stack
 
 

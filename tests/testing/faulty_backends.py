@@ -17,7 +17,7 @@ from tempfile import TemporaryFile
 import pytest
 
 from lmcache_kit.errors import BackendError
-from lmcache_kit.interfaces import Backend, Blob, OpenBlob, Stock, Stored
+from lmcache_kit.interfaces import Backend, Blob, BlobRecord, OpenBlob, StoreUsage
 from lmcache_kit.testing import BackendSuite
 
 MIB = 1 << 20
@@ -86,11 +86,11 @@ class Right(Backend):
     def scan(self):
         with self._turn():
             found = list(self.disk.items())
-        return (Stored(key, blob.meta, len(blob.data)) for key, blob in found)
+        return (BlobRecord(key, blob.meta, len(blob.data)) for key, blob in found)
 
-    def stock(self):
+    def usage(self):
         with self._turn():
-            return Stock(len(self.disk), self.used(), ROOM)
+            return StoreUsage(len(self.disk), self.used(), ROOM)
 
     def close(self):
         with self.lock:
@@ -274,14 +274,14 @@ class ScansTheDictItself(Right):
         with self._turn():
             pass
         for key, blob in self.disk.items():
-            yield Stored(key, blob.meta, len(blob.data))
+            yield BlobRecord(key, blob.meta, len(blob.data))
 
 
 class HoldsItsLockWhileItScans(Right):
     def scan(self):
         with self._turn():
             for key, blob in self.disk.items():
-                yield Stored(key, blob.meta, len(blob.data))
+                yield BlobRecord(key, blob.meta, len(blob.data))
 
 
 class Miscounts(Right):
@@ -300,8 +300,8 @@ class Miscounts(Right):
         self.count -= sum(super().contains(list(set(keys))))
         super().remove(keys)
 
-    def stock(self):
-        return super().stock().__class__(self.count, self.used(), ROOM)
+    def usage(self):
+        return super().usage().__class__(self.count, self.used(), ROOM)
 
 
 class CountsFromZeroAgain(Right):
@@ -309,9 +309,9 @@ class CountsFromZeroAgain(Right):
         super().__init__(disk)
         self.before = self.used()
 
-    def stock(self):
-        stock = super().stock()
-        return Stock(stock.entries, max(0, stock.nbytes - self.before), ROOM)
+    def usage(self):
+        stock = super().usage()
+        return StoreUsage(stock.entries, max(0, stock.nbytes - self.before), ROOM)
 
 
 class CountsTheMetaOfWhatIsGone(Right):
@@ -324,10 +324,10 @@ class CountsTheMetaOfWhatIsGone(Right):
         self.metas += len(meta) if done else 0
         return done
 
-    def stock(self):
-        stock = super().stock()
+    def usage(self):
+        stock = super().usage()
         data = sum(each.nbytes for each in super().scan())
-        return Stock(stock.entries, min(data + self.metas, ROOM), ROOM)
+        return StoreUsage(stock.entries, min(data + self.metas, ROOM), ROOM)
 
 
 class PutsBeyondItsRoom(Right):

@@ -75,7 +75,7 @@ class Right(MemoryBackend):
             raise ValueError("not allocated")
         del self.used[region.offset]
 
-    def clearance(self, nbytes, movable):
+    def eviction_plan(self, nbytes, evictable):
         blocks = [(at, size, None) for at, size in self.holes()]
         blocks += [(at, rounded(n), Region(at, n)) for at, n in self.used.items()]
         blocks.sort(key=lambda block: block[0])
@@ -83,7 +83,7 @@ class Right(MemoryBackend):
         for first in range(len(blocks)):
             size, cost, named = 0, 0, []
             for _, nbytes_here, region in blocks[first:]:
-                if region and not movable(region):
+                if region and not evictable(region):
                     break
                 size += nbytes_here
                 if region:
@@ -172,28 +172,28 @@ class FreesAnything(Right):
 class GivesUpClearing(Right):
     """Only single regions are tried."""
 
-    def clearance(self, nbytes, movable):
-        named = super().clearance(nbytes, movable)
+    def eviction_plan(self, nbytes, evictable):
+        named = super().eviction_plan(nbytes, evictable)
         return named if named is None or len(named) < 2 else None
 
 
 class ClearsEverything(Right):
-    def clearance(self, nbytes, movable):
-        named = super().clearance(nbytes, movable)
+    def eviction_plan(self, nbytes, evictable):
+        named = super().eviction_plan(nbytes, evictable)
         regions = [Region(*each) for each in self.used.items()]
-        return named and [each for each in regions if movable(each)]
+        return named and [each for each in regions if evictable(each)]
 
 
 class ClearsThePinned(Right):
-    def clearance(self, nbytes, movable):
-        return super().clearance(nbytes, lambda _: True)
+    def eviction_plan(self, nbytes, evictable):
+        return super().eviction_plan(nbytes, lambda _: True)
 
 
 class ClearsAtOnce(Right):
     """Frees what it was only asked to name."""
 
-    def clearance(self, nbytes, movable):
-        named = super().clearance(nbytes, movable)
+    def eviction_plan(self, nbytes, evictable):
+        named = super().eviction_plan(nbytes, evictable)
         for region in named or []:
             self.free(region)
         return named
@@ -268,10 +268,10 @@ CAUGHT_BY = {
     Miscounts: "test_a_long_history_is_exact",
     NeverMerges: "test_holes_merge",
     FreesAnything: "test_a_region_that_is_not_allocated_cannot_be_freed",
-    GivesUpClearing: "test_clearance_makes_room_whenever_it_can_be_made",
-    ClearsEverything: "test_clearance_names_nothing_in_vain",
-    ClearsThePinned: "test_clearance_makes_room_whenever_it_can_be_made",
-    ClearsAtOnce: "test_clearance_makes_room_whenever_it_can_be_made",
+    GivesUpClearing: "test_eviction_plan_makes_room_whenever_it_can_be_made",
+    ClearsEverything: "test_eviction_plan_names_nothing_in_vain",
+    ClearsThePinned: "test_eviction_plan_makes_room_whenever_it_can_be_made",
+    ClearsAtOnce: "test_eviction_plan_makes_room_whenever_it_can_be_made",
     ViewsCopies: "test_views_memory_and_descriptor_show_the_same_bytes",
     MapsPrivately: "test_views_memory_and_descriptor_show_the_same_bytes",
     Lengthens: "test_a_region_is_as_long_as_asked",

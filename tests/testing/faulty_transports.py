@@ -19,7 +19,7 @@ from lmcache_kit_tcp_transport.serving import answer_all
 from lmcache_kit_tcp_transport.transport import TcpTransport
 
 from lmcache_kit.errors import TransferTimeout, TransportError
-from lmcache_kit.interfaces import Landed, Link
+from lmcache_kit.interfaces import Link, ReadResult
 from lmcache_kit.testing import TransportSuite
 
 Right = TcpTransport
@@ -66,7 +66,7 @@ class NamesTooEarly(Linked):
         def read(self, offer, into, timeout_s):
             reading = self.link.read(offer, into, timeout_s)
             for number in range(len(into)):
-                yield Landed(number)
+                yield ReadResult(number)
             yield from itertools.islice(reading, len(into), None)
 
 

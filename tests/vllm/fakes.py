@@ -13,7 +13,7 @@ from lmcache_kit.errors import CacheTimeout
 from lmcache_kit.keys import Namespace, chunk_key, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.process.client import Grants
-from lmcache_kit.process.protocol import Found
+from lmcache_kit.protocol.local import Found
 
 CHUNK = 8
 BLOCK = 4

@@ -237,7 +237,7 @@ def test_a_block_outside_of_the_cache_is_never_touched(kind: str, blocks: list[i
 def test_a_page_order_that_depends_on_the_head_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.learn import learn_page
+    from lmcache_kit.vllm.page_layout import learn_page
 
     def write(keys: Any, values: Any, pages: Any, slots: Any) -> None:
         write_tokens(keys, values, pages, slots)
@@ -250,7 +250,7 @@ def test_a_page_order_that_depends_on_the_head_is_refused() -> None:
 def test_a_page_order_without_structure_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.learn import learn_page
+    from lmcache_kit.vllm.page_layout import learn_page
 
     order = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(1))
 
@@ -266,7 +266,7 @@ def test_a_page_order_without_structure_is_refused() -> None:
 def test_a_writer_that_changes_values_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.learn import learn_page
+    from lmcache_kit.vllm.page_layout import learn_page
 
     def write(keys: Any, values: Any, pages: Any, slots: Any) -> None:
         write_tokens(keys, keys, pages, slots)

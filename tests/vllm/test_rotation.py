@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_kit.vllm.rotation import loaded_rotation
+from lmcache_kit.vllm.rope import loaded_rotation
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 LLAMA3 = {

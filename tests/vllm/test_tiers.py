@@ -64,7 +64,7 @@ class Served:
 
     def __init__(self, site: Path, plugins: Path, engine: dict[str, Any]) -> None:
         from lmcache_kit.config import load_config
-        from lmcache_kit.process.life import open_client
+        from lmcache_kit.service.launch import open_client
 
         extra = {
             "lmcache.chunk_size": 40,

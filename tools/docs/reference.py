@@ -9,7 +9,7 @@ from typing import Any
 from lmcache_kit_http_api.problems import from_exception
 
 from lmcache_kit import errors
-from lmcache_kit.config.known import _UNSERVED_PREFIXES, ALIASES, UNSERVED
+from lmcache_kit.config.lmcache import _UNSERVED_PREFIXES, ALIASES, UNSERVED
 from lmcache_kit.config.model import KitConfig
 from tools.docs import commands, rest, source
 from tools.docs.rest import kind_of

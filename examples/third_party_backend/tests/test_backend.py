@@ -86,7 +86,7 @@ def test_a_smaller_limit_than_what_is_there_keeps_it_and_takes_no_more(tmp_path:
     assert all(put(store, key, bytes(300_000)) for key in KEYS[:20])
     store.close()
     store = SQLiteBackend(options(tmp_path, 1 * MIB))
-    stock = store.stock()
+    stock = store.usage()
     assert stock.entries == 20
     assert stock.capacity_bytes is not None
     assert stock.nbytes <= stock.capacity_bytes

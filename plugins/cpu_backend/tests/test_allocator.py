@@ -83,7 +83,7 @@ class AllocatorAgainstBitmap(RuleBasedStateMachine):
     def clear(self, data: st.DataObject, nbytes: int) -> None:
         fixed = data.draw(st.sets(st.sampled_from(self.regions))) if self.regions else set()
         cheapest = self.cheapest(pages(nbytes) // PAGE_BYTES, fixed)
-        cleared = self.allocator.clearance(nbytes, lambda region: region not in fixed)
+        cleared = self.allocator.eviction_plan(nbytes, lambda region: region not in fixed)
         if cheapest is None:
             assert cleared is None
             return
@@ -146,7 +146,7 @@ def test_with_many_blocks_the_windows_around_large_holes_make_room_too(
     fixed = set(random.sample(left, random.randrange(20)))
     nbytes = needed_pages * PAGE_BYTES
 
-    cleared = allocator.clearance(nbytes, lambda region: region not in fixed)
+    cleared = allocator.eviction_plan(nbytes, lambda region: region not in fixed)
 
     assert cleared is not None
     assert not fixed.intersection(cleared)
@@ -165,7 +165,9 @@ def test_a_large_memory_whose_large_holes_are_walled_in_is_searched_as_a_whole(
     regions = [take(allocator, PAGE_BYTES) for _ in range(8)]
     allocator.free(regions[1])
     walls = {regions[0], regions[2]}
-    assert allocator.clearance(3 * PAGE_BYTES, lambda region: region not in walls) == regions[3:6]
+    assert (
+        allocator.eviction_plan(3 * PAGE_BYTES, lambda region: region not in walls) == regions[3:6]
+    )
 
 
 def test_the_lower_of_two_equal_holes_is_used_again_first() -> None:

@@ -62,7 +62,7 @@ def test_a_system_that_writes_a_little_at_a_time_writes_all(
 def test_meta_over_the_limit_is_refused(store: LocalDiskBackend) -> None:
     with pytest.raises(ValueError, match="at most 1048576"):
         store.put(KEY, bytes(MAX_META_BYTES + 1), [])
-    assert store.stock().entries == 0
+    assert store.usage().entries == 0
 
 
 @pytest.mark.parametrize("size", [100, 2 << 20], ids=["read", "opened"])
@@ -116,12 +116,12 @@ def test_blobs_outlive_the_store_in_the_order_in_which_they_were_put(
     store.put(keys[1], b"again", views(b"longer than before"))
     expected = [keys[0], *keys[2:], keys[1]]
     assert [found.key for found in store.scan()] == expected
-    stock = store.stock()
+    stock = store.usage()
     store.close()
 
     again = open_store()
     assert [found.key for found in again.scan()] == expected
-    assert again.stock() == stock
+    assert again.usage() == stock
     assert read(again, keys[1]) == (b"again", b"longer than before")
 
 
@@ -163,7 +163,7 @@ def test_what_is_not_there_is_a_miss_and_is_passed_over(store: LocalDiskBackend)
     assert store.get(OTHER) is None
     store.remove([OTHER, KEY, KEY])
     assert store.get(KEY) is None
-    assert store.stock().nbytes == 0
+    assert store.usage().nbytes == 0
 
 
 def test_a_closed_store_refuses_everything(store: LocalDiskBackend) -> None:
@@ -177,7 +177,7 @@ def test_a_closed_store_refuses_everything(store: LocalDiskBackend) -> None:
         lambda: store.contains([KEY]),
         lambda: store.remove([KEY]),
         store.scan,
-        store.stock,
+        store.usage,
         lambda: next(scan),
     ):
         with pytest.raises(BackendError, match="is closed"):

@@ -58,11 +58,11 @@ def test_a_damaged_file_is_a_miss_and_goes(
     file.write_bytes(damage(file.read_bytes()))
 
     store = open_store()
-    assert store.stock().entries == 1
+    assert store.usage().entries == 1
     for _ in range(2):
         assert store.get(KEY) is None if how == "get" else list(store.scan()) == []
     assert files() == []
-    assert (store.stock().entries, store.stock().nbytes) == (0, 0)
+    assert (store.usage().entries, store.usage().nbytes) == (0, 0)
     assert store.contains([KEY]) == [False]
     assert [KEY.hex() in record.getMessage() for record in caplog.records] == [True]
     assert store.put(KEY, META, [memoryview(DATA)])
@@ -102,7 +102,7 @@ def test_a_file_that_was_taken_away_is_a_miss_and_takes_no_room(
     [file] = files()
     file.unlink()
     assert store.get(KEY) is None
-    assert store.stock().nbytes == 0
+    assert store.usage().nbytes == 0
 
 
 def test_a_whole_blob_that_took_the_place_of_a_damaged_one_stays(
@@ -145,11 +145,11 @@ def test_a_damaged_file_that_cannot_be_removed_is_a_miss(
     store.put(KEY, META, [memoryview(DATA)])
     [file] = files()
     file.write_bytes(b"damaged")
-    taken = store.stock()
+    taken = store.usage()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
         assert store.get(KEY) is None
-    assert store.stock() == taken
+    assert store.usage() == taken
 
 
 def test_links_and_names_of_others_are_left_alone(
@@ -179,7 +179,7 @@ def test_links_and_names_of_others_are_left_alone(
     (file.parent / ("00" * 15 + "ff")).mkdir()
 
     store = open_store()
-    assert store.stock().entries == 1
+    assert store.usage().entries == 1
     assert [found.key for found in store.scan()] == [KEY]
     assert store.get(OTHER) is None
     assert other.is_symlink()
@@ -203,7 +203,7 @@ def test_what_takes_a_files_name_meanwhile_is_a_miss_and_stays(
         os.mkfifo(file)
     assert store.get(KEY) is None
     assert os.path.lexists(file)
-    assert store.stock().entries == 0
+    assert store.usage().entries == 0
 
 
 def test_what_a_writer_that_died_has_left_is_removed_at_start(
@@ -217,7 +217,7 @@ def test_what_a_writer_that_died_has_left_is_removed_at_start(
         file.with_name(f"{KEY.hex()}.{number}.tmp").write_bytes(b"half a blob")
     store = open_store()
     assert files() == [file]
-    assert store.stock().entries == 1
+    assert store.usage().entries == 1
 
 
 def test_a_start_does_not_read_what_lies_there(

@@ -73,5 +73,5 @@ def test_whoever_is_killed_at_any_moment_leaves_whole_blobs(
             assert data == random.Random(seed).randbytes(size)
             assert seed >= reported.get(key, 0)
         assert [path.name for path in files()] == sorted(key.hex() for key in found)
-        assert store.stock().entries == len(found)
+        assert store.usage().entries == len(found)
         store.close()

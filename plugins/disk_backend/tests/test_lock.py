@@ -59,7 +59,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(
         assert "set another path, subfolder or lmcache_instance_id" in refusal.value.hint
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert open_store().stock().entries == 0
+        assert open_store().usage().entries == 0
 
 
 def test_a_start_waits_for_a_process_that_is_about_to_be_gone(
@@ -71,7 +71,7 @@ def test_a_start_waits_for_a_process_that_is_about_to_be_gone(
     closing.start()
     second = open_store()
     closing.join()
-    assert second.stock().entries == 0
+    assert second.usage().entries == 0
 
 
 def test_a_start_that_is_refused_leaves_no_descriptors(

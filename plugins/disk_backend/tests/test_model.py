@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from lmcache_kit_disk_backend.backend import LocalDiskBackend
 from lmcache_kit_disk_backend.options import DiskOptions
 
-from lmcache_kit.interfaces import Stock
+from lmcache_kit.interfaces import StoreUsage
 from plugins.disk_backend.tests.blobs import plain
 
 BLOCK = 4096
@@ -81,7 +81,7 @@ class StoreAgainstDict(RuleBasedStateMachine):
 
     @invariant()
     def accounts_agree(self) -> None:
-        assert self.store.stock() == Stock(len(self.blobs), self.used, CAPACITY)
+        assert self.store.usage() == StoreUsage(len(self.blobs), self.used, CAPACITY)
 
 
 TestStoreAgainstDict = StoreAgainstDict.TestCase

@@ -13,7 +13,7 @@ def test_without_options_it_keeps_5_gib_in_the_users_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     store = LocalDiskBackend()
-    assert store.stock().capacity_bytes == 5 << 30
+    assert store.usage().capacity_bytes == 5 << 30
     assert [path.name for path in tmp_path.iterdir()] == ["lmcache_kit"]
     store.close()
 

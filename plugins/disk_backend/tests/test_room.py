@@ -19,7 +19,7 @@ import pytest
 from lmcache_kit_disk_backend.backend import LocalDiskBackend
 
 from lmcache_kit.errors import BackendError
-from lmcache_kit.interfaces import Stock
+from lmcache_kit.interfaces import StoreUsage
 
 KEYS = [bytes([number]) * 16 for number in range(64)]
 BLOCK = 4096
@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_not_put_and_changes_nothing(
     for key in KEYS[:3]:
         assert not put(store, key, 1)
     assert files() == before
-    assert store.stock() == Stock(2, 2 * BLOB, 2 * BLOB)
+    assert store.usage() == StoreUsage(2, 2 * BLOB, 2 * BLOB)
     assert store.get(KEYS[0]) == (b"meta", KEYS[0][:1] * SIZE)
     store.remove([KEYS[0]])
     assert put(store, KEYS[2])
@@ -60,14 +60,14 @@ def test_the_room_of_a_blob_is_that_of_its_file(
     store: LocalDiskBackend, files: Files, size: int
 ) -> None:
     assert put(store, KEYS[0], size)
-    assert store.stock().nbytes == room(files())
+    assert store.usage().nbytes == room(files())
 
 
 def test_a_blob_that_is_replaced_gives_its_room_back(open_store: OpenStore, files: Files) -> None:
     store = open_store(3 * BLOB)
     for size in (SIZE, SIZE, 1, 2 * SIZE, SIZE):
         assert put(store, KEYS[0], size)
-        assert store.stock() == Stock(1, room(files()), 3 * BLOB)
+        assert store.usage() == StoreUsage(1, room(files()), 3 * BLOB)
 
 
 def test_a_store_that_may_hold_less_than_before_forgets_the_oldest(
@@ -79,7 +79,7 @@ def test_a_store_that_may_hold_less_than_before_forgets_the_oldest(
     store.close()
     store = open_store(2 * BLOB + BLOCK)
     assert [found.key for found in store.scan()] == [KEYS[2], KEYS[0]]
-    assert store.stock().nbytes == room(files()) == 2 * BLOB
+    assert store.usage().nbytes == room(files()) == 2 * BLOB
     assert "removed the oldest 2 of 4 blobs" in caplog.text
 
 
@@ -113,12 +113,12 @@ def test_room_is_taken_before_anything_is_written(
         for _ in range(5):
             assert refused.acquire(timeout=30)
         assert results == [False] * 5
-        assert store.stock() == Stock(0, 3 * BLOB, 3 * BLOB)
+        assert store.usage() == StoreUsage(0, 3 * BLOB, 3 * BLOB)
         gate.set()
         for each in done:
             each.result()
     assert results == [False] * 5 + [True] * 3
-    assert store.stock() == Stock(3, room(files()), 3 * BLOB)
+    assert store.usage() == StoreUsage(3, room(files()), 3 * BLOB)
 
 
 def failing(code: int) -> Callable[..., int]:
@@ -152,7 +152,7 @@ def test_a_disk_that_fails_leaves_what_was_there(
     code: int,
 ) -> None:
     put(store, KEYS[1])
-    before, stock = files(), store.stock()
+    before, stock = files(), store.usage()
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail(code))
         for key in KEYS[:2]:
@@ -161,7 +161,7 @@ def test_a_disk_that_fails_leaves_what_was_there(
             assert str(before[0].parents[1]) in str(refusal.value)
             assert refusal.value.hint
     assert files() == before
-    assert store.stock() == stock
+    assert store.usage() == stock
     assert store.get(KEYS[1]) == (b"meta", KEYS[1][:1] * SIZE)
     assert put(store, KEYS[0])
 
@@ -175,9 +175,9 @@ def test_a_rest_that_cannot_be_removed_takes_room_until_a_restart(
         patch.setattr(Path, "unlink", failing(errno.EIO))
         with pytest.raises(BackendError, match="cannot write"):
             put(store, KEYS[0])
-    assert store.stock() == Stock(0, BLOB, 64 << 20)
+    assert store.usage() == StoreUsage(0, BLOB, 64 << 20)
     store.close()
-    assert open_store().stock() == Stock(0, 0, 64 << 20)
+    assert open_store().usage() == StoreUsage(0, 0, 64 << 20)
     assert files() == []
 
 
@@ -199,12 +199,12 @@ def test_a_folder_that_cannot_be_changed_is_an_error(
     store: LocalDiskBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, KEYS[0])
-    stock = store.stock()
+    stock = store.usage()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", failing(errno.EROFS))
         with pytest.raises(BackendError, match=r"cannot remove .*Read-only file system"):
             store.remove([KEYS[0]])
-    assert store.stock() == stock
+    assert store.usage() == stock
 
 
 def test_a_real_limit_on_files_is_an_error(store: LocalDiskBackend, files: Files) -> None:
@@ -256,7 +256,7 @@ for key in (b"new" + bytes(13), kept[0]):
         pass
 files = [each for each in path.rglob("*") if each.is_file() and each.name != "lock"]
 assert sorted(each.name for each in files) == sorted(key.hex() for key in kept)
-assert sum(each.stat().st_blocks * 512 for each in files) == store.stock().nbytes
+assert sum(each.stat().st_blocks * 512 for each in files) == store.usage().nbytes
 assert all(store.get(key) == (b"meta", data) for key in kept)
 store.remove(kept[:2])
 assert put(kept[0])

@@ -57,19 +57,19 @@ def test_readers_get_whole_blobs_whatever_happens_to_them(
                 case _:
                     seen = [found.key for found in store.scan()]
                     assert len(seen) == len(set(seen))
-            assert store.stock().nbytes <= 5 << 20
+            assert store.usage().nbytes <= 5 << 20
 
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(work, seed) for seed in range(THREADS)]:
             done.result()
-    stock, paths = store.stock(), files()
+    stock, paths = store.usage(), files()
     assert stock.entries == len(paths)
     assert stock.nbytes == sum(-(-path.stat().st_size // 4096) * 4096 for path in paths)
     order = [found.key for found in store.scan()]
     store.close()
     again = open_store(5 << 20)
     assert [found.key for found in again.scan()] == order
-    assert again.stock() == stock
+    assert again.usage() == stock
 
 
 def test_closing_while_busy_ends_everything(open_store: OpenStore) -> None:
@@ -133,7 +133,7 @@ def test_closing_waits_for_what_is_being_written(
 
 def refuses(store: LocalDiskBackend) -> bool:
     try:
-        store.stock()
+        store.usage()
     except BackendError:
         return True
     return False

@@ -14,14 +14,14 @@ import zmq.asyncio
 from lmcache_kit_http_api.frontend import HttpFrontend
 from lmcache_kit_http_api.options import HttpOptions
 
+from lmcache_kit.agent.agent import Agent
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.eviction import LRU
+from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.control import wire
-from lmcache_kit.control.agent import Agent
-from lmcache_kit.control.controller import Controller
+from lmcache_kit.controller.controller import Controller
 from lmcache_kit.keys import Namespace, pack_tokens
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.protocol import control as wire
 
 backend = pytest.importorskip("lmcache_kit_cpu_backend.backend")
 

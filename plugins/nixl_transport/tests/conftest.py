@@ -22,7 +22,7 @@ from lmcache_kit_nixl_transport.probe import why_not
 from lmcache_kit_nixl_transport.transport import NixlTransport
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.interfaces import Offered, Region
+from lmcache_kit.interfaces import ReadableRegion, Region
 
 SLAB_BYTES = 64 << 20
 PATIENCE_S = 30.0
@@ -95,7 +95,7 @@ class Here:
         return self.transport.connect(address, no_dial, timeout_s)
 
     def offer(self, *offered: Region) -> bytes:
-        return self.transport.offer([Offered(each, self.checksum(each)) for each in offered])
+        return self.transport.offer([ReadableRegion(each, self.checksum(each)) for each in offered])
 
     def checksum(self, region: Region) -> int:
         return xxh3_64_intdigest(self.memory[region.offset : region.offset + region.nbytes])

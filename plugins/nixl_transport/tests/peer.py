@@ -18,7 +18,7 @@ from lmcache_kit_nixl_transport.transport import NixlTransport
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.errors import TransportError
-from lmcache_kit.interfaces import Offered, Region
+from lmcache_kit.interfaces import ReadableRegion, Region
 
 
 class Peer:
@@ -37,7 +37,7 @@ class Peer:
 
     def offer(self, regions: list) -> bytes:
         return self.transport.offer(
-            [Offered(Region(*each), self.checksum(*each)) for each in regions]
+            [ReadableRegion(Region(*each), self.checksum(*each)) for each in regions]
         )
 
     def read(self, address: bytes, offer: bytes, into: list) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lmcache_kit_nixl_transport import wire
 
 from lmcache_kit.errors import TransportError
-from lmcache_kit.interfaces import Offered, Region
+from lmcache_kit.interfaces import ReadableRegion, Region
 from lmcache_kit.interfaces.transport import MAX_ADDRESS_BYTES
 
 from .conftest import SLAB_BYTES
@@ -108,16 +108,16 @@ def test_an_address_that_is_too_long_is_not_looked_at():
 @pytest.mark.parametrize("region", [(SLAB_BYTES, 1), (0, SLAB_BYTES + 1), (-1, 2), (0, -1)])
 def test_what_we_do_not_have_is_not_offered(here, region):
     with pytest.raises(TransportError, match=r"region 1 .* outside this process's memory"):
-        here.transport.offer([Offered(Region(0, 1), 0), Offered(Region(*region), 0)])
+        here.transport.offer([ReadableRegion(Region(0, 1), 0), ReadableRegion(Region(*region), 0)])
 
 
 def test_an_offer_that_gets_too_long_is_refused(here):
     with pytest.raises(TransportError, match="an offer of 40000 regions takes"):
-        here.transport.offer([Offered(Region(0, 1), 0)] * 40_000)
+        here.transport.offer([ReadableRegion(Region(0, 1), 0)] * 40_000)
 
 
 def test_withdrawing_is_heard_without_complaint(here):
-    here.transport.withdraw(here.transport.offer([Offered(Region(0, 1), 0)]))
+    here.transport.withdraw(here.transport.offer([ReadableRegion(Region(0, 1), 0)]))
     here.transport.withdraw(b"never offered")
 
 

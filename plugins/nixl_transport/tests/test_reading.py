@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lmcache_kit.errors import TransportError
-from lmcache_kit.interfaces import Landed, Region
+from lmcache_kit.interfaces import ReadResult, Region
 
 from .conftest import SLAB_BYTES, regions
 
@@ -28,7 +28,7 @@ def test_what_is_read_is_what_the_peer_has(here, owner):
     into = [Region(offset + 8192, nbytes) for offset, nbytes in source]
     landed, same = pull(here, owner, link, source, into)
     assert same
-    assert sorted(landed) == [Landed(number) for number in range(len(SIZES))]
+    assert sorted(landed) == [ReadResult(number) for number in range(len(SIZES))]
 
 
 def test_bytes_beside_the_regions_stay_as_they_are(here, owner):
@@ -67,7 +67,7 @@ def test_a_region_larger_than_one_transfer_is_named_once(start, make_here):
     link = here.connect(owner)
     landed, same = pull(here, owner, link, [Region(0, size)], [Region(0, size)])
     assert same
-    assert landed == [Landed(0)]
+    assert landed == [ReadResult(0)]
 
 
 def test_many_small_regions_arrive(here, owner):

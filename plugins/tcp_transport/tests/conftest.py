@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 from lmcache_kit_tcp_transport.transport import TcpTransport
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.interfaces import Link, Offered, Region
+from lmcache_kit.interfaces import Link, ReadableRegion, Region
 
 WAIT_S = 20.0
 
@@ -56,7 +56,7 @@ class Host:
         for payload in payloads:
             region = self.room(len(payload))
             self.memory[region.offset : region.offset + region.nbytes] = payload
-            offered.append(Offered(region, xxh3_64_intdigest(payload)))
+            offered.append(ReadableRegion(region, xxh3_64_intdigest(payload)))
         return self.transport.offer(offered)
 
     def room(self, nbytes: int) -> Region:

@@ -21,7 +21,7 @@ from lmcache_kit_tcp_transport.wire import Frame, Kind, Op, Request, pack_frame,
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.errors import TransferTimeout, TransportError
-from lmcache_kit.interfaces import Link, Offered, Region
+from lmcache_kit.interfaces import Link, ReadableRegion, Region
 from lmcache_kit.testing.hosts import Stall, cut, flip
 
 WAIT_S = 20.0
@@ -173,7 +173,7 @@ def test_withdrawing_what_has_just_been_read_leaves_the_connection_alone(
 ) -> None:
     into, checksum = [sink.room(NBYTES)], xxh3_64_intdigest(bytes(NBYTES))
     for _ in range(100):
-        offer = source.transport.offer([Offered(Region(0, NBYTES), checksum)])
+        offer = source.transport.offer([ReadableRegion(Region(0, NBYTES), checksum)])
         assert len(list(link.read(offer, into, WAIT_S))) == 1
         source.transport.withdraw(offer)
 
@@ -182,7 +182,7 @@ def test_a_peer_that_takes_nothing_is_given_up(
     over: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _, link = over()
-    offer = source.transport.offer([Offered(Region(0, 4 << 20), EMPTY)] * 20)
+    offer = source.transport.offer([ReadableRegion(Region(0, 4 << 20), EMPTY)] * 20)
     monkeypatch.setattr(serving, "STALL_S", 0.2)
     reading = link.read(offer, [Region(0, 4 << 20)] * 20, WAIT_S)
     next(reading)

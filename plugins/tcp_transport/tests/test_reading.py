@@ -9,7 +9,7 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.errors import TransportError
-from lmcache_kit.interfaces import Landed, Link, Offered, Region
+from lmcache_kit.interfaces import Link, ReadableRegion, ReadResult, Region
 
 WAIT_S = 20.0
 
@@ -19,7 +19,7 @@ def fetch(link: Link, offer: bytes, sink: Any, sizes: list[int]) -> list[bytes]:
     into = [sink.room(size) for size in sizes]
     landed = list(link.read(offer, into, WAIT_S))
     got = [sink.bytes_of(region) for region in into]
-    assert landed == [Landed(i, xxh3_64_intdigest(each)) for i, each in enumerate(got)]
+    assert landed == [ReadResult(i, xxh3_64_intdigest(each)) for i, each in enumerate(got)]
     return got
 
 
@@ -151,12 +151,12 @@ def test_reading_to_outside_of_the_memory_is_an_error_before_anything_is_sent(
 @pytest.mark.parametrize("region", [Region(-1, 1), Region((4 << 20) - 1, 2), Region(0, -1)])
 def test_memory_that_there_is_not_cannot_be_offered(source: Any, region: Region) -> None:
     with pytest.raises(ValueError, match="is not in the memory, which has 4194304 bytes"):
-        source.transport.offer([Offered(region, 0)])
+        source.transport.offer([ReadableRegion(region, 0)])
 
 
 def test_a_checksum_is_of_64_bits(source: Any) -> None:
     with pytest.raises(ValueError, match="is no xxh3-64"):
-        source.transport.offer([Offered(Region(0, 1), 1 << 64)])
+        source.transport.offer([ReadableRegion(Region(0, 1), 1 << 64)])
 
 
 def test_giving_up_a_read_half_way_ends_the_link(source: Any, sink: Any, link: Link) -> None:

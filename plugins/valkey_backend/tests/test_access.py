@@ -48,7 +48,7 @@ def test_a_user_with_the_rights_of_the_readme_can_do_it_all(
     assert got(backend) == b"data"
     assert backend.contains([KEY, OTHER]) == [True, False]
     assert [each.nbytes for each in backend.scan()] == [4]
-    assert backend.stock().entries == 1
+    assert backend.usage().entries == 1
     backend.remove([KEY])
     assert got(backend) is None
 
@@ -64,7 +64,7 @@ def test_a_user_without_rights_is_told(serve: Serve, open_backend: Open) -> None
         lambda: backend.contains([KEY]),
         lambda: backend.remove([KEY]),
         lambda: list(backend.scan()),
-        backend.stock,
+        backend.usage,
     ):
         with pytest.raises(BackendError, match=rf"{server.port}: .*permissions.*README has the"):
             call()

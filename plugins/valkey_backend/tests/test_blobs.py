@@ -21,7 +21,7 @@ def test_a_server_that_is_full_and_evicts_nothing_refuses(serve: Serve, open_bac
     assert answers[0] is True
     assert answers[-1] is False
     assert got(backend, bytes(16)) == bytes(2_000_000)
-    assert backend.stock().capacity_bytes == 20 << 20
+    assert backend.usage().capacity_bytes == 20 << 20
     backend.remove([bytes([n] * 16) for n in range(15)])
     assert put(backend)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.composing import make_backend
+from lmcache_kit.service.build import make_backend
 from tests.peer.conftest import Place
 
 if TYPE_CHECKING:

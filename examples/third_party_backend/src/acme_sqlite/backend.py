@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from acme_sqlite.options import SQLiteOptions
 from lmcache_kit.errors import BackendError
-from lmcache_kit.interfaces import Backend, Blob, Stock, Stored
+from lmcache_kit.interfaces import Backend, Blob, BlobRecord, StoreUsage
 
 _GIB = 1 << 30
 _PAGE_BYTES = 16384
@@ -81,7 +81,7 @@ class SQLiteBackend(Backend):
         with self._session() as db:
             db.executemany("DELETE FROM blobs WHERE key = ?", [(key,) for key in keys])
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self) -> Iterator[BlobRecord]:
         """In the order of putting. What is put again meanwhile gets a number behind ``last``."""
         query = (
             "SELECT number, key, meta, length(data) FROM blobs "
@@ -93,14 +93,14 @@ class SQLiteBackend(Backend):
         while number < last:
             with self._session() as db:
                 rows = db.execute(query, (number, last, _SCAN_ROWS)).fetchall()
-            yield from (Stored(key, meta, nbytes) for _, key, meta, nbytes in rows)
+            yield from (BlobRecord(key, meta, nbytes) for _, key, meta, nbytes in rows)
             number = rows[-1][0] if rows else last
 
-    def stock(self) -> Stock:
+    def usage(self) -> StoreUsage:
         with self._session() as db:
             entries = db.execute("SELECT count(*) FROM blobs").fetchone()[0]
             pages = self._pragma("page_count") - self._pragma("freelist_count")
-        return Stock(entries, pages * self._page_bytes, self._max_pages * self._page_bytes)
+        return StoreUsage(entries, pages * self._page_bytes, self._max_pages * self._page_bytes)
 
     def close(self) -> None:
         with self._lock:

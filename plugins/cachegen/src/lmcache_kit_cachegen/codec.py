@@ -15,13 +15,13 @@ from lmcache_kit.interfaces import BlobInfo, ChunkInfo, Codec
 from lmcache_kit.interfaces.codec import Buffer
 from lmcache_kit.layout import KVLayout
 from lmcache_kit_cachegen import bitstream, lossless, quantised
+from lmcache_kit_cachegen.bits import ROUNDING, Bits, bits_dtype
 from lmcache_kit_cachegen.bitstream import NO_PROFILE, Coder, Header, Stream
 from lmcache_kit_cachegen.levels import LOSSLESS, SINK_TOKENS
 from lmcache_kit_cachegen.options import CacheGenOptions
 from lmcache_kit_cachegen.profile import Profile, SliceProfile, load_profile
 from lmcache_kit_cachegen.rope import cosines_and_sines
 from lmcache_kit_cachegen.slices import Plan
-from lmcache_kit_cachegen.words import ROUNDING, Bits, bits_dtype
 
 S = TypeVar("S")
 T = TypeVar("T")

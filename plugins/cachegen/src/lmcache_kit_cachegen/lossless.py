@@ -10,9 +10,9 @@ import numpy as np
 import zstandard
 
 from lmcache_kit.errors import CorruptBlob
+from lmcache_kit_cachegen.bits import Bits
 from lmcache_kit_cachegen.bitstream import Coder, Stream
 from lmcache_kit_cachegen.tables import U8
-from lmcache_kit_cachegen.words import Bits
 
 _local = threading.local()
 _LENGTH = struct.Struct("<I")

@@ -14,6 +14,7 @@ import numpy as np
 
 from lmcache_kit.errors import CorruptBlob
 from lmcache_kit_cachegen import kernels, rans
+from lmcache_kit_cachegen.bits import Bits, narrow
 from lmcache_kit_cachegen.bitstream import Coder, Stream
 from lmcache_kit_cachegen.lossless import zstd_compress, zstd_decompress
 from lmcache_kit_cachegen.slices import (
@@ -36,7 +37,6 @@ from lmcache_kit_cachegen.tables import (
     TABLES,
     U8,
 )
-from lmcache_kit_cachegen.words import Bits, narrow
 
 HEADS = 2
 """Rows before a slice's values: the tables of its columns, and their means."""

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache_kit_cachegen import kernels, rans
+from lmcache_kit_cachegen.bits import ROUNDING, Bits, rounded, widen
 from lmcache_kit_cachegen.bitstream import Coder
 from lmcache_kit_cachegen.levels import DEFAULT, LEVELS, Level
 from lmcache_kit_cachegen.profile import SliceProfile
 from lmcache_kit_cachegen.tables import BETWEEN, F32, U8
-from lmcache_kit_cachegen.words import ROUNDING, Bits, rounded, widen
 
 I16: TypeAlias = npt.NDArray[np.int16]
 

@@ -85,7 +85,9 @@ class Allocator:
             end += self._remove_hole(end)
         self._add_hole(start, end - start)
 
-    def clearance(self, nbytes: int, movable: Callable[[Region], bool]) -> list[Region] | None:
+    def eviction_plan(
+        self, nbytes: int, evictable: Callable[[Region], bool]
+    ) -> list[Region] | None:
         """Movable regions that together with the holes between them make room; None if there
         are none.
 
@@ -97,10 +99,12 @@ class Allocator:
         if len(self._ending_at) > _WALK_ALL_BLOCKS:
             largest = [offset for _, offset in self._by_size[-_HOLES_TO_TRY:]]
             around = [self._around(offset, needed) for offset in largest]
-            found = [window for blocks in around if (window := _cheapest(blocks, needed, movable))]
+            found = [
+                window for blocks in around if (window := _cheapest(blocks, needed, evictable))
+            ]
             if found:
                 return min(found)[1]
-        window = _cheapest(self._upwards(0), needed, movable)
+        window = _cheapest(self._upwards(0), needed, evictable)
         return window[1] if window else None
 
     def _around(self, hole: int, needed: int) -> list[_Block]:
@@ -149,7 +153,7 @@ def _reach(blocks: Iterable[_Block], needed: int) -> list[_Block]:
 
 
 def _cheapest(
-    blocks: Iterable[_Block], needed: int, movable: Callable[[Region], bool]
+    blocks: Iterable[_Block], needed: int, evictable: Callable[[Region], bool]
 ) -> tuple[int, list[Region]] | None:
     """Of all runs of blocks of at least ``needed`` bytes the one that has the fewest allocated:
     that number, and the regions in it. Only the shortest run that ends at each block counts."""
@@ -157,7 +161,7 @@ def _cheapest(
     run: deque[_Block] = deque()
     size = cost = 0
     for block, region in blocks:
-        if region and not movable(region):
+        if region and not evictable(region):
             run.clear()
             size = cost = 0
             continue

@@ -63,8 +63,10 @@ class LocalCPUBackend(MemoryBackend):
     def free(self, region: Region) -> None:
         self._allocator.free(region)
 
-    def clearance(self, nbytes: int, movable: Callable[[Region], bool]) -> list[Region] | None:
-        return self._allocator.clearance(nbytes, movable)
+    def eviction_plan(
+        self, nbytes: int, evictable: Callable[[Region], bool]
+    ) -> list[Region] | None:
+        return self._allocator.eviction_plan(nbytes, evictable)
 
     def view(self, region: Region) -> memoryview:
         self._check_open()

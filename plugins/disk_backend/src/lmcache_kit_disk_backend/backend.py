@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lmcache_kit.errors import BackendError
-from lmcache_kit.interfaces import Backend, Blob, OpenBlob, Stock, Stored
+from lmcache_kit.interfaces import Backend, Blob, BlobRecord, OpenBlob, StoreUsage
 from lmcache_kit.interfaces.backend import MAX_META_BYTES
 from lmcache_kit_disk_backend.blob_file import Damaged, Head, create, opened, read_blob, read_head
 from lmcache_kit_disk_backend.folder import Folder, failure
@@ -93,14 +93,14 @@ class LocalDiskBackend(Backend):
                 except OSError as error:
                     raise failure("remove", path, error) from error
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self) -> Iterator[BlobRecord]:
         with self._call(), self._changed:
             keys = list(self._rooms)
         return (found for key in keys if (found := self._describe(key)))
 
-    def stock(self) -> Stock:
+    def usage(self) -> StoreUsage:
         with self._call(), self._changed:
-            return Stock(len(self._rooms), self._used, self._capacity)
+            return StoreUsage(len(self._rooms), self._used, self._capacity)
 
     def close(self) -> None:
         with self._changed:
@@ -162,10 +162,10 @@ class LocalDiskBackend(Backend):
         with self._changed:
             self._used -= room
 
-    def _describe(self, key: bytes) -> Stored | None:
-        def read(fd: int) -> Stored:
+    def _describe(self, key: bytes) -> BlobRecord | None:
+        def read(fd: int) -> BlobRecord:
             head = read_head(fd, key)
-            return Stored(key, head.meta, head.data_bytes)
+            return BlobRecord(key, head.meta, head.data_bytes)
 
         return self._read(key, read)
 

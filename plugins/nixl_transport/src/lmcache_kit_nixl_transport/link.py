@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from lmcache_kit.errors import TransferTimeout, TransportError
 from lmcache_kit.interfaces.memory import Region
-from lmcache_kit.interfaces.transport import Landed, Link
+from lmcache_kit.interfaces.transport import Link, ReadResult
 from lmcache_kit_nixl_transport import wire
 from lmcache_kit_nixl_transport.agent import Agent
 from lmcache_kit_nixl_transport.batches import plan
@@ -34,7 +34,7 @@ class NixlLink(Link):
     def how(self) -> str:
         return self._how
 
-    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[Landed]:
+    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
         deadline = time.monotonic() + timeout_s
         theirs = self._peer.address.slab
         offered = wire.decode_offer(offer)
@@ -59,7 +59,7 @@ class NixlLink(Link):
         if not closed:
             self._peers.leave(self._peer)
 
-    def _watched(self, reading: Reading) -> Iterator[Landed]:
+    def _watched(self, reading: Reading) -> Iterator[ReadResult]:
         try:
             yield from reading
         except TransportError as error:

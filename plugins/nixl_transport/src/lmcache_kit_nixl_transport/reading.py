@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lmcache_kit.errors import TransferTimeout
 from lmcache_kit.interfaces.memory import Region
-from lmcache_kit.interfaces.transport import Landed
+from lmcache_kit.interfaces.transport import ReadResult
 from lmcache_kit_nixl_transport.agent import Agent
 from lmcache_kit_nixl_transport.batches import Batch, pieces_of
 from lmcache_kit_nixl_transport.transfer import Transfer
@@ -44,9 +44,9 @@ class Reading:
         self._missing = [pieces_of(region) for region in into]
         self._flying: dict[Transfer, list[int]] = {}
 
-    def __iter__(self) -> Iterator[Landed]:
+    def __iter__(self) -> Iterator[ReadResult]:
         try:
-            yield from (Landed(number) for number, left in enumerate(self._missing) if not left)
+            yield from (ReadResult(number) for number, left in enumerate(self._missing) if not left)
             more = True
             while more or self._flying:
                 if more and len(self._flying) < AT_ONCE:
@@ -65,7 +65,7 @@ class Reading:
             self._flying[transfer] = batch.numbers
         return batch is not None
 
-    def _landed(self, *, patient: bool) -> Iterator[Landed]:
+    def _landed(self, *, patient: bool) -> Iterator[ReadResult]:
         """What has landed by now; ``patient``: wait for one transfer at least."""
         pause = Pause()
         while True:
@@ -74,7 +74,7 @@ class Reading:
                 for number in self._flying.pop(transfer):
                     self._missing[number] -= 1
                     if not self._missing[number]:
-                        yield Landed(number)
+                        yield ReadResult(number)
             if landed or not patient or not self._flying:
                 return
             self._check()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from lmcache_kit.errors import TransferTimeout, TransportError
-from lmcache_kit.interfaces.transport import Dial, Link, Offered, Transport
+from lmcache_kit.interfaces.transport import Dial, Link, ReadableRegion, Transport
 from lmcache_kit_nixl_transport import cma, environment, rdma, wire
 from lmcache_kit_nixl_transport.agent import Agent, Copy
 from lmcache_kit_nixl_transport.link import NixlLink
@@ -71,7 +71,7 @@ class NixlTransport(Transport):
     def address(self) -> bytes:
         return wire.encode(self._address)
 
-    def offer(self, regions: Sequence[Offered]) -> bytes:
+    def offer(self, regions: Sequence[ReadableRegion]) -> bytes:
         wire.check_inside(
             [offered.region for offered in regions], self._address.slab.nbytes, "this process's"
         )

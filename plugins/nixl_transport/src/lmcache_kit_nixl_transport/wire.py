@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from lmcache_kit.errors import TransportError
 from lmcache_kit.interfaces.memory import Region
-from lmcache_kit.interfaces.transport import MAX_ADDRESS_BYTES, Offered
+from lmcache_kit.interfaces.transport import MAX_ADDRESS_BYTES, ReadableRegion
 
 NONCE_BYTES = 1 << 20
 """So many that they are seldom all there before NIXL's call returns, but by CMA."""
@@ -55,7 +55,7 @@ def decode_address(data: bytes) -> Address:
     return _decode(data, Address, "a peer's address")
 
 
-def encode_offer(regions: Sequence[Offered]) -> bytes:
+def encode_offer(regions: Sequence[ReadableRegion]) -> bytes:
     """``[[offset, nbytes], ...]``."""
     spans = [(offered.region.offset, offered.region.nbytes) for offered in regions]
     return _limited(msgspec.msgpack.encode(spans), f"an offer of {len(spans)} regions")

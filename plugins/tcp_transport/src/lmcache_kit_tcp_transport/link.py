@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from lmcache_kit.errors import TransferTimeout, TransportError
-from lmcache_kit.interfaces import Landed, Link, Region
+from lmcache_kit.interfaces import Link, ReadResult, Region
 from lmcache_kit_tcp_transport.connection import Connection
 from lmcache_kit_tcp_transport.wire import (
     HEADER_BYTES,
@@ -44,7 +44,7 @@ class TcpLink(Link):
         if frame.kind is not Kind.HELLO:
             raise TransportError(f"{self._peer} answers {frame} to a greeting")
 
-    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[Landed]:
+    def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
         deadline = time.monotonic() + timeout_s
         token, count = unpack_offer(offer)
         if count != len(into):
@@ -64,7 +64,7 @@ class TcpLink(Link):
             for number, region in enumerate(into):
                 checksum = self._receive(number, region, deadline)
                 landed += 1
-                yield Landed(number, checksum)
+                yield ReadResult(number, checksum)
             usable = True
         except TransferTimeout as error:
             raise TransferTimeout(

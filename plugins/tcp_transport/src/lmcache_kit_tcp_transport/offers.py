@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 
-from lmcache_kit.interfaces import Offered
+from lmcache_kit.interfaces import ReadableRegion
 from lmcache_kit_tcp_transport.connection import Connection
 from lmcache_kit_tcp_transport.wire import MAX_REGIONS, TOKEN_BYTES
 
@@ -18,7 +18,7 @@ _GRACE_S = 0.05
 class Offer:
     """Regions, and the connections that they are being sent on."""
 
-    def __init__(self, regions: Sequence[Offered]) -> None:
+    def __init__(self, regions: Sequence[ReadableRegion]) -> None:
         self.regions = tuple(regions)
         self.sending: set[Connection] = set()
 
@@ -31,7 +31,7 @@ class Offers:
         self._offers: dict[bytes, Offer] = {}
         self._changed = threading.Condition()
 
-    def add(self, regions: Sequence[Offered]) -> bytes:
+    def add(self, regions: Sequence[ReadableRegion]) -> bytes:
         """Its token. Raises ValueError for regions that are not all in memory."""
         if len(regions) > MAX_REGIONS:
             raise ValueError(f"{len(regions)} regions; one offer has at most {MAX_REGIONS}")

@@ -13,7 +13,7 @@ from weakref import WeakSet
 import msgspec
 
 from lmcache_kit.errors import TransportError
-from lmcache_kit.interfaces import Dial, Link, Offered, Transport
+from lmcache_kit.interfaces import Dial, Link, ReadableRegion, Transport
 from lmcache_kit_tcp_transport.connection import Connection
 from lmcache_kit_tcp_transport.link import TcpLink
 from lmcache_kit_tcp_transport.offers import Offers
@@ -45,7 +45,7 @@ class TcpTransport(Transport):
     def address(self) -> bytes:
         return msgspec.msgpack.encode(Address(version=VERSION))
 
-    def offer(self, regions: Sequence[Offered]) -> bytes:
+    def offer(self, regions: Sequence[ReadableRegion]) -> bytes:
         """Raises ValueError for regions that are not all in memory."""
         if self._closed:
             raise TransportError("the transport is closed")

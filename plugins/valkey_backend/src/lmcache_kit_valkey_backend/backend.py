@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from lmcache_kit.interfaces import Backend, Blob, Stock, Stored
+from lmcache_kit.interfaces import Backend, Blob, BlobRecord, StoreUsage
 from lmcache_kit.interfaces.backend import MAX_META_BYTES
 from lmcache_kit_valkey_backend.options import ValkeyOptions
 from lmcache_kit_valkey_backend.server import (
@@ -78,7 +78,7 @@ class ValkeyBackend(Backend):
         pages = [names[at : at + _PAGE] for at in range(0, len(names), _PAGE)]
         self._server.do_all([("UNLINK", *page) for page in pages])
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self) -> Iterator[BlobRecord]:
         """In no order, page by page, while others put and remove."""
         seen: set[bytes] = set()
         cursor = b"0"
@@ -90,7 +90,7 @@ class ValkeyBackend(Backend):
             if int(cursor) == 0:
                 return
 
-    def stock(self) -> Stock:
+    def usage(self) -> StoreUsage:
         """Counted blob by blob, since others put and remove as well. ``capacity_bytes`` is the
         server's ``maxmemory``, where that may be asked."""
         entries = nbytes = 0
@@ -101,7 +101,7 @@ class ValkeyBackend(Backend):
             told = re.search(rb"\bmaxmemory:(\d+)", self._server.do("INFO", "memory"))
         except NotAllowed:
             told = None
-        return Stock(entries, nbytes, int(told[1]) or None if told else None)
+        return StoreUsage(entries, nbytes, int(told[1]) or None if told else None)
 
     def close(self) -> None:
         self._server.close()
@@ -114,7 +114,7 @@ class ValkeyBackend(Backend):
         escaped = re.sub(rb"([*?\[\]\\])", rb"\\\1", self._prefix)
         return escaped + b"?" * (2 * _KEY_BYTES)
 
-    def _described(self, names: Sequence[bytes]) -> Iterator[Stored]:
+    def _described(self, names: Sequence[bytes]) -> Iterator[BlobRecord]:
         """Those of them that are blobs. Lengths are asked first: others may have put anything."""
         lengths = self._server.do_all([("HSTRLEN", name, META) for name in names])
         sound = [
@@ -128,7 +128,7 @@ class ValkeyBackend(Backend):
         answers = self._server.do_all(commands)
         for name, meta, nbytes in zip(sound, answers[::2], answers[1::2], strict=True):
             if isinstance(meta, bytes) and (key := self._key(name)) is not None:
-                yield Stored(key, meta, nbytes)
+                yield BlobRecord(key, meta, nbytes)
 
     def _key(self, name: bytes) -> bytes | None:
         """None for a name that is not one of ours."""

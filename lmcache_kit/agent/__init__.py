@@ -1,0 +1,1 @@
+"""The control plane inside the cache process."""

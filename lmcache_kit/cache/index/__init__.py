@@ -1,0 +1,1 @@
+"""The index: which chunks a tier holds, and what keeps them there."""

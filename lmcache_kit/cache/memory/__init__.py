@@ -1,0 +1,1 @@
+"""The memory tier: allocation, pending stores, transcoding and transfers."""

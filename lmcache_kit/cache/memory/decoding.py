@@ -1,0 +1,130 @@
+"""Raw copies of encoded chunks: for readers, as long as these need them, or to stay."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from xxhash import xxh3_64_intdigest
+
+from lmcache_kit.cache.index.entries import Payload
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.index.chunk_index import MemoryIndex
+    from lmcache_kit.cache.index.entries import Entry
+    from lmcache_kit.cache.memory.evictor import Evictor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Decoding:
+    """A raw copy in the making. Who wants it holds ``raw``, and is told when it has ended."""
+
+    entry: Entry
+    packed: Payload
+    raw: Payload
+    state: Literal["new", "running", "done", "failed"] = "new"
+    why: str = ""
+    waiters: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Decoder:
+    """Decodes on the threads of ``loaders``, outside of the lock; all but :meth:`run` is called
+    under it."""
+
+    def __init__(
+        self,
+        shelf: MemoryIndex,
+        counters: Counter[str],
+        lock: AbstractContextManager[object],
+        loaders: Executor,
+    ) -> None:
+        self._shelf = shelf
+        self._counters = counters
+        self._lock = lock
+        self._loaders = loaders
+
+    def copy_of(self, entry: Entry, room: Evictor) -> Decoding | None:
+        """The copy that others read or wait for already, or a new one; None without room for it.
+
+        A new one is to be held by the caller before it is started.
+        """
+        copy = entry.unpacked
+        usable = copy and copy.packed is entry.body and copy.raw.regions and copy.state != "failed"
+        if copy and usable:
+            return copy
+        encoding = entry.body.encoding
+        assert encoding is not None
+        regions = room.take_all([chunk.payload_bytes for chunk in encoding.chunks])
+        if not regions:
+            return None
+        entry.unpacked = copy = Decoding(entry, entry.body, Payload(regions, kept=False))
+        copy.packed.holds += 1
+        copy.raw.holds += 1
+        return copy
+
+    def start(self, copy: Decoding) -> None:
+        """Begin to decode, unless it has begun."""
+        if copy.state == "new":
+            copy.state = "running"
+            self._loaders.submit(self.run, copy)
+
+    def run(self, copy: Decoding) -> None:
+        """Decode, if anybody still wants it; then tell who waits."""
+        with self._lock:
+            if copy.raw.holds == 1:  # said here, so that nobody comes to wait for it after all
+                self._end(copy, [], corrupt=False)
+                return
+        checksums: list[int] = []
+        corrupt = False
+        try:
+            checksums = self._decode(copy)
+        except ValueError as error:
+            copy.why, corrupt = str(error), True
+        # A codec is somebody's plugin: whatever it raises, the chunk is not there for this reader.
+        except Exception as error:
+            copy.why = f"{type(error).__name__}: {error}"
+            logger.exception("could not decode chunk %s", copy.entry.key.hex())
+        with self._lock:
+            self._end(copy, checksums, corrupt)
+
+    def _decode(self, copy: Decoding) -> list[int]:
+        """Fill the copy; returns the checksums. Raises ValueError for a blob that is not intact."""
+        encoding = copy.packed.encoding
+        assert encoding is not None
+        checksums = []
+        memory = self._shelf.memory
+        for extent, packed, raw, chunk in zip(
+            copy.packed.extents, copy.packed.regions, copy.raw.regions, encoding.chunks, strict=True
+        ):
+            with memory.view(packed) as blob, memory.view(raw) as out:
+                if xxh3_64_intdigest(blob) != extent.checksum:
+                    raise ValueError("the encoded bytes do not match their checksum")
+                encoding.codec.decode(blob, chunk, out)
+                checksums.append(xxh3_64_intdigest(out))
+        return checksums
+
+    def _end(self, copy: Decoding, checksums: list[int], corrupt: bool) -> None:
+        if checksums:
+            copy.state = "done"
+            copy.raw.seal(checksums)
+            self._counters["decoded_chunks_total"] += 1
+        else:
+            copy.state = "failed"
+        if corrupt:
+            logger.warning("dropped chunk %s: %s", copy.entry.key.hex(), copy.why)
+            self._counters["corrupt_total"] += 1
+            if copy.entry.body is copy.packed:
+                self._shelf.unlink(copy.entry)
+        for body in (copy.packed, copy.raw):
+            body.holds -= 1
+            self._shelf.settle(body)
+        waiters, copy.waiters = copy.waiters, []
+        for tell in waiters:
+            tell()

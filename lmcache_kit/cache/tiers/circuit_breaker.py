@@ -1,0 +1,80 @@
+"""A circuit breaker: a store that fails is left alone for a while."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from lmcache_kit.errors import BackendError
+
+FIRST_REST_S = 1.0
+LONGEST_REST_S = 30.0
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+logger = logging.getLogger(__name__)
+
+
+class CircuitBreaker:
+    """Calls a store called ``name``. After a failure it rests, twice as long after each further
+    one, up to half a minute; the first call after that tells whether the store is back."""
+
+    def __init__(self, name: str, counters: Counter[str], clock: Callable[[], float]) -> None:
+        self._name = name
+        self._counters = counters
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._rest_s = 0.0
+        self._until = 0.0
+        self._why = ""
+
+    @property
+    def resting(self) -> bool:
+        """Whether calls are refused now."""
+        return self._clock() < self._until
+
+    def call(self, method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What the method returns. Raises BackendError when it fails, whatever it raises, and at
+        once while the store rests."""
+        if self.resting:
+            raise BackendError(f"{self._name} is left alone for a while: {self._why}")
+        try:
+            result = method(*args, **kwargs)
+        # A store is somebody's plugin: whatever it raises, it has failed, and serving goes on.
+        except Exception as error:
+            self._failed(error)
+            if isinstance(error, BackendError):
+                raise
+            raise BackendError(f"{self._name}: {type(error).__name__}: {error}") from error
+        self._worked()
+        return result
+
+    def late(self) -> None:
+        """Somebody could not wait for it any longer."""
+        self._failed(BackendError(f"{self._name} did not answer in time"))
+
+    def _failed(self, error: Exception) -> None:
+        with self._lock:
+            self._counters["failures_total"] += 1
+            first = not self._rest_s
+            self._why = str(error) or type(error).__name__
+            if not self.resting:  # several calls may fail of the same cause
+                self._rest_s = min(2 * self._rest_s or FIRST_REST_S, LONGEST_REST_S)
+                self._until = self._clock() + self._rest_s
+        if first:
+            expected = isinstance(error, BackendError)
+            logger.warning(
+                "%s does not work, and is left alone for a while: %s",
+                self._name,
+                error if expected else repr(error),
+                exc_info=None if expected else error,
+            )
+
+    def _worked(self) -> None:
+        if self._rest_s:
+            with self._lock:
+                self._rest_s = self._until = 0.0
+            logger.info("%s works again", self._name)

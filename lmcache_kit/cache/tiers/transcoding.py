@@ -1,0 +1,101 @@
+"""Encoding and decoding what lies in a tier."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from xxhash import xxh3_64_intdigest
+
+from lmcache_kit.cache.descriptors import Encoding
+from lmcache_kit.cache.memory.transcoding import (
+    CorruptPayload,
+    Transcoded,
+    check_payload,
+    encode_payload,
+    not_raw,
+)
+from lmcache_kit.cache.records import Extent
+from lmcache_kit.cache.tiers.blob_header import BlobHeader
+from lmcache_kit.errors import BackendError
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.index.entries import Entry
+    from lmcache_kit.cache.memory.transfers import GetCodec
+    from lmcache_kit.cache.tiers.store_tier import StoreTier
+    from lmcache_kit.interfaces.codec import ChunkInfo, Codec
+    from lmcache_kit.keys import ChunkKey
+
+Convert: TypeAlias = "Callable[[memoryview, ChunkInfo], bytes | bytearray]"
+
+logger = logging.getLogger(__name__)
+
+
+def pack(tier: StoreTier, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+    """Encode a chunk with ``codec``."""
+    entry, packing = tier.entry(key)
+    if entry is None:
+        return Transcoded("gone")
+    if packing is not None:
+        return not_raw(packing.method, method)
+    try:
+        chunks = tuple([entry.chunk_info(rank) for rank in range(entry.space.world_size)])
+    except ValueError as error:
+        return Transcoded("failed", str(error))
+
+    def encode(payload: memoryview, chunk: ChunkInfo) -> bytes:
+        return encode_payload(payload, chunk, codec)
+
+    return _recode(tier, entry, chunks, Encoding(method, codec.format_version, chunks), encode)
+
+
+def unpack(tier: StoreTier, key: ChunkKey, method: str, get_codec: GetCodec) -> Transcoded:
+    """Decode a chunk that ``method`` has encoded."""
+    entry, packing = tier.entry(key)
+    if entry is None:
+        return Transcoded("gone")
+    if packing is None:
+        return Transcoded("already")
+    if packing.method != method:
+        return Transcoded("failed", f"it is encoded with {packing.method}")
+    codec = get_codec(method)
+
+    def decode(blob: memoryview, chunk: ChunkInfo) -> bytearray:
+        raw = bytearray(chunk.payload_bytes)
+        codec.decode(blob, chunk, raw)
+        return raw
+
+    return _recode(tier, entry, packing.chunks, None, decode)
+
+
+def _recode(
+    tier: StoreTier,
+    entry: Entry,
+    chunks: Sequence[ChunkInfo],
+    packing: Encoding | None,
+    convert: Convert,
+) -> Transcoded:
+    """Read it, convert each rank's bytes, and write them with ``packing`` for their label."""
+    try:
+        found = tier.read(entry.key)
+        if found is None:
+            return Transcoded("gone")
+        label, pieces = found
+        for piece, extent in zip(pieces, label.parcel.extents, strict=True):
+            check_payload(piece, extent.checksum)
+        made = [convert(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True)]
+        extents = tuple([Extent(0, len(each), xxh3_64_intdigest(each)) for each in made])
+        parcel = label.parcel._replace(extents=extents, packing=packing)
+        return tier.replace(
+            entry, BlobHeader(parcel, label.space), [memoryview(each) for each in made]
+        )
+    except CorruptPayload as error:
+        tier.spoilt(entry.key, str(error))
+        return Transcoded("failed", str(error))
+    except (BackendError, ValueError) as error:
+        return Transcoded("failed", str(error))
+    # A codec is somebody's plugin: whatever it raises, the chunk stays as it was, and that is said.
+    except Exception as error:
+        logger.exception("could not recode chunk %s", entry.key.hex())
+        return Transcoded("failed", f"{type(error).__name__}: {error}")

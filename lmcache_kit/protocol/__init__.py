@@ -1,0 +1,1 @@
+"""Every wire: framing, messages and authentication."""

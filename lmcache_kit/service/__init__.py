@@ -1,0 +1,1 @@
+"""What a cache process is composed of, and how one is launched."""

@@ -1,0 +1,295 @@
+"""How clients come to a cache process: spawn one, attach to one, or run one in a thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import lmcache_kit
+from lmcache_kit import errors
+from lmcache_kit.errors import CacheTimeout, CacheUnavailable, KitError
+from lmcache_kit.process import paths
+from lmcache_kit.process.client import CacheClient, Reconnect
+from lmcache_kit.process.paths import socket_path
+from lmcache_kit.protocol import local as protocol
+from lmcache_kit.service import service
+
+if TYPE_CHECKING:
+    from lmcache_kit.cache.index.entries import RankLayout
+    from lmcache_kit.config import KitConfig
+    from lmcache_kit.keys import Namespace
+
+__all__ = ["open_client", "socket_path"]
+
+_LOG_BYTES = 1 << 20
+_POLL_S = 0.05
+_REPORTED = (
+    errors.ConfigError,
+    errors.DuplicateName,
+    errors.PluginBroken,
+    errors.PluginError,
+    errors.PluginNotFound,
+)
+
+
+def open_client(
+    config: KitConfig,
+    *,
+    role: Literal["scheduler", "worker", "tool"],
+    rank: int = 0,
+    world_size: int = 1,
+    namespace: Namespace | None = None,
+    form: RankLayout | None = None,
+    wait_ready: bool = False,
+    reconnect: Reconnect | None = None,
+) -> CacheClient:
+    """A client of the instance's cache process, which ``cache_process`` may start.
+
+    ``form``: what a worker's payloads are; without it they cannot be encoded.
+
+    It connects in the background. With ``wait_ready`` this waits for up to
+    ``cache_start_timeout_s``, and raises ConfigError or PluginError when no cache can be composed;
+    a process that is only late or absent is not an error. ``embedded`` raises these at once.
+    """
+    path = socket_path(config)
+    on_close: Callable[[], None] | None = None
+    dial: Callable[[threading.Event], socket.socket] = lambda _: _connect(path)  # noqa: E731
+    settings = ""
+    if config.cache_process == "spawn":
+        dial = _Spawner(config, path)
+        settings = service.settings_digest(config)
+    elif config.cache_process == "embedded":
+        on_close = _Embedded.share(config, path)
+    client = CacheClient(
+        dial,
+        protocol.Hello(
+            version=protocol.VERSION,
+            role=role,
+            instance_id=config.lmcache_instance_id,
+            pid=os.getpid(),
+            rank=rank,
+            world_size=world_size,
+            namespace=namespace,
+            settings=settings,
+            layout=form.layout if form else None,
+            rope=form.rope if form else None,
+            first_head=form.first_head if form else 0,
+        ),
+        timeout_s=config.blocking_timeout_secs,
+        reconnect=reconnect,
+        on_close=on_close,
+    )
+    if wait_ready:
+        try:
+            client.wait_ready(config.cache_start_timeout_s)
+        except BaseException:
+            client.close()
+            raise
+    return client
+
+
+def _connect(path: Path) -> socket.socket:
+    """Raises CacheUnavailable, at once, when nobody listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)  # a stopped process with a full backlog would block connect
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise CacheUnavailable(
+            f"no cache process listens at {str(path)!r}: {error.strerror}"
+        ) from error
+    return connection
+
+
+class _Spawner:
+    """Dials, and starts a cache process when there is none."""
+
+    def __init__(self, config: KitConfig, path: Path) -> None:
+        self._config = config
+        self._path = path
+
+    def __call__(self, stop: threading.Event) -> socket.socket:
+        timeout_s = self._config.cache_start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        started = False
+        while not stop.is_set() and time.monotonic() < deadline:
+            try:
+                return _connect(self._path)
+            except CacheUnavailable:
+                if started:
+                    raise  # it died at once; the next attempt is not to follow at once
+            started = self._start_unless_started(stop, deadline)
+            if not started:
+                stop.wait(_POLL_S)
+        raise CacheTimeout(f"the cache process did not start within {timeout_s:g} s")
+
+    def _start_unless_started(self, stop: threading.Event, deadline: float) -> bool:
+        """False when another one is coming up, or still on its way out."""
+        paths.secure_directory(self._path.parent)
+        starting = paths.starting_lock(self._path)
+        if starting is None:
+            return False
+        with starting:
+            serving = paths.serving_lock(self._path)
+            if serving is None:
+                return False
+            serving.close()
+            self._start(stop, deadline)
+            return True
+
+    def _start(self, stop: threading.Event, deadline: float) -> None:
+        """Start a process; return when it is ready, else raise why it is not."""
+        status, child_status = os.pipe()
+        try:
+            try:
+                self._launch(child_status, deadline)
+            finally:
+                os.close(child_status)
+            line = _read_line(status, stop, deadline)
+        finally:
+            os.close(status)
+        report = json.loads(line) if line.endswith(b"\n") else None
+        if report is None:
+            if stop.is_set() or time.monotonic() >= deadline:
+                return
+            log = paths.beside(self._path, ".log")
+            raise CacheUnavailable(
+                "the cache process ended as it started", hint=f"Its last words are in {log}"
+            )
+        if report["error"]:
+            raise _rebuilt(report)
+
+    def _launch(self, status: int, deadline: float) -> None:
+        command = [
+            *(sys.executable, "-P", "-m", "lmcache_kit.service"),
+            *("--socket", str(self._path)),
+            *("--status-fd", str(status)),
+        ]
+        log = _open_log(paths.beside(self._path, ".log"))
+        try:
+            launcher = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=_environment(),
+                pass_fds=(status,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+        try:
+            launcher.communicate(
+                self._config.to_json().encode(), timeout=max(0.0, deadline - time.monotonic())
+            )
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+            launcher.communicate()
+
+
+class _Embedded:
+    """A cache on a thread of this process, shared by the clients in it."""
+
+    _by_path: ClassVar[dict[Path, _Embedded]] = {}
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, config: KitConfig, path: Path, lock: paths.FileLock) -> None:
+        self._path = path
+        self._lock = lock
+        self._users = 0
+        self._host = service.CacheService(config)
+        self._ready = threading.Event()
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="lmcache-kit-cache", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._problem:
+            raise self._problem
+
+    @classmethod
+    def share(cls, config: KitConfig, path: Path) -> Callable[[], None] | None:
+        """Run the cache if nobody does; returns what each user calls in the end. None when
+        another process runs it."""
+        with cls._guard:
+            cache = cls._by_path.get(path)
+            if cache is None:
+                paths.secure_directory(path.parent)
+                lock = paths.serving_lock(path)
+                if lock is None:
+                    return None
+                try:
+                    cache = cls._by_path[path] = cls(config, path, lock)
+                except BaseException:
+                    lock.close()
+                    raise
+            cache._users += 1
+            return cache._leave
+
+    def _leave(self) -> None:
+        with self._guard:
+            self._users -= 1
+            if not self._users:
+                self._stop()
+
+    def _stop(self) -> None:
+        self._by_path.pop(self._path, None)
+        self._host.stop()
+        self._thread.join()
+        self._lock.close()
+
+    def _run(self) -> None:
+        try:
+            self._host.run(self._path, self._ready.set)
+        except (KitError, OSError) as error:
+            self._problem = error
+        finally:
+            self._ready.set()
+
+
+def _read_line(fd: int, stop: threading.Event, deadline: float) -> bytes:
+    """What comes until a newline, the end of file, ``stop`` or the deadline."""
+    line = b""
+    while not line.endswith(b"\n") and not stop.is_set() and time.monotonic() < deadline:
+        if select.select([fd], [], [], _POLL_S)[0]:
+            data = os.read(fd, 65536)
+            if not data:
+                break
+            line += data
+    return line
+
+
+def _rebuilt(report: dict[str, str]) -> KitError:
+    """The error that the process reported."""
+    kinds = {kind.__name__: kind for kind in _REPORTED}
+    kind = kinds.get(report["error"], CacheUnavailable)
+    return kind(report["message"], hint=report["hint"])
+
+
+def _open_log(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
+    if os.fstat(fd).st_size > _LOG_BYTES:
+        os.ftruncate(fd, 0)
+    return fd
+
+
+def _environment() -> dict[str, str]:
+    """Ours, in which the process finds the same lmcache_kit, installed or not."""
+    environment = dict(os.environ)
+    root = str(Path(lmcache_kit.__file__).parents[1])
+    if root != sysconfig.get_path("purelib"):
+        inherited = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{root}{os.pathsep}{inherited}" if inherited else root
+    return environment
