@@ -141,7 +141,7 @@ class LookupReply(Reply):
     def of(cls, answer: LookupAnswer, *, detail: bool) -> LookupReply:
         """Build the reply for an answer of the controller."""
         return cls(
-            event_id=answer.event_id,
+            event_id=answer.lookup_id,
             layout_info={
                 match.instance_id: (match.best.location, match.best.tokens)
                 for match in answer.instances
