@@ -18,13 +18,13 @@ from lmcache_kit.errors import (
     OperationFailed,
     UnknownName,
 )
-from lmcache_kit.interfaces.frontend import EventInfo, Operation, PinList
+from lmcache_kit.interfaces.frontend import OperationInfo, Operation, PinList
 from lmcache_kit.interfaces.operations import (
-    Accepted,
+    Scope,
     Compress,
     ListPins,
-    Order,
-    Outcome,
+    OperationRequest,
+    OperationStatus,
     Pin,
     PinInfo,
     Progress,
@@ -47,18 +47,20 @@ class Site:
         self.api = controller.controller
         self.operator = operator
 
-    def operate(self, order: Order = COMPRESS, instance_id: str = "a", **more: Any) -> EventInfo:
+    def operate(
+        self, order: OperationRequest = COMPRESS, instance_id: str = "a", **more: Any
+    ) -> OperationInfo:
         return self.running.run(self.begin(order, instance_id, **more))
 
     def begin(
-        self, order: Order = COMPRESS, instance_id: str = "a", **more: Any
-    ) -> Awaitable[EventInfo]:
+        self, order: OperationRequest = COMPRESS, instance_id: str = "a", **more: Any
+    ) -> Awaitable[OperationInfo]:
         return self.api.operate(Operation(instance_id=instance_id, order=order, **more))
 
-    def event(self, event_id: str) -> EventInfo:
+    def event(self, event_id: str) -> OperationInfo:
         return self.running.call(self.api.event, event_id)
 
-    def ended(self, event_id: str) -> EventInfo:
+    def ended(self, event_id: str) -> OperationInfo:
         return self.running.run(self.api.ended(event_id))
 
     def pins(self, instance_id: str | None = None, location: str | None = None) -> PinList:
@@ -89,7 +91,7 @@ def test_an_order_is_answered_when_it_is_taken_on_and_followed_to_its_end(site: 
     assert 50 < site.operator.deadlines[0] < 60
     job.report(Progress(1, 3, 300, 50))
     eventually(lambda: site.event(taken.event_id).parts[0].progress.chunks_done == 1)
-    job.finish(Outcome("partial", 8, Progress(2, 3, 600, 100), "one chunk stays raw"))
+    job.finish(OperationStatus("partial", 8, Progress(2, 3, 600, 100), "one chunk stays raw"))
     ended = site.ended(taken.event_id)
     assert (ended.state, ended.tokens, ended.ratio) == ("partial", 8, 6.0)
     assert ended.message == "one chunk stays raw"
@@ -100,7 +102,7 @@ def test_an_order_is_answered_when_it_is_taken_on_and_followed_to_its_end(site: 
 
 
 def test_an_order_that_ends_at_once_has_ended_when_it_is_answered(site: Site) -> None:
-    site.operator.at_once = Outcome("done", 12)
+    site.operator.at_once = OperationStatus("done", 12)
     taken = site.operate(PIN)
     ended = site.ended(taken.event_id)
     assert (ended.state, ended.tokens) == ("done", 12)
@@ -115,7 +117,7 @@ def test_an_end_is_told_at_once_and_not_at_the_next_heartbeat(
     site = begin(controller, start_agent, heartbeat_s=60.0)
     event_id = site.operate(deadline_s=300.0).event_id
     time.sleep(0.2)  # the agent sleeps as well by now
-    site.job().finish(Outcome("done", 12))
+    site.job().finish(OperationStatus("done", 12))
     assert site.ended(event_id).state == "done"
 
 
@@ -123,11 +125,11 @@ def test_an_end_is_acknowledged_so_that_the_cache_process_forgets_it(
     controller: Running, start_agent: StartAgent
 ) -> None:
     operator = FakeOperator()
-    operator.at_once = Outcome("done", 12)
+    operator.at_once = OperationStatus("done", 12)
     agent, _ = start_agent(controller.url, operator=operator)
     eventually(lambda: agent.stats()["registered"])
     Site(controller, operator).operate()
-    eventually(lambda: agent.stats()["orders"] == 0)
+    eventually(lambda: agent.stats()["operations"] == 0)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_a_cancel_ends_the_order(site: Site) -> None:
 
 
 def test_what_has_ended_cannot_be_cancelled(site: Site) -> None:
-    site.operator.at_once = Outcome("done", 12)
+    site.operator.at_once = OperationStatus("done", 12)
     event_id = site.operate().event_id
     site.ended(event_id)
     with pytest.raises(ControlError, match=f"event {event_id} has ended: done"):
@@ -224,7 +226,7 @@ def test_what_takes_too_long_expires_and_is_stopped_and_a_late_end_changes_nothi
     assert site.ended(event_id).state == "expired"
     job = site.job()
     assert job.cancelled.wait(10)
-    eventually(lambda: site.running.counters()["outcomes_late_total"] == 1)
+    eventually(lambda: site.running.counters()["operation_ends_late_total"] == 1)
     ended = site.event(event_id)
     assert (ended.state, ended.tokens) == ("expired", 0)
     assert site.running.counters()["operations_expired_total"] == 1
@@ -241,7 +243,7 @@ def test_the_same_key_gives_the_order_once(site: Site) -> None:
 
 
 def test_requests_with_one_key_at_the_same_time_give_the_order_once(site: Site) -> None:
-    asked: list[Future[EventInfo]] = [
+    asked: list[Future[OperationInfo]] = [
         site.running.begin(site.begin(idempotency_key="k")) for _ in range(20)
     ]
     assert len({each.result(20).event_id for each in asked}) == 1
@@ -256,7 +258,7 @@ def test_a_job_goes_on_over_a_cut_connection(controller: Running, start_agent: S
         site = begin(controller, start_agent, proxy.url)
         event_id = site.operate().event_id
         proxy.cut()
-        site.job().finish(Outcome("done", 12))
+        site.job().finish(OperationStatus("done", 12))
         assert site.ended(event_id).state == "done"
     assert len(site.operator.jobs) == 1
 
@@ -276,7 +278,7 @@ def test_an_order_that_was_lost_on_its_way_is_given_again(
     monkeypatch.setattr(operations, "_send", lose_the_first)
     assert site.operate().state == "running"
     assert len(site.operator.jobs) == 1
-    assert controller.counters()["orders_repeated_total"] == 1
+    assert controller.counters()["operation_messages_resent_total"] == 1
 
 
 def test_an_order_to_a_process_that_takes_nothing_expires(
@@ -293,7 +295,7 @@ def test_an_order_to_a_process_that_takes_nothing_expires(
             DeadlineExceeded, match=r"'deaf' did not take on 'compress' within 0\.3 s"
         ):
             site.operate(instance_id="deaf", deadline_s=0.3)
-        (event,) = controller.call(controller.controller.events)
+        (event,) = controller.call(controller.controller.operations.all)
         assert event.state == "expired"
 
 
@@ -306,10 +308,10 @@ def test_only_the_process_that_was_asked_can_say_how_it_went(
         liar.connect(controller.url)
         liar.send(wire.encode(wire.Register("liar", b"l" * 16, 1.0, "", 5.0, (LOCATION,), (), ())))
         for said in (
-            wire.Began(event_id, Accepted(99, 99)),
-            wire.Progressed(event_id, Progress(99, 99)),
-            wire.Rejected(event_id, "failed", "no"),
-            wire.Ended(event_id, Outcome("done", 99)),
+            wire.OperationStarted(event_id, Scope(99, 99)),
+            wire.OperationProgressed(event_id, Progress(99, 99)),
+            wire.OperationRejected(event_id, "failed", "no"),
+            wire.OperationEnded(event_id, OperationStatus("done", 99)),
         ):
             liar.send(wire.encode(said))
         eventually(lambda: controller.counters()["results_unasked_total"] == 4)
@@ -329,9 +331,9 @@ def test_an_end_of_an_order_that_nobody_knows_is_acknowledged(
     first.close()
     second = start_controller(first.port)
     eventually(lambda: second.counters()["instances_alive"] == 1)
-    operator.jobs[0].finish(Outcome("done", 12))
-    eventually(lambda: agent.stats()["orders"] == 0)
-    assert second.counters()["outcomes_late_total"] == 1
+    operator.jobs[0].finish(OperationStatus("done", 12))
+    eventually(lambda: agent.stats()["operations"] == 0)
+    assert second.counters()["operation_ends_late_total"] == 1
 
 
 def test_what_runs_in_a_process_that_ends_has_failed(
@@ -402,7 +404,7 @@ PINS = (
 
 
 def test_pins_are_asked_of_the_cache_process_and_leave_no_event(site: Site) -> None:
-    site.operator.at_once = Outcome("done", pins=PINS)
+    site.operator.at_once = OperationStatus("done", pins=PINS)
     found = site.pins("a", LOCATION)
     assert [each.pin for each in found.pins] == list(PINS)
     assert {each.instance_id for each in found.pins} == {"a"}
@@ -413,7 +415,7 @@ def test_pins_are_asked_of_the_cache_process_and_leave_no_event(site: Site) -> N
 def test_pins_of_all_instances_name_those_that_do_not_answer(
     site: Site, start_agent: StartAgent
 ) -> None:
-    site.operator.at_once = Outcome("done", pins=PINS[:1])
+    site.operator.at_once = OperationStatus("done", pins=PINS[:1])
     start_agent(site.running.url, "b", operator=None)
     eventually(lambda: site.running.counters()["instances_alive"] == 2)
     found = site.pins()

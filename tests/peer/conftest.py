@@ -21,7 +21,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.config import KitConfig
 from lmcache_kit.interfaces import Backend, Region
-from lmcache_kit.interfaces.operations import Move, Outcome, Peer, Progress
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer, Progress
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.peer.service import PeerService
@@ -48,18 +48,18 @@ class Running:
 
     def __init__(self, place: Place, order: Move, deadline_s: float) -> None:
         self.reports: list[Progress] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[OperationStatus] = []
         self._ended = threading.Event()
         self.job = place.node.mover.begin(
             order, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
         )
 
-    def _finish(self, outcome: Outcome) -> None:
+    def _finish(self, outcome: OperationStatus) -> None:
         self.outcomes.append(outcome)
         self._ended.set()
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> OperationStatus:
         assert self._ended.wait(DEADLINE_S), "the move did not end"
         assert len(self.outcomes) == 1
         return self.outcomes[0]
@@ -203,7 +203,7 @@ class Place:
     def begin(self, order: Move, deadline_s: float = 60.0) -> Running:
         return Running(self, order, deadline_s)
 
-    def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> Outcome:
+    def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> OperationStatus:
         """Take from there, and wait for the end."""
         return self.begin(self.order(source, tokens, **how)).outcome  # type: ignore[arg-type]
 

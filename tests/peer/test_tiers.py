@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lmcache_kit.errors import BackendError, InvalidQuery, UnknownName
-from lmcache_kit.interfaces.operations import Clear, Move, Outcome, Pin, Progress
+from lmcache_kit.interfaces.operations import Clear, Move, OperationStatus, Pin, Progress
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.service.operations import EngineOperator
+from lmcache_kit.service.operations import EngineExecutor
 from tests.cache.stores import Dict
 from tests.peer.conftest import DEADLINE_S, LAYOUT, PLACE, MakePlace, Place
 
@@ -183,7 +183,7 @@ class Within:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.operator = EngineOperator(
+        self.operator = EngineExecutor(
             place.engine,
             place.codecs,
             namespaces=place.namespaces,
@@ -191,12 +191,12 @@ class Within:
             confirm=place._confirm,
         )
 
-    def do(self, order: Move | Clear | Pin) -> Outcome:
-        outcomes: list[Outcome] = []
+    def do(self, order: Move | Clear | Pin) -> OperationStatus:
+        outcomes: list[OperationStatus] = []
         reports: list[Progress] = []
         ended = threading.Event()
 
-        def finish(outcome: Outcome) -> None:
+        def finish(outcome: OperationStatus) -> None:
             outcomes.append(outcome)
             ended.set()
 
@@ -205,7 +205,7 @@ class Within:
         self.place.settle()
         return outcomes[0]
 
-    def move(self, at: str, to: str, *, copy: bool = False) -> Outcome:
+    def move(self, at: str, to: str, *, copy: bool = False) -> OperationStatus:
         return self.do(
             Move(
                 location=to,

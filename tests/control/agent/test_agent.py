@@ -88,7 +88,9 @@ def test_each_location_is_announced_and_found_by_itself(
     below[0].store(chunks_of(PROMPT))
 
     def held() -> dict[str, int]:
-        answer = controller.call(lambda: controller.controller.lookup(LookupQuery(PROMPT)))
+        answer = controller.call(
+            lambda: controller.controller.instances.lookup(LookupQuery(PROMPT))
+        )
         return {at.location: at.tokens for each in answer.instances for at in each.locations}
 
     eventually(lambda: held() == {"disk": 12, memory.location: 4})
@@ -107,7 +109,7 @@ def test_of_equally_long_matches_that_of_the_higher_tier_is_the_answer(
     for engine in (below, memory):
         engine.store(chunks_of(PROMPT))
         assert agent.confirm(engine.location, 30)
-    answer = controller.call(controller.controller.lookup, LookupQuery(PROMPT))
+    answer = controller.call(controller.controller.instances.lookup, LookupQuery(PROMPT))
     assert answer.instances[0].best.location == memory.location
 
 
@@ -141,7 +143,7 @@ def test_a_large_cache_comes_over_in_parts_while_it_changes(
         engine.evict([lying[number].key])
     eventually(lambda: controller.counters()["index_keys"] == len(engine.chunks), within_s=30)
     process = controller.call(lambda: controller.controller._registry.find("a"))
-    holder = process.followers[engine.location].holder
+    holder = process.replicas[engine.location].holder
     keys = controller.call(lambda: set(controller.controller._registry.index.keys_of(holder)))
     assert keys == engine.chunks.keys()
 
@@ -155,8 +157,8 @@ def test_an_index_that_differs_is_noticed_by_its_digest_and_replaced(
 
     def spoil() -> None:
         registry: Registry = controller.controller._registry
-        follower = registry.find("a").followers[engine.location]
-        registry.index.remove(follower.holder, [chunks_of(PROMPT)[0].key])
+        replica = registry.find("a").replicas[engine.location]
+        registry.index.remove(replica.holder, [chunks_of(PROMPT)[0].key])
 
     controller.call(spoil)
     assert controller.held(PROMPT) == {}
@@ -170,11 +172,11 @@ def test_more_changes_than_are_kept_are_healed_by_a_snapshot(
 ) -> None:
     agent, engine = start_agent(controller.url)
     eventually(lambda: agent.stats()["registered"])
-    monkeypatch.setattr(agent._streams[0].announcer, "_max_notes", 50)
+    monkeypatch.setattr(agent._feeds[0].log, "_max_pending", 50)
     with engine.lock:
         engine.store(many_chunks(5000))
     eventually(lambda: controller.counters()["index_keys"] == 5000)
-    assert agent.stats()["dropped_notes_total"] > 0
+    assert agent.stats()["dropped_changes_total"] > 0
 
 
 def test_the_engine_never_waits_for_a_controller_that_takes_nothing(
@@ -199,14 +201,14 @@ def test_an_idle_agent_sleeps(controller: Running, start_agent: StartAgent) -> N
     agent, engine = start_agent(controller.url, heartbeat_s=0.5)
     engine.store(chunks_of(PROMPT))
     eventually(lambda: controller.held(PROMPT))
-    take_turn = agent._session.turn
+    take_turn = agent._client.turn
 
     def counted(send: object) -> None:
         nonlocal turns
         turns += 1
         take_turn(send)  # type: ignore[arg-type]
 
-    agent._session.turn = counted  # type: ignore[method-assign, assignment]
+    agent._client.turn = counted  # type: ignore[method-assign, assignment]
     time.sleep(1.2)
     assert 1 <= turns <= 12
 
@@ -217,12 +219,14 @@ def test_workers_and_namespaces_that_come_later_are_told(
     agent, engine = start_agent(controller.url, ranks=(), namespaces=())
     engine.store(chunks_of(PROMPT))
     eventually(lambda: controller.counters()["index_keys"] == 3)
-    assert controller.call(controller.controller.workers) == []
+    assert controller.call(controller.controller.instances.workers) == []
     assert controller.held(PROMPT) == {}
     agent.register_worker(1)
     agent.register_namespace(NAMESPACE)
     eventually(lambda: controller.held(PROMPT) == {"a": 12})
-    assert [each.worker_id for each in controller.call(controller.controller.workers)] == [1]
+    assert [
+        each.worker_id for each in controller.call(controller.controller.instances.workers)
+    ] == [1]
     assert engine.snapshots == 0
 
 
@@ -257,7 +261,7 @@ def test_two_processes_of_one_name_the_later_one_counts_and_the_other_is_warned_
         late, other = start_agent(controller.url, started=2.0)
         other.store(chunks_of(PROMPT[:4]))
         eventually(lambda: controller.held(PROMPT) == {"a": 4})
-        eventually(lambda: early.stats()["turned_away_total"] >= 3)
+        eventually(lambda: early.stats()["rejected_total"] >= 3)
     assert (early.stats()["registered"], late.stats()["registered"]) == (0, 1)
     (warning,) = caplog.records
     assert "instance 'a'" in warning.message
@@ -273,7 +277,7 @@ def test_a_refused_agent_says_why_and_goes_on_asking(
     wrong = Namespace("some/model", LAYOUT, chunk_size=0)
     with caplog.at_level(logging.WARNING):
         agent, _ = start_agent(controller.url, heartbeat_s=0.05, namespaces=(wrong,))
-        eventually(lambda: agent.stats().get("turned_away_total", 0) >= 2)
+        eventually(lambda: agent.stats().get("rejected_total", 0) >= 2)
     (warning,) = caplog.records
     assert "the controller refuses: a namespace cannot be used" in warning.message
 
