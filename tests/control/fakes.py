@@ -1,14 +1,9 @@
-"""Fakes around the control plane: a tier, a clock, a network proxy and an executor."""
+"""Fakes around the control plane: a tier, an executor and a listener."""
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 from lmcache_kit.cache.records import ChangeListener, StoredChunk
 from lmcache_kit.interfaces.operations import (
@@ -37,7 +32,7 @@ def chunks_of(tokens: Sequence[int], namespace: Namespace = NAMESPACE) -> list[S
     ]
 
 
-class FakeEngine:
+class FakeTier:
     """The part of a tier that the agent uses."""
 
     def __init__(self, location: str = LOCATION) -> None:
@@ -76,83 +71,6 @@ class FakeEngine:
                 if self.chunks.pop(key, None):
                     for listener in self.listeners:
                         listener.removed(key)
-
-
-class FakeClock:
-    """A clock that tests move by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def eventually(is_true: Callable[[], object], within_s: float = 15.0) -> None:
-    """Wait until a condition holds, or fail."""
-    ends = time.monotonic() + within_s
-    while not is_true():
-        assert time.monotonic() < ends, f"did not happen within {within_s} s"
-        time.sleep(0.01)
-
-
-class Proxy:
-    """A way to a local port. Tests cut it: connections end, and new ones work again."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-
-    @property
-    def url(self) -> str:
-        return f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def __enter__(self) -> Self:
-        self._threads[0].start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join()
-        self.cut()
-        for thread in self._threads[1:]:
-            thread.join()
-        self._listener.close()
-        for each in self._open:
-            each.close()
-
-    def cut(self) -> None:
-        for each in self._open:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                self._open.append(near)
-                try:
-                    far = socket.create_connection(("127.0.0.1", self.port))
-                except OSError:
-                    near.shutdown(socket.SHUT_RDWR)
-                    continue
-                self._open.append(far)
-                for pair in ((near, far), (far, near)):
-                    thread = threading.Thread(target=self._copy, args=pair)
-                    self._threads.append(thread)
-                    thread.start()
-
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                target.sendall(data)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
 
 
 class RunningFake:

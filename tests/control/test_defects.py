@@ -25,7 +25,9 @@ from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.protocol import control as wire
 from tests.control.cache_process import TOKENS
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import NAMESPACE, Proxy, chunks_of, eventually
+from tests.control.fakes import NAMESPACE, chunks_of
+from tests.support.proxies import Proxy
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(100, 112))
@@ -200,7 +202,7 @@ def test_4_a_worker_that_comes_back_on_another_connection_keeps_its_keys(
     controller: Running, start_agent: StartAgent
 ) -> None:
     with Proxy(controller.port) as proxy:
-        _, engine = start_agent(proxy.url)
+        _, engine = start_agent(proxy.address)
         engine.store(chunks_of(PROMPT[:8]))
         eventually(lambda: controller.held(PROMPT) == {"a": 8})
         proxy.cut()

@@ -22,7 +22,7 @@ from lmcache_kit.interfaces.operations import (
 )
 from lmcache_kit.keys import pack_tokens
 from tests.control.conftest import Running, StartAgent
-from tests.control.fakes import eventually
+from tests.support.waiting import eventually
 from tests.process.test_operations import BASE, CHUNK, PLACE, Place
 
 PROMPT = list(range(40))

@@ -14,7 +14,8 @@ from zmq.auth import create_certificates, load_certificate
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.protocol.zmq_auth import ControllerKeys, WorkerKeys
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import FakeEngine, chunks_of, eventually
+from tests.control.fakes import FakeTier, chunks_of
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 
@@ -63,8 +64,8 @@ def guarded(start_controller: StartController, keys: Keys) -> Running:
     return start_controller(keys=keys.of_controller())
 
 
-def filled() -> FakeEngine:
-    engine = FakeEngine()
+def filled() -> FakeTier:
+    engine = FakeTier()
     engine.store(chunks_of(PROMPT))
     return engine
 

@@ -23,14 +23,8 @@ from lmcache_kit.interfaces.operations import Scope, Move, OperationStatus, Prog
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.protocol.capability import Capability
 from tests.control.conftest import Running, StartAgent
-from tests.control.fakes import (
-    LOCATION,
-    FakeEngine,
-    FakeJob,
-    FakeOperator,
-    chunks_of,
-    eventually,
-)
+from tests.control.fakes import FakeJob, FakeOperator, FakeTier, LOCATION, chunks_of
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 KEYS = {"a": b"a" * 32, "b": b"b" * 32}
@@ -51,7 +45,7 @@ class Site:
         self.running = controller
         self.api = controller.controller
         self.operators: dict[str, FakeOperator] = {}
-        self.engines: dict[str, FakeEngine] = {}
+        self.engines: dict[str, FakeTier] = {}
         self.start_agent = start_agent
 
     def start(
@@ -60,14 +54,14 @@ class Site:
         *,
         peers: bool = True,
         location: str = LOCATION,
-        below: Sequence[FakeEngine] = (),
+        below: Sequence[FakeTier] = (),
     ) -> None:
         self.operators[name] = operator = FakeOperator()
         agent, self.engines[name] = self.start_agent(
             self.running.url,
             name,
             operator=operator,
-            engine=FakeEngine(location),
+            engine=FakeTier(location),
             below=below,
             incarnation=name.encode() * 16,
             peer_url=f"localhost:{name}" if peers else None,
@@ -253,7 +247,7 @@ def test_a_move_that_cannot_be_is_refused_and_no_event(
 
 
 def test_a_move_from_one_location_of_an_instance_to_another_needs_no_peer(site: Site) -> None:
-    site.start("c", peers=False, below=[FakeEngine("disk")])
+    site.start("c", peers=False, below=[FakeTier("disk")])
     order = msgspec.structs.replace(MOVE, source="c", location="disk")
     taken = site.operate(order, to="c")
     assert (taken.instance_id, taken.location, taken.source) == ("c", "disk", ("c", LOCATION))

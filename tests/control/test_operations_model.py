@@ -19,7 +19,8 @@ from lmcache_kit.controller.registry import Connection, Registry
 from lmcache_kit.interfaces.frontend import OperationInfo
 from lmcache_kit.interfaces.operations import Clear, OperationStatus, Scope
 from lmcache_kit.protocol import control as wire
-from tests.control.fakes import FakeClock, FakeExecutor, RunningFake
+from tests.control.fakes import FakeExecutor, RunningFake
+from tests.support.clocks import FakeClock
 
 ENDS = ["done", "partial", "failed"]
 

@@ -25,7 +25,8 @@ from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.protocol import control as wire
-from tests.control.fakes import NAMESPACE, FakeClock, FakeEngine, chunks_of
+from tests.control.fakes import FakeTier, NAMESPACE, chunks_of
+from tests.support.clocks import FakeClock
 
 OTHER = NAMESPACE.variant(lora="other")
 PROMPTS = [
@@ -46,7 +47,7 @@ class Life:
 
     instance_id: str
     incarnation: bytes
-    engine: FakeEngine
+    engine: FakeTier
     log: EventLog
     client: ControllerClient
     waits: list[tuple[Barrier, set[bytes]]] = field(default_factory=list)
@@ -88,7 +89,7 @@ class Network(RuleBasedStateMachine):
         if len(self.lives) >= 5:
             return
         self.started += 1
-        engine = FakeEngine("ram")
+        engine = FakeTier("ram")
         engine.store(random.Random(self.started).sample(CHUNKS, self.started % 4))
         log = EventLog("ram", max_pending=12, max_history_keys=30, keys_per_message=3)
         log.preload(engine.subscribe(log))

@@ -19,7 +19,9 @@ from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol.address import connect_url
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import LAYOUT, NAMESPACE, FakeEngine, Proxy, chunks_of, eventually
+from tests.control.fakes import FakeTier, LAYOUT, NAMESPACE, chunks_of
+from tests.support.proxies import Proxy
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 
@@ -44,7 +46,7 @@ def test_a_controller_that_starts_later_learns_everything(
 def test_what_lay_there_before_the_agent_is_announced(
     controller: Running, start_agent: StartAgent
 ) -> None:
-    engine = FakeEngine()
+    engine = FakeTier()
     engine.store(chunks_of(PROMPT))
     start_agent(controller.url, engine=engine)
     eventually(lambda: controller.held(PROMPT) == {"a": 12})
@@ -54,7 +56,7 @@ def test_a_cut_connection_is_healed_by_replay_in_whatever_state_it_was(
     controller: Running, start_agent: StartAgent
 ) -> None:
     with Proxy(controller.port) as proxy:
-        _, engine = start_agent(proxy.url)
+        _, engine = start_agent(proxy.address)
         for round_ in range(4):
             some = many_chunks(5, seed=round_)
             engine.store(some)
@@ -69,10 +71,10 @@ def test_a_controller_that_moves_is_found_again(
 ) -> None:
     first, second = start_controller(), start_controller()
     with Proxy(first.port) as proxy:
-        _, engine = start_agent(proxy.url)
+        _, engine = start_agent(proxy.address)
         engine.store(chunks_of(PROMPT))
         eventually(lambda: first.held(PROMPT) == {"a": 12})
-        proxy.port = second.port
+        proxy.lead_to(second.port)
         proxy.cut()
         eventually(lambda: second.held(PROMPT) == {"a": 12})
         eventually(lambda: first.held(PROMPT) == {})
@@ -81,7 +83,7 @@ def test_a_controller_that_moves_is_found_again(
 def test_each_location_is_announced_and_found_by_itself(
     start_controller: StartController, start_agent: StartAgent
 ) -> None:
-    below = [FakeEngine("disk"), FakeEngine("server")]
+    below = [FakeTier("disk"), FakeTier("server")]
     controller = start_controller()
     agent, memory = start_agent(controller.url, below=below)
     memory.store(chunks_of(PROMPT)[:1])
@@ -105,7 +107,7 @@ def test_each_location_is_announced_and_found_by_itself(
 def test_of_equally_long_matches_that_of_the_higher_tier_is_the_answer(
     controller: Running, start_agent: StartAgent
 ) -> None:
-    agent, memory = start_agent(controller.url, below=[below := FakeEngine("A")])
+    agent, memory = start_agent(controller.url, below=[below := FakeTier("A")])
     for engine in (below, memory):
         engine.store(chunks_of(PROMPT))
         assert agent.confirm(engine.location, 30)
@@ -118,12 +120,12 @@ def test_a_controller_that_restarts_learns_every_location_again(
 ) -> None:
     first, second = start_controller(), start_controller()
     with Proxy(first.port) as proxy:
-        disk = FakeEngine("disk")
-        agent, memory = start_agent(proxy.url, below=[disk])
+        disk = FakeTier("disk")
+        agent, memory = start_agent(proxy.address, below=[disk])
         memory.store(chunks_of(PROMPT))
         disk.store(chunks_of(PROMPT))
         eventually(lambda: first.counters()["index_keys"] == 3)
-        proxy.port = second.port
+        proxy.lead_to(second.port)
         proxy.cut()
         eventually(lambda: second.counters()["index_keys"] == 3)
         assert agent.confirm("disk", 30)
@@ -133,7 +135,7 @@ def test_a_controller_that_restarts_learns_every_location_again(
 def test_a_large_cache_comes_over_in_parts_while_it_changes(
     start_controller: StartController, start_agent: StartAgent
 ) -> None:
-    engine = FakeEngine()
+    engine = FakeTier()
     lying = many_chunks(event_log.KEYS_PER_MESSAGE * 5)
     engine.store(lying)
     controller = start_controller()
@@ -141,7 +143,7 @@ def test_a_large_cache_comes_over_in_parts_while_it_changes(
     for number in range(200):
         engine.store(chunks_of([number, 7, 7, 7]))
         engine.evict([lying[number].key])
-    eventually(lambda: controller.counters()["index_keys"] == len(engine.chunks), within_s=30)
+    eventually(lambda: controller.counters()["index_keys"] == len(engine.chunks), timeout_s=30)
     process = controller.call(lambda: controller.controller._registry.find("a"))
     holder = process.replicas[engine.location].holder
     keys = controller.call(lambda: set(controller.controller._registry.index.keys_of(holder)))
@@ -304,7 +306,7 @@ def test_an_engine_that_fails_does_not_end_the_agent(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    engine = FakeEngine()
+    engine = FakeTier()
     engine.store(chunks_of(PROMPT))
     failed = threading.Event()
     snapshot = engine.snapshot
@@ -323,7 +325,7 @@ def test_an_engine_that_fails_does_not_end_the_agent(
 
 
 def test_an_agent_that_never_started_stops() -> None:
-    Agent([FakeEngine()], url="localhost:1", instance_id="a", incarnation=b"i" * 16).stop()
+    Agent([FakeTier()], url="localhost:1", instance_id="a", incarnation=b"i" * 16).stop()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from lmcache_kit.protocol.control import (
     Registered,
     StartOperation,
 )
-from tests.control.fakes import FakeClock, FakeEngine, FakeExecutor
+from tests.control.fakes import FakeExecutor, FakeTier
+from tests.support.clocks import FakeClock
 
 START = StartOperation("e1", 9.0, Compress(location="ram", method="cachegen"))
 STARTED = OperationStarted("e1", Scope(12, 3))
@@ -143,7 +144,7 @@ def test_a_new_connection_is_told_at_once(process: CacheProcess) -> None:
 
 
 def test_a_client_on_a_new_connection_tells_every_end_again(process: CacheProcess) -> None:
-    engine, sent = FakeEngine(), list[FromAgent]()
+    engine, sent = FakeTier(), list[FromAgent]()
     log = EventLog(engine.location)
     client = ControllerClient(
         [LocationFeed(engine, log)],

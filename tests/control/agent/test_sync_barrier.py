@@ -18,15 +18,10 @@ from lmcache_kit.agent.sync_barrier import ASK_AGAIN_S, Barrier
 from lmcache_kit.controller.registry import Registry
 from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import (
-    LOCATION,
-    NAMESPACE,
-    FakeClock,
-    FakeEngine,
-    Proxy,
-    chunks_of,
-    eventually,
-)
+from tests.control.fakes import FakeTier, LOCATION, NAMESPACE, chunks_of
+from tests.support.clocks import FakeClock
+from tests.support.proxies import Proxy
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 SOON_S = 30.0
@@ -37,7 +32,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.engine = FakeEngine()
+        self.engine = FakeTier()
         self.log = EventLog(self.engine.location)
         self.log.preload(self.engine.subscribe(self.log))
         self.stream = LocationFeed(self.engine, self.log)
@@ -219,13 +214,13 @@ def test_a_cut_connection_and_another_controller_do_not_stop_it(
 ) -> None:
     first, second = start_controller(), start_controller()
     with Proxy(first.port) as proxy:
-        agent, engine = start_agent(proxy.url)
+        agent, engine = start_agent(proxy.address)
         assert confirmed(agent)
         proxy.cut()
         engine.store(chunks_of(PROMPT))
         assert confirmed(agent)
         assert first.held(PROMPT) == {"a": 12}
-        proxy.port = second.port
+        proxy.lead_to(second.port)
         proxy.cut()
         eventually(lambda: second.counters()["instances_alive"] == 1)
         assert confirmed(agent)

@@ -21,7 +21,8 @@ from lmcache_kit.errors import ConfigError, DeadlineExceeded, KitError
 from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import LAYOUT, NAMESPACE, chunks_of, eventually
+from tests.control.fakes import LAYOUT, NAMESPACE, chunks_of
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 

@@ -22,7 +22,7 @@ from lmcache_kit.interfaces.operations import (
     Scope,
 )
 from lmcache_kit.protocol.control import Register, WorkerPort
-from tests.control.fakes import FakeClock
+from tests.support.clocks import FakeClock
 
 PROCESS = Process(
     Register("a", b"i" * 16, 1.0, "", 1.0, ("ram",), (WorkerPort(1, 0), WorkerPort(0, 0)), ()),
