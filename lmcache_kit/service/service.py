@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lmcache_kit.protocol.local import Hello
     from lmcache_kit.protocol.zmq_auth import WorkerKeys
     from lmcache_kit.service.codecs import Codecs
-    from lmcache_kit.service.operations import EngineOperator
+    from lmcache_kit.service.operations import EngineExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class CacheService:
         from lmcache_kit.service.background_encoder import BackgroundEncoder
         from lmcache_kit.service.build import make_engine, make_tiers
         from lmcache_kit.service.codecs import Codecs
-        from lmcache_kit.service.operations import EngineOperator
+        from lmcache_kit.service.operations import EngineExecutor
 
         self.config = config
         self.incarnation = secrets.token_hex(16)
@@ -127,7 +127,7 @@ class CacheService:
         self._encoder: BackgroundEncoder | None = None
         self._peer: PeerService | None = None
         self._moves: MoveExecutor | None = None
-        self.operator: EngineOperator | None = None
+        self.executor: EngineExecutor | None = None
         try:
             if config.lower_tiers:
                 self._tiers = self.engine.attach(
@@ -142,7 +142,7 @@ class CacheService:
                     self._peer.access if self._peer else None,
                 )
             )
-            self.operator = EngineOperator(
+            self.executor = EngineExecutor(
                 self.engine,
                 codecs,
                 namespaces=self.namespaces,
@@ -222,8 +222,8 @@ class CacheService:
             self._moves.close()
         if self._peer:
             self._peer.close()
-        if self.operator:
-            self.operator.close()
+        if self.executor:
+            self.executor.close()
         if self._encoder:
             self._encoder.close()
         if self._tiers:
@@ -272,7 +272,7 @@ class CacheService:
             worker_ports=config.lmcache_worker_ports or (),
             peer_url=peer.url if peer else None,
             peer_key=peer.key if peer else b"",
-            operator=self.operator,
+            executor=self.executor,
             keys=worker_keys(config),
         )
 

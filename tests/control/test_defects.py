@@ -25,7 +25,9 @@ from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.protocol import control as wire
 from tests.control.cache_process import TOKENS
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import NAMESPACE, Proxy, chunks_of, eventually
+from tests.control.fakes import NAMESPACE, chunks_of
+from tests.support.proxies import Proxy
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(100, 112))
@@ -68,7 +70,7 @@ def test_1b_replicas_do_not_hide_each_other(controller: Running, start_agent: St
         start_agent(controller.url, name)[1].store(chunks[:count])
     eventually(lambda: len(controller.held(PROMPT)) == 3)
     eventually(lambda: controller.held(PROMPT) == {"a": 12, "b": 12, "c": 4})
-    answer = controller.call(controller.controller.lookup, LookupQuery(PROMPT))
+    answer = controller.call(controller.controller.instances.lookup, LookupQuery(PROMPT))
     assert [each.instance_id for each in answer.instances] == ["a", "b", "c"]
     assert [each.best.stopped for each in answer.instances] == ["end", "end", "elsewhere"]
 
@@ -124,7 +126,7 @@ def test_1d_a_prefix_split_over_two_locations_is_reported_for_each_alone(
         socket.send(wire.encode(wire.Batch("disk", 1, first.key, b"")))
         socket.send(wire.encode(wire.Batch("ram", 1, second.key, b"")))
         eventually(lambda: controller.counters()["index_keys"] == 2)
-        answer = controller.call(controller.controller.lookup, LookupQuery(PROMPT))
+        answer = controller.call(controller.controller.instances.lookup, LookupQuery(PROMPT))
         (instance,) = answer.instances
         (found,) = instance.locations
         assert (found.location, found.tokens, found.stopped) == ("disk", 4, "elsewhere")
@@ -156,15 +158,15 @@ def test_3_a_stopped_worker_costs_one_deadline_and_the_next_request_works(
     stuck.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"'stuck' did not answer 'ping' within 0\.5 s"):
-        controller.run(controller.controller.health("stuck"))
+        controller.run(controller.controller.instances.health("stuck"))
     assert time.monotonic() - began < 5
-    assert controller.run(controller.controller.health("well")) == {0: 0}
+    assert controller.run(controller.controller.instances.health("well")) == {0: 0}
     eventually(lambda: "stuck" not in controller.held(TOKENS))
     with pytest.raises(NoWorker, match="'stuck' has not been heard of for"):
-        controller.run(controller.controller.health("stuck"))
+        controller.run(controller.controller.instances.health("stuck"))
     stuck.send_signal(signal.SIGCONT)
     eventually(lambda: "stuck" in controller.held(TOKENS))
-    assert controller.run(controller.controller.health("stuck")) == {0: 0}
+    assert controller.run(controller.controller.instances.health("stuck")) == {0: 0}
 
 
 def test_3_stop_does_not_wait_for_a_dead_worker(
@@ -174,7 +176,7 @@ def test_3_stop_does_not_wait_for_a_dead_worker(
     controller.controller._health_timeout_s = 60.0
 
     async def stop_meanwhile() -> None:
-        asked = controller.loop.create_task(controller.controller.health("stuck"))
+        asked = controller.loop.create_task(controller.controller.instances.health("stuck"))
         while not controller.controller._waiting:
             await asyncio.sleep(0.01)
         await controller.controller.stop()
@@ -191,7 +193,7 @@ def test_4_a_killed_worker_is_hidden_and_later_forgotten(
     process = start_process("a")
     process.kill()
     eventually(lambda: controller.held(TOKENS) == {})
-    eventually(lambda: controller.call(controller.controller.workers) == [])
+    eventually(lambda: controller.call(controller.controller.instances.workers) == [])
     eventually(lambda: controller.counters()["index_keys"] == 0)
     eventually(lambda: controller.counters()["index_holders_unswept"] == 0)
 
@@ -200,7 +202,7 @@ def test_4_a_worker_that_comes_back_on_another_connection_keeps_its_keys(
     controller: Running, start_agent: StartAgent
 ) -> None:
     with Proxy(controller.port) as proxy:
-        _, engine = start_agent(proxy.url)
+        _, engine = start_agent(proxy.address)
         engine.store(chunks_of(PROMPT[:8]))
         eventually(lambda: controller.held(PROMPT) == {"a": 8})
         proxy.cut()
@@ -219,8 +221,8 @@ def test_4_a_gap_is_healed(controller: Running, start_agent: StartAgent) -> None
     # A batch is lost on its way, though the agent thinks that it was sent.
     with engine.lock:
         engine.store(chunks_of(PROMPT[:8]))
-        agent._streams[0].announcer.flush()
-        agent._streams[0].announcer.sent()
+        agent._feeds[0].log.flush()
+        agent._feeds[0].log.mark_sent()
     eventually(lambda: controller.held(PROMPT) == {"a": 8})
     assert controller.counters()["resyncs_total"] == 1
     assert engine.snapshots == 0
@@ -272,10 +274,10 @@ def test_6_an_unknown_instance_is_an_error_that_lists_the_known_ones(
     eventually(lambda: controller.counters()["instances"] == 2)
     told = r"unknown instance 'x'\. Known: a, b"
     with pytest.raises(UnknownName, match=told):
-        controller.run(controller.controller.health("x"))
+        controller.run(controller.controller.instances.health("x"))
     with pytest.raises(UnknownName, match=told):
-        controller.call(controller.controller.workers, "x")
+        controller.call(controller.controller.instances.workers, "x")
     with pytest.raises(UnknownName, match=told):
         controller.held(PROMPT, instance_id="x")
     with pytest.raises(UnknownName, match=r"unknown worker '7'\. Known: 0"):
-        controller.call(controller.controller.workers, "a", [0, 7])
+        controller.call(controller.controller.instances.workers, "a", [0, 7])

@@ -11,11 +11,18 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.interfaces import Region
-from lmcache_kit.interfaces.frontend import EventInfo, Operation
-from lmcache_kit.interfaces.operations import Clear, Compress, Decompress, Order, Pin, Unpin
+from lmcache_kit.interfaces.frontend import OperationInfo, Operation
+from lmcache_kit.interfaces.operations import (
+    Clear,
+    Compress,
+    Decompress,
+    OperationRequest,
+    Pin,
+    Unpin,
+)
 from lmcache_kit.keys import pack_tokens
 from tests.control.conftest import Running, StartAgent
-from tests.control.fakes import eventually
+from tests.support.waiting import eventually
 from tests.process.test_operations import BASE, CHUNK, PLACE, Place
 
 PROMPT = list(range(40))
@@ -31,14 +38,14 @@ class Site:
     running: Running
     place: Place
 
-    def begin(self, order: Order, **more: Any) -> EventInfo:
+    def begin(self, order: OperationRequest, **more: Any) -> OperationInfo:
         api = self.running.controller
         return self.running.run(api.operate(Operation(instance_id="a", order=order, **more)))
 
-    def ended(self, event: EventInfo) -> EventInfo:
+    def ended(self, event: OperationInfo) -> OperationInfo:
         return self.running.run(self.running.controller.ended(event.event_id))
 
-    def do(self, order: Order, **more: Any) -> EventInfo:
+    def do(self, order: OperationRequest, **more: Any) -> OperationInfo:
         return self.ended(self.begin(order, **more))
 
     @property

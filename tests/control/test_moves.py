@@ -18,19 +18,13 @@ from lmcache_kit.errors import (
     OperationFailed,
     UnknownName,
 )
-from lmcache_kit.interfaces.frontend import EventInfo, Operation
-from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Progress, Transfer
+from lmcache_kit.interfaces.frontend import OperationInfo, Operation
+from lmcache_kit.interfaces.operations import Scope, Move, OperationStatus, Progress, Transfer
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.protocol.capability import Capability
 from tests.control.conftest import Running, StartAgent
-from tests.control.fakes import (
-    LOCATION,
-    FakeEngine,
-    FakeJob,
-    FakeOperator,
-    chunks_of,
-    eventually,
-)
+from tests.control.fakes import FakeJob, FakeOperator, FakeTier, LOCATION, chunks_of
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 KEYS = {"a": b"a" * 32, "b": b"b" * 32}
@@ -51,7 +45,7 @@ class Site:
         self.running = controller
         self.api = controller.controller
         self.operators: dict[str, FakeOperator] = {}
-        self.engines: dict[str, FakeEngine] = {}
+        self.engines: dict[str, FakeTier] = {}
         self.start_agent = start_agent
 
     def start(
@@ -60,14 +54,14 @@ class Site:
         *,
         peers: bool = True,
         location: str = LOCATION,
-        below: Sequence[FakeEngine] = (),
+        below: Sequence[FakeTier] = (),
     ) -> None:
         self.operators[name] = operator = FakeOperator()
         agent, self.engines[name] = self.start_agent(
             self.running.url,
             name,
             operator=operator,
-            engine=FakeEngine(location),
+            engine=FakeTier(location),
             below=below,
             incarnation=name.encode() * 16,
             peer_url=f"localhost:{name}" if peers else None,
@@ -75,7 +69,7 @@ class Site:
         )
         eventually(lambda: agent.stats()["registered"])
 
-    def operate(self, order: Move = MOVE, to: str = "b", **more: object) -> EventInfo:
+    def operate(self, order: Move = MOVE, to: str = "b", **more: object) -> OperationInfo:
         operation = Operation(instance_id=to, order=order, **more)  # type: ignore[arg-type]
         return self.running.run(self.api.operate(operation))
 
@@ -88,10 +82,10 @@ class Site:
         assert isinstance(order, Move)
         return order
 
-    def events(self) -> list[EventInfo]:
+    def events(self) -> list[OperationInfo]:
         return self.running.call(self.api.events)
 
-    def ended(self, event_id: str) -> EventInfo:
+    def ended(self, event_id: str) -> OperationInfo:
         return self.running.run(self.api.ended(event_id))
 
 
@@ -153,20 +147,20 @@ def test_progress_tells_over_what_the_bytes_come(site: Site) -> None:
     transfer = Transfer("nixl", "CMA on one host", 3_000_000, 0.5)
     done = Progress(3, 3, 900, 900, transfer)
     site.job().report(done)
-    site.job().finish(Outcome("done", 12, done))
+    site.job().finish(OperationStatus("done", 12, done))
     ended = site.ended(event_id)
     assert (ended.state, ended.tokens, ended.ratio) == ("done", 12, None)
     (part,) = ended.parts
     assert (part.instance_id, part.progress.transfer) == ("b", transfer)
 
 
-@pytest.mark.parametrize("accepted", [None, Accepted(12, 3)])
+@pytest.mark.parametrize("accepted", [None, Scope(12, 3)])
 def test_7_the_destinations_failure_is_a_failure_and_the_source_is_told_to_forget_nothing(
-    site: Site, accepted: Accepted | None
+    site: Site, accepted: Scope | None
 ) -> None:
     site.engines["a"].store(chunks_of(PROMPT))
     site.operators["b"].accepts = accepted
-    site.operators["b"].at_once = Outcome("failed", message="no room at 'b'")
+    site.operators["b"].at_once = OperationStatus("failed", message="no room at 'b'")
     if accepted is None:
         with pytest.raises(OperationFailed, match="no room at 'b'"):
             site.operate()
@@ -191,7 +185,7 @@ def test_a_move_is_answered_when_the_source_has_told_what_it_has(site: Site) -> 
     asked.start()
     job = site.job()
     assert [event.state for event in site.events()] == ["queued"]
-    job.accepted = Accepted(8, 2)
+    job.accepted = Scope(8, 2)
     job.report(Progress(0, 2))
     asked.join(20)
     (event,) = site.events()
@@ -200,17 +194,20 @@ def test_a_move_is_answered_when_the_source_has_told_what_it_has(site: Site) -> 
 
 def test_a_move_that_is_late_before_it_began_is_too_late(site: Site) -> None:
     site.operators["b"].accepts = None
-    site.operators["b"].at_once = Outcome("expired", message="'a' did not answer")
+    site.operators["b"].at_once = OperationStatus("expired", message="'a' did not answer")
     with pytest.raises(DeadlineExceeded, match="'a' did not answer"):
         site.operate()
 
 
 def test_a_move_that_failed_before_it_began_may_be_tried_again_with_its_key(site: Site) -> None:
     operator = site.operators["b"]
-    operator.accepts, operator.at_once = None, Outcome("failed", message="'a' does not answer")
+    operator.accepts, operator.at_once = (
+        None,
+        OperationStatus("failed", message="'a' does not answer"),
+    )
     with pytest.raises(OperationFailed):
         site.operate(idempotency_key="k")
-    operator.accepts, operator.at_once = Accepted(12, 3), None
+    operator.accepts, operator.at_once = Scope(12, 3), None
     event_id = site.operate(idempotency_key="k").event_id
     assert site.operate(idempotency_key="k").event_id == event_id
     assert len(operator.jobs) == 2
@@ -250,7 +247,7 @@ def test_a_move_that_cannot_be_is_refused_and_no_event(
 
 
 def test_a_move_from_one_location_of_an_instance_to_another_needs_no_peer(site: Site) -> None:
-    site.start("c", peers=False, below=[FakeEngine("disk")])
+    site.start("c", peers=False, below=[FakeTier("disk")])
     order = msgspec.structs.replace(MOVE, source="c", location="disk")
     taken = site.operate(order, to="c")
     assert (taken.instance_id, taken.location, taken.source) == ("c", "disk", ("c", LOCATION))
@@ -287,6 +284,6 @@ def test_the_keys_of_peers_are_shown_to_nobody(
         repr(controller.call(site.api.workers)),
         repr(site.events()),
         repr(controller.counters()),
-        repr(process.said),
+        repr(process.registration),
     ]
     assert not [text for text in shown if "a" * 32 in text or (b"a" * 32).hex() in text]

@@ -22,7 +22,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.config import KitConfig
 from lmcache_kit.interfaces import Backend, Region
-from lmcache_kit.interfaces.operations import Move, Outcome, Peer, Progress
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer, Progress, Scope
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
@@ -50,19 +50,25 @@ class Running:
     """A move that was started."""
 
     def __init__(self, place: Place, request: Move, deadline_s: float) -> None:
+        self.scope: Scope | None = None
         self.reports: list[Progress] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[OperationStatus] = []
         self._ended = threading.Event()
-        self.move = place.moves.start(
-            request, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
-        )
+        self.move = place.moves.start(request, deadline_s=deadline_s, listener=self)
 
-    def _finish(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
+    def accepted(self, scope: Scope) -> None:
+        assert self.scope is None
+        self.scope = scope
+
+    def progressed(self, progress: Progress) -> None:
+        self.reports.append(progress)
+
+    def ended(self, status: OperationStatus) -> None:
+        self.outcomes.append(status)
         self._ended.set()
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> OperationStatus:
         assert self._ended.wait(DEADLINE_S), "the move did not end"
         assert len(self.outcomes) == 1
         return self.outcomes[0]
@@ -215,7 +221,9 @@ class Place:
     def start(self, request: Move, deadline_s: float = 60.0) -> Running:
         return Running(self, request, deadline_s)
 
-    def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> Outcome:
+    def move(
+        self, source: Place, tokens: Sequence[int] | None = None, **how: object
+    ) -> OperationStatus:
         """Take from there, and wait for the end."""
         return self.start(self.request(source, tokens, **how)).outcome  # type: ignore[arg-type]
 

@@ -74,8 +74,8 @@ def test_the_number_of_tokens_is_known_before_the_first_byte_moves(
     source.store(range(40))
     running = goal.start(goal.request(source, range(40)))
     assert running.outcome.state == "done"
-    assert running.move.accepted is not None
-    assert (running.move.accepted.tokens, running.move.accepted.chunks) == (40, 3)
+    assert running.scope is not None
+    assert (running.scope.tokens, running.scope.chunks) == (40, 3)
     assert running.reports[0].chunks_done == 0
     assert running.reports[-1].chunks_done == 3
 

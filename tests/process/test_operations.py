@@ -17,14 +17,14 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import InvalidQuery, PluginBroken, UnknownName
 from lmcache_kit.interfaces import Codec, Region
 from lmcache_kit.interfaces.operations import (
-    Accepted,
+    Scope,
     Clear,
     Compress,
     Decompress,
     Job,
     ListPins,
-    Order,
-    Outcome,
+    OperationRequest,
+    OperationStatus,
     Pin,
     Progress,
     Unpin,
@@ -34,7 +34,7 @@ from lmcache_kit.layout import KVLayout
 from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
 from lmcache_kit.service import jobs
 from lmcache_kit.service.codecs import Codecs
-from lmcache_kit.service.operations import EngineOperator
+from lmcache_kit.service.operations import EngineExecutor
 from tests.cache.codecs import Zip
 
 LAYOUT = KVLayout("float32", 2, 1, 16)
@@ -65,20 +65,22 @@ class FakeCodecs(Codecs):
 class Running:
     """An order under way, and what was heard of it."""
 
-    def __init__(self, operator: EngineOperator, order: Order, deadline_s: float) -> None:
+    def __init__(
+        self, operator: EngineExecutor, order: OperationRequest, deadline_s: float
+    ) -> None:
         self.progress: list[Progress] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[OperationStatus] = []
         self.ended = threading.Event()
         self.job: Job = operator.begin(
             order, deadline_s=deadline_s, report=self.progress.append, finish=self._finish
         )
 
-    def _finish(self, outcome: Outcome) -> None:
+    def _finish(self, outcome: OperationStatus) -> None:
         self.outcomes.append(outcome)
         self.ended.set()
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> OperationStatus:
         assert self.ended.wait(20)
         [outcome] = self.outcomes
         return outcome
@@ -96,7 +98,7 @@ class Place:
         self.moves = MoveExecutor(
             MoveContext(self.engine, self.namespaces, lambda location, timeout_s: False)
         )
-        self.operator = EngineOperator(
+        self.operator = EngineExecutor(
             self.engine, self.codecs, namespaces=self.namespaces, moves=self.moves
         )
 
@@ -124,10 +126,10 @@ class Place:
         self.engine.release(match.lease, None)
         return match.chunks[-1].end if match.chunks else 0
 
-    def begin(self, order: Order, deadline_s: float = 60) -> Running:
+    def begin(self, order: OperationRequest, deadline_s: float = 60) -> Running:
         return Running(self.operator, order, deadline_s)
 
-    def do(self, order: Order) -> Outcome:
+    def do(self, order: OperationRequest) -> OperationStatus:
         return self.begin(order).outcome
 
     def close(self) -> None:
@@ -171,7 +173,7 @@ def decompress(tokens: Sequence[int] | None = None) -> Decompress:
     ],
 )
 def test_a_name_that_is_not_known_is_refused_with_those_that_are(
-    place: Place, order: Order, message: str
+    place: Place, order: OperationRequest, message: str
 ) -> None:
     with pytest.raises(UnknownName) as caught:
         place.begin(order)
@@ -195,7 +197,7 @@ def test_a_pin_for_no_time_is_refused(place: Place, ttl_s: float) -> None:
 def test_a_pin_says_what_it_really_holds(place: Place) -> None:
     place.store(range(40))
     running = place.begin(pin(range(100), owner="ann", ttl_s=60))
-    assert running.job.accepted == Accepted(40, 3)
+    assert running.job.accepted == Scope(40, 3)
     assert running.outcome.state == "done"
     assert running.outcome.tokens == 40
     [info] = running.outcome.pins
@@ -220,7 +222,7 @@ def test_a_pin_of_what_is_not_stored_pins_nothing_and_says_so(place: Place) -> N
 
 def test_a_pin_without_a_time_takes_the_configured_one() -> None:
     place = Place()
-    place.operator = EngineOperator(
+    place.operator = EngineExecutor(
         place.engine,
         place.codecs,
         namespaces=place.namespaces,
@@ -279,7 +281,7 @@ def test_clearing_says_what_stays(place: Place) -> None:
 def test_compressing_frees_memory_and_reports_each_chunk(place: Place) -> None:
     place.store(range(40))
     running = place.begin(compress(range(40)))
-    assert running.job.accepted == Accepted(40, 3)
+    assert running.job.accepted == Scope(40, 3)
     outcome = running.outcome
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 40, "")
     assert [each.chunks_done for each in running.progress] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Requests and replies. The OpenAPI document is generated from these."""
+"""Requests and replies as pydantic models. The OpenAPI document is generated from these."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESERVED_KEYS = frozenset({"event_id", "layout_info", "detail", "error"})
 """Keys of a lookup reply that no instance id may take; such an instance is in layout_info only."""
 
 
-def _no_more_than_allowed(tokens: list[int], info: ValidationInfo) -> list[int]:
+def _within_limit(tokens: list[int], info: ValidationInfo) -> list[int]:
     limit = (info.context or {}).get("max_tokens")
     if limit is not None and len(tokens) > limit:
         raise PydanticCustomError(
@@ -43,14 +43,16 @@ class _FailFast(FailFast):
 
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Salt = Annotated[str, StringConstraints(max_length=1024)]
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
-Tokens = Annotated[list[Token], _FailFast(), AfterValidator(_no_more_than_allowed)]
+Tokens = Annotated[list[Token], _FailFast(), AfterValidator(_within_limit)]
 WorkerIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_WORKER)]], Field(max_length=4096)]
 Match = tuple[str, int]
 
 
 class Request(BaseModel):
-    """Types are strict: ``true`` and ``1.0`` are no numbers. Unknown fields are refused."""
+    """Base of all requests. Types are strict: ``true`` and ``1.0`` are no numbers. Unknown fields
+    are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -70,7 +72,7 @@ class ErrorBody(Reply):
 
 
 class ErrorReply(Reply):
-    """The one shape of everything that is not the answer asked for."""
+    """The one shape of every reply with a status other than 200."""
 
     error: ErrorBody
 
@@ -83,7 +85,7 @@ class LookupRequest(Request):
         examples=[[128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]],
     )
     model: Name | None = Field(None, description="Only KV of this model (its served name).")
-    cache_salt: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
+    cache_salt: Salt | None = Field(
         None, description="The cache_salt that the prompt was sent with."
     )
     instance_id: Name | None = Field(None, description="Only this instance.")
@@ -91,7 +93,7 @@ class LookupRequest(Request):
 
 
 class LocationDetail(Reply):
-    """How much lies at one location, counted from the first token without a gap."""
+    """The match at one location, counted from the first token without a gap."""
 
     location: str
     tokens: int
@@ -137,9 +139,9 @@ class LookupReply(Reply):
 
     @classmethod
     def of(cls, answer: LookupAnswer, *, detail: bool) -> LookupReply:
-        """The reply that shows an answer of the controller."""
+        """Build the reply for an answer of the controller."""
         return cls(
-            event_id=answer.event_id,
+            event_id=answer.lookup_id,
             layout_info={
                 match.instance_id: (match.best.location, match.best.tokens)
                 for match in answer.instances
@@ -197,7 +199,7 @@ class Worker(Reply):
 
 
 class QueryWorkerInfoReply(Reply):
-    """Registered workers, those included that have stopped to send heartbeats."""
+    """Registered workers, including those that no longer send heartbeats."""
 
     event_id: str
     worker_infos: list[Worker]

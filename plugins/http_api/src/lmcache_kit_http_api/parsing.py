@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from lmcache_kit_http_api.problems import ApiError, clip
+from lmcache_kit_http_api.errors import ApiError, clip
 
 if TYPE_CHECKING:
     from multidict import MultiMapping

@@ -12,7 +12,7 @@ from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ControlError, InvalidQuery
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
-from lmcache_kit.protocol.control import Batch, Register, Tail
+from lmcache_kit.protocol.control import Batch, Register, PartialChunkEntry
 from tests.control.fakes import NAMESPACE, chunks_of
 
 PROMPT = list(range(100, 112))
@@ -41,7 +41,7 @@ class Filled:
             self.registry.handle(instance_id, register)
         some = chunks_of(tokens, namespace)[picked]
         seq = self.seqs[instance_id, location] = self.seqs.get((instance_id, location), 0) + 1
-        tails = tuple(Tail(c.key, c.parent, c.tokens) for c in some if c.partial)
+        tails = tuple(PartialChunkEntry(c.key, c.parent, c.tokens) for c in some if c.partial)
         added = b"".join(chunk.key for chunk in some)
         self.registry.handle(instance_id, Batch(location, seq, added, b"", tails))
 

@@ -14,44 +14,39 @@ from lmcache_kit.agent.agent import Agent
 from lmcache_kit.agent.controller_client import ControllerClient, Identity
 from lmcache_kit.agent.event_log import EventLog
 from lmcache_kit.agent.location_feed import LocationFeed
-from lmcache_kit.agent.sync_barrier import AGAIN_S, Barrier
+from lmcache_kit.agent.sync_barrier import ASK_AGAIN_S, Barrier
 from lmcache_kit.controller.registry import Registry
 from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import (
-    LOCATION,
-    NAMESPACE,
-    FakeClock,
-    FakeEngine,
-    Proxy,
-    chunks_of,
-    eventually,
-)
+from tests.control.fakes import FakeTier, LOCATION, NAMESPACE, chunks_of
+from tests.support.clocks import FakeClock
+from tests.support.proxies import Proxy
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 SOON_S = 30.0
 
 
 class Pair:
-    """A session and a registry, with a connection that tests carry by hand."""
+    """A client and a registry, with a connection that tests carry by hand."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.engine = FakeEngine()
-        self.announcer = EventLog(self.engine.location)
-        self.announcer.begin_with(self.engine.subscribe(self.announcer))
-        self.stream = LocationFeed(self.engine, self.announcer)
-        self.session = ControllerClient([self.stream], Identity("a", b"i" * 16), clock=self.clock)
-        self.session.register_namespace(NAMESPACE)
+        self.engine = FakeTier()
+        self.log = EventLog(self.engine.location)
+        self.log.preload(self.engine.subscribe(self.log))
+        self.stream = LocationFeed(self.engine, self.log)
+        self.client = ControllerClient([self.stream], Identity("a", b"i" * 16), clock=self.clock)
+        self.client.register_namespace(NAMESPACE)
         self.restart_controller()
 
     def restart_controller(self) -> None:
         self.registry = Registry(clock=self.clock, wall=self.clock)
 
     def turn(self) -> list[wire.FromAgent]:
-        """What the session says."""
+        """What the client says."""
         said: list[wire.FromAgent] = []
-        self.session.turn(lambda message: not said.append(message))  # type: ignore[func-returns-value]
+        self.client.turn(lambda message: not said.append(message))  # type: ignore[func-returns-value]
         return said
 
     def exchange(self, lost: type[Any] | tuple[()] = ()) -> list[wire.FromAgent]:
@@ -60,11 +55,11 @@ class Pair:
         for message in said:
             if not isinstance(message, lost):
                 for _, answer in self.registry.handle("c", message):
-                    self.session.handle(answer)
+                    self.client.handle(answer)
         return said
 
     def ask(self) -> Barrier:
-        return self.stream.confirmations.ask()
+        return self.stream.sync.open()
 
 
 @pytest.fixture
@@ -79,7 +74,7 @@ def test_a_note_is_numbered_sent_and_asked_about_in_one_turn(pair: Pair) -> None
     pair.engine.store(chunks_of([1, 2, 3, 4]))
     pair.turn()
     pair.engine.store(chunks_of([5, 6, 7, 8]))
-    assert pair.session.gathering()
+    assert pair.client.gathering()
     wait = pair.ask()
     batch, confirm = pair.turn()
     assert isinstance(batch, wire.Batch)
@@ -92,7 +87,7 @@ def test_who_waits_is_released_by_the_answer(pair: Pair) -> None:
     wait = pair.ask()
     pair.exchange()
     assert wait.confirmed
-    assert wait.until(0)
+    assert wait.wait(0)
     assert len(pair.registry.index) == 3
     assert pair.turn() == []
 
@@ -109,9 +104,9 @@ def test_an_answer_about_less_releases_nobody(pair: Pair) -> None:
     pair.engine.store(chunks_of(PROMPT))
     later = pair.ask()
     pair.turn()
-    pair.session.handle(wire.Confirmed(pair.engine.location, 0))
+    pair.client.handle(wire.Confirmed(pair.engine.location, 0))
     assert (wait.confirmed, later.confirmed) == (True, False)
-    pair.session.handle(wire.Confirmed("elsewhere", 99))
+    pair.client.handle(wire.Confirmed("elsewhere", 99))
     assert not later.confirmed
 
 
@@ -120,15 +115,15 @@ def test_a_question_is_said_again_until_it_is_answered(pair: Pair) -> None:
     question = wire.Confirm(pair.engine.location, 0)
     assert pair.exchange(lost=wire.Confirm) == [question]
     assert pair.turn() == []
-    assert pair.session.wait_s() == pytest.approx(AGAIN_S)
-    pair.clock.now += AGAIN_S
+    assert pair.client.wait_s() == pytest.approx(ASK_AGAIN_S)
+    pair.clock.now += ASK_AGAIN_S
     assert pair.exchange() == [question]
-    pair.clock.now += AGAIN_S
+    pair.clock.now += ASK_AGAIN_S
     assert pair.turn() == []
 
 
 def test_nobody_is_asked_for_who_no_longer_waits(pair: Pair) -> None:
-    assert not pair.ask().until(0)
+    assert not pair.ask().wait(0)
     assert pair.turn() == []
 
 
@@ -138,7 +133,7 @@ def test_a_batch_that_was_lost_is_fetched_before_the_answer(pair: Pair) -> None:
     pair.exchange(lost=wire.Batch)
     assert not wait.confirmed
     pair.exchange()
-    pair.clock.now += AGAIN_S
+    pair.clock.now += ASK_AGAIN_S
     pair.exchange()
     assert wait.confirmed
     assert len(pair.registry.index) == 3
@@ -159,7 +154,7 @@ def test_a_controller_that_begins_anew_is_asked_as_well(pair: Pair) -> None:
 def test_notes_that_were_dropped_are_confirmed_with_the_snapshot_that_holds_them(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair.announcer, "_max_notes", 1)
+    monkeypatch.setattr(pair.log, "_max_pending", 1)
     pair.engine.store(chunks_of(PROMPT))
     wait = pair.ask()
     pair.exchange(lost=wire.SnapshotPart)
@@ -219,13 +214,13 @@ def test_a_cut_connection_and_another_controller_do_not_stop_it(
 ) -> None:
     first, second = start_controller(), start_controller()
     with Proxy(first.port) as proxy:
-        agent, engine = start_agent(proxy.url)
+        agent, engine = start_agent(proxy.address)
         assert confirmed(agent)
         proxy.cut()
         engine.store(chunks_of(PROMPT))
         assert confirmed(agent)
         assert first.held(PROMPT) == {"a": 12}
-        proxy.port = second.port
+        proxy.lead_to(second.port)
         proxy.cut()
         eventually(lambda: second.counters()["instances_alive"] == 1)
         assert confirmed(agent)

@@ -21,7 +21,8 @@ from lmcache_kit.errors import ConfigError, DeadlineExceeded, KitError
 from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import LAYOUT, NAMESPACE, chunks_of, eventually
+from tests.control.fakes import LAYOUT, NAMESPACE, chunks_of
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 
@@ -146,7 +147,7 @@ def test_a_registration_that_cannot_be_used_is_refused_with_the_reason(
         wire.Batch("ram", 1, b"x" * 17, b""),
         wire.Batch("ram", 1, b"x" * 16 * (wire.MAX_KEYS_PER_MESSAGE + 1), b""),
         wire.SnapshotPart("ram", 1, 0, True, b"x"),
-        wire.Batch("ram", 1, b"k" * 16, b"", (wire.Tail(b"", b"", 1),)),
+        wire.Batch("ram", 1, b"k" * 16, b"", (wire.PartialChunkEntry(b"", b"", 1),)),
         wire.Heartbeat((wire.Position("nowhere", 1, 1, 1),)),
     ],
 )
@@ -211,7 +212,7 @@ def test_nobody_speaks_for_another_connection(controller: Running, dial: Dial) -
     theirs.send(wire.encode(wire.Goodbye()))
     eventually(lambda: controller.counters()["goodbyes_total"] == 1)
     assert controller.held(PROMPT) == {}
-    (worker,) = controller.call(controller.controller.workers)
+    (worker,) = controller.call(controller.controller.instances.workers)
     assert worker.instance_id == "mine"
 
 
@@ -223,7 +224,7 @@ def test_only_the_one_who_was_asked_may_answer(
     for name, connection in (("asked", asked), ("liar", liar)):
         connection.send(wire.encode(register(instance_id=name)))
         hear(connection)
-    waiting = controller.begin(controller.controller.health("asked"))
+    waiting = controller.begin(controller.controller.instances.health("asked"))
     command = hear(asked)
     assert isinstance(command, wire.Command)
     liar.send(wire.encode(wire.Result(command.correlation)))
@@ -238,7 +239,7 @@ def test_a_worker_that_reports_an_error_is_not_well(controller: Running, dial: D
     connection = dial(controller)
     connection.send(wire.encode(register()))
     hear(connection)
-    asked = controller.begin(controller.controller.health("a"))
+    asked = controller.begin(controller.controller.instances.health("a"))
     command = hear(connection)
     assert isinstance(command, wire.Command)
     connection.send(wire.encode(wire.Result(command.correlation, "no memory")))
@@ -355,12 +356,12 @@ def test_workers_are_told_with_the_address_they_came_from(
     start_agent(controller.url, "a", host="box", ranks=(1, 0), worker_ports=(8001, 8002))
     eventually(lambda: controller.counters()["workers"] == 2)
     began = time.time()
-    zero, one = controller.call(controller.controller.workers, "a")
+    zero, one = controller.call(controller.controller.instances.workers, "a")
     assert (zero.worker_id, zero.port, zero.ip) == (0, 8001, "127.0.0.1")
     assert (one.worker_id, one.port, one.alive) == (1, 8002, True)
     assert abs(zero.registration_time - began) < 60
     assert zero.last_heartbeat_time >= zero.registration_time
-    assert controller.call(controller.controller.workers, "a", [1]) == [one]
+    assert controller.call(controller.controller.instances.workers, "a", [1]) == [one]
     assert controller.call(controller.controller.instance_at, "127.0.0.1") == "a"
     assert controller.call(controller.controller.instance_at, "box") == "a"
     assert controller.call(controller.controller.instance_at, "10.1.2.3") is None
