@@ -32,7 +32,7 @@ from lmcache_kit.peer.move_source import MoveSource, MoveStats
 from lmcache_kit.peer.priority import lower_priority
 from lmcache_kit.peer.remote_source import PeerAccess, RemoteSource
 from lmcache_kit.peer.report import Stopped, final_status
-from lmcache_kit.peer.waiting import wait_for_change
+from lmcache_kit.peer.waiting import wait_until_stored
 from lmcache_kit.protocol import peer as wire
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class RunningMove:
             retry, self._stats.retry = self._stats.retry, []
             if not retry:
                 return
-            wait_for_change(self._context.engine, min(RETRY_S, self._left_s()))
+            wait_until_stored(self._context.engine, retry, min(RETRY_S, self._left_s()))
             for window in self._windows(source, [self._wanted[key] for key in retry]):
                 self._receive(source, window)
 

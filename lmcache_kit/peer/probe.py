@@ -73,7 +73,7 @@ def probe_here(name: str, config: KitConfig) -> ProbeResult:
                 return ProbeResult(unusable=made)
             ending.callback(made.close)
             pair.append(made)
-        source, goal = pair
+        source, destination = pair
 
         def dial(timeout_s: float) -> socket.socket:
             ours, theirs = socket.socketpair()
@@ -81,7 +81,7 @@ def probe_here(name: str, config: KitConfig) -> ProbeResult:
             return ours
 
         try:
-            link = goal.connect(source.address(), dial, PROBE_S / 2)
+            link = destination.connect(source.address(), dial, PROBE_S / 2)
         except KitError as error:
             return ProbeResult(unusable=str(error))
         ending.callback(link.close)

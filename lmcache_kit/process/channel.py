@@ -1,10 +1,12 @@
-"""One connection to a cache process, as its client sees it: calls with deadlines.
+"""One connection to a cache process: calls with deadlines.
 
 One thread runs :meth:`Channel.run` and reads; any thread calls. Nothing blocks on a process that
-does not answer: frames that the socket does not take are kept and sent later, in order, so that
-the stream stays in step. While an answer is overdue, calls fail at once (the server answers in
-order, so a new call could not be served before that answer); when it comes late, what it granted
-is given back and calls go through again.
+does not answer. Frames that the socket does not accept are queued and sent later, in order, so
+that the stream stays intact.
+
+    on time -> overdue        an answer did not come before its deadline; new calls fail at once
+    overdue -> on time        it came late: what it granted is released, calls work again
+    overdue -> closed         it did not come for GIVE_UP_S
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from lmcache_kit.protocol.local import MAX_FRAME_BYTES, Answer, Failed, Hello, R
 from lmcache_kit.protocol.wakeup import WakeupFd
 
 GIVE_UP_S = 30.0
-"""An answer this late will not come: the connection is closed and made anew."""
+"""A connection whose answer is overdue for so long is closed and made anew."""
 MAX_OUTBOX_BYTES = 64 * 1024 * 1024
 _RECEIVE_BYTES = 256 * 1024
 
@@ -36,7 +38,7 @@ _Slot: TypeAlias = "queue.SimpleQueue[Answer | None]"
 
 
 def greet(connection: socket.socket, hello: Hello, timeout_s: float) -> tuple[Welcome, int]:
-    """Say Hello; return the answer and the memory's file descriptor, which the caller owns.
+    """Send Hello; return the answer and the memory's file descriptor, which the caller owns.
 
     Raises CacheUnavailable (CacheTimeout when nothing came in time) and ProtocolError.
     """
@@ -74,7 +76,7 @@ def greet(connection: socket.socket, hello: Hello, timeout_s: float) -> tuple[We
 
 
 class Pending:
-    """A request whose answer may come; it is waited for until ``timeout_s`` after it was sent."""
+    """A request under way, whose answer is due ``timeout_s`` seconds after it was sent."""
 
     def __init__(self, channel: Channel, request_id: int, slot: _Slot, timeout_s: float) -> None:
         self._channel = channel
@@ -89,13 +91,15 @@ class Pending:
             while (answer := self.poll(self._timeout_s)) is None:
                 pass
             return answer
-        except KeyboardInterrupt:  # nobody will read it
+        except KeyboardInterrupt:  # the answer will not be read
             self.abandon()
             raise
 
     def poll(self, wait_s: float = 0.0) -> Answer | None:
-        """The answer, if it comes within ``wait_s``; to be read once. Raises CacheTimeout when the
-        time is over, and CacheUnavailable."""
+        """Return the answer, once, if it comes within ``wait_s`` seconds, else None.
+
+        Raises CacheTimeout when the answer is overdue, and CacheUnavailable.
+        """
         left_s = self._deadline - time.monotonic()
         try:
             answer = self._slot.get(timeout=max(0.0, min(wait_s, left_s)))
@@ -108,12 +112,12 @@ class Pending:
         return answer
 
     def abandon(self) -> None:
-        """Nobody wants the answer any more: what it grants is given back."""
+        """Do not wait any more: what the answer grants is released when it comes."""
         self._channel._abandon(self._request_id, self._slot)
 
 
 class Channel:
-    """A greeted connection. It owns ``connection``; ``stop`` ends :meth:`run`."""
+    """A connection after its Hello. It owns ``connection``; :meth:`close` ends :meth:`run`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -128,11 +132,11 @@ class Channel:
         _live.add(self)
 
     def call(self, request: Request, timeout_s: float) -> Answer:
-        """Send and wait for the answer. Raises CacheUnavailable, CacheTimeout."""
+        """Send a request and wait for its answer. Raises CacheUnavailable, CacheTimeout."""
         return self.begin(request, timeout_s).result()
 
     def begin(self, request: Request, timeout_s: float) -> Pending:
-        """Send, and wait for the answer later. Raises CacheUnavailable, CacheTimeout."""
+        """Send a request, to wait for its answer later. Raises CacheUnavailable, CacheTimeout."""
         slot: _Slot = queue.SimpleQueue()
         with self._lock:
             self._refuse_while_overdue()
@@ -141,13 +145,15 @@ class Channel:
         return Pending(self, request_id, slot, timeout_s)
 
     def post(self, request: Request) -> None:
-        """Send without an answer. Raises CacheUnavailable."""
+        """Send a request whose answer is ignored. Raises CacheUnavailable."""
         with self._lock:
             self._send(request)
 
     def run(self) -> None:
-        """Read answers until either side closes; closes the socket. Never raises for a peer's
-        doing: a peer that breaks the protocol is one that has gone."""
+        """Read answers until either side closes; then close the socket.
+
+        Never raises for what the server does: one that breaks the protocol counts as gone.
+        """
         try:
             with contextlib.suppress(OSError, ProtocolError):
                 self._read_until_closed()
@@ -161,7 +167,7 @@ class Channel:
                 self._wakeup.close()
 
     def close(self) -> None:
-        """Make :meth:`run` return, soon."""
+        """Make :meth:`run` return soon."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -173,7 +179,7 @@ class Channel:
             raise CacheTimeout(f"the cache process has not answered for {since:.1f} s")
 
     def _send(self, request: Request) -> int:
-        """Under the lock: send what the socket takes, keep the rest for the reader's thread."""
+        """Under the lock: send what the socket accepts, queue the rest for the reader's thread."""
         if self._closed:
             raise CacheUnavailable("the cache process has gone")
         request_id = self._last_id + 1
@@ -199,7 +205,7 @@ class Channel:
             came = self._waiting.pop(request_id, None) is None
         if came:
             with contextlib.suppress(queue.Empty):  # it was read
-                self._give_back(slot.get_nowait())
+                self._release_grants(slot.get_nowait())
 
     def _give_up(self, request_id: int, slot: _Slot, timeout_s: float) -> Answer | None:
         with self._lock:
@@ -207,7 +213,7 @@ class Channel:
                 return slot.get_nowait()  # it came just now
             self._overdue[request_id] = time.monotonic() - timeout_s
             if not self._closed:
-                self._wakeup.wake()  # the reader's thread now has something to be impatient about
+                self._wakeup.wake()  # the reader's thread has a deadline now
         raise CacheTimeout(f"the cache process did not answer within {timeout_s:g} s")
 
     def _read_until_closed(self) -> None:
@@ -217,13 +223,13 @@ class Channel:
             interest = selectors.EVENT_READ
             selector.register(self._socket, interest)
             while True:
-                for key, events in selector.select(self._patience_s()):
+                for key, events in selector.select(self._select_timeout_s()):
                     if key.fileobj is self._wakeup:
                         self._wakeup.clear()
                     elif events & selectors.EVENT_READ and not self._receive(received):
                         return
                 with self._lock:
-                    if self._closed or self._gave_up():
+                    if self._closed or self._is_given_up():
                         return
                     wanted = selectors.EVENT_READ | self._flush()
                 if wanted != interest:
@@ -231,7 +237,7 @@ class Channel:
                     selector.modify(self._socket, interest)
 
     def _receive(self, received: FrameBuffer) -> bool:
-        """Take what has come; False at the end of file."""
+        """Read what has arrived; False at the end of file."""
         try:
             data = self._socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:
@@ -241,19 +247,19 @@ class Channel:
         return bool(data)
 
     def _flush(self) -> int:
-        """Under the lock: send what was kept; what to wait for when some is left."""
+        """Under the lock: send what is queued; return the event to wait for if some is left."""
         if self._outbox:
             with contextlib.suppress(BlockingIOError):
                 del self._outbox[: self._socket.send(self._outbox)]
         return selectors.EVENT_WRITE if self._outbox else 0
 
-    def _patience_s(self) -> float | None:
+    def _select_timeout_s(self) -> float | None:
         with self._lock:
             if not self._overdue:
                 return None
             return max(0.0, min(self._overdue.values()) + GIVE_UP_S - time.monotonic())
 
-    def _gave_up(self) -> bool:
+    def _is_given_up(self) -> bool:
         return bool(self._overdue) and (time.monotonic() - min(self._overdue.values()) >= GIVE_UP_S)
 
     def _dispatch(self, received: FrameBuffer) -> None:
@@ -265,10 +271,10 @@ class Channel:
                 if slot is not None:
                     slot.put(answer)
             if slot is None:
-                self._give_back(answer)
+                self._release_grants(answer)
 
-    def _give_back(self, answer: Answer | None) -> None:
-        """What came too late for its caller is not kept from others."""
+    def _release_grants(self, answer: Answer | None) -> None:
+        """Release what an answer granted that came too late for its caller."""
         with contextlib.suppress(CacheUnavailable):
             match answer:
                 case protocol.Found(lease=lease) if lease:
@@ -280,9 +286,9 @@ class Channel:
                 case _:
                     pass
 
-    def _forget(self) -> None:
-        """In a forked child, which has no reader's thread and no say about this connection."""
-        self._lock = threading.Lock()  # who held it stayed behind
+    def _close_after_fork(self) -> None:
+        """Close a forked child's copy, which has no reader's thread and must not send."""
+        self._lock = threading.Lock()  # the holder may not exist in the child
         if not self._closed:
             self._closed = True
             self._socket.close()
@@ -292,7 +298,7 @@ class Channel:
 def _after_fork() -> None:
     """Close the child's copies: the process at the other end must see when its client dies."""
     for channel in tuple(_live):
-        channel._forget()
+        channel._close_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

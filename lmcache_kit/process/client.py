@@ -1,4 +1,4 @@
-"""The client of a cache process: what connectors and tools hold.
+"""The client of a cache process, for connectors and tools.
 
 A background thread connects, reads, and connects again when the process has gone. Calls never
 wait for it: without a connection they raise CacheUnavailable at once.
@@ -31,15 +31,17 @@ from lmcache_kit.protocol.local import Answer, Failed, Found, Hello, Request, St
 logger = logging.getLogger(__name__)
 
 WAIT_SHARE = 0.8
-"""How much of a lookup's time the process may spend on decoding; the rest is for the answer."""
+"""The part of a lookup's timeout that the process may spend on promotion and decoding."""
 _A = TypeVar("_A", bound=Answer)
 
 
 class Reconnect(msgspec.Struct, frozen=True):
-    """How to come back. Waits double from ``first_s`` to ``most_s``, and begin anew after a
-    connection that held for ``steady_s``. A process that cannot be composed is not tried again
-    before ``broken_s``. Memory of a lost process stays mapped for ``keep_memory_s``, or until the
-    next one's is."""
+    """When to connect again.
+
+    Waits double from ``first_s`` to ``most_s``, and begin anew after a connection that lasted for
+    ``steady_s``. A process that cannot be composed is not tried again before ``broken_s``. Memory
+    of a lost process stays mapped for ``keep_memory_s``, or until that of the next one is.
+    """
 
     first_s: float = 0.2
     most_s: float = 5.0
@@ -57,7 +59,7 @@ class Reconnect(msgspec.Struct, frozen=True):
 
 
 class Grants(tuple[Grant, ...]):
-    """Grants of one allocation; they mean offsets in the memory of ``incarnation``."""
+    """Grants of one allocation, with offsets in the memory of ``incarnation``."""
 
     incarnation: str
 
@@ -68,7 +70,7 @@ class Grants(tuple[Grant, ...]):
 
 
 class _Link:
-    """A live connection, and the memory that came with it."""
+    """A connection, and the memory that came with it."""
 
     def __init__(self, connection: socket.socket, hello: Hello, timeout_s: float) -> None:
         self.welcome, fd = greet(connection, hello, timeout_s)
@@ -80,24 +82,26 @@ class _Link:
 
 
 class PendingLookup:
-    """A lookup whose answer may take a while."""
+    """A lookup under way."""
 
     def __init__(self, pending: Pending, channel: Channel) -> None:
         self._pending = pending
         self._channel = channel
 
     def result(self) -> Found:
-        """Wait for it. Raises CacheUnavailable, CacheTimeout."""
+        """Wait for the answer. Raises CacheUnavailable, CacheTimeout."""
         return _checked(self._pending.result(), Found, self._channel)
 
     def poll(self, wait_s: float = 0.0) -> Found | None:
-        """What was found, if the answer comes within ``wait_s`` seconds; to be read once. Raises
-        CacheUnavailable, and CacheTimeout when it has taken too long."""
+        """Return the answer, once, if it comes within ``wait_s`` seconds, else None.
+
+        Raises CacheUnavailable, and CacheTimeout when the answer is overdue.
+        """
         answer = self._pending.poll(wait_s)
         return None if answer is None else _checked(answer, Found, self._channel)
 
     def abandon(self) -> None:
-        """Nobody wants to know any more."""
+        """Do not wait any more."""
         self._pending.abandon()
 
 
@@ -164,55 +168,59 @@ class CacheClient:
 
     @property
     def incarnation(self) -> str | None:
-        """The life of the cache process connected to, or of the last one; None before the first."""
+        """The incarnation of the current process, or of the last one; None before the first."""
         return self._incarnation
 
     def lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> Found:
-        """Find and lease the longest stored prefix of packed ``tokens``; ``namespace`` is a
-        digest."""
+        """Find and lease the longest stored prefix of packed ``tokens``.
+
+        ``namespace`` is a digest.
+        """
         return self.begin_lookup(namespace, tokens, chunk_size).result()
 
     def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> PendingLookup:
-        """The same without waiting: what has to be decoded, or to come from another tier, takes
-        its time."""
+        """Begin a :meth:`lookup` without waiting for chunks that are decoded or promoted first."""
         wait_s = min(WAIT_SHARE * self._timeout_s, protocol.MAX_WAIT_S)
         request = protocol.Lookup(namespace, chunk_size, tokens, self._hello.world_size, wait_s)
         link = self._connected_link()
         return PendingLookup(link.channel.begin(request, self._timeout_s), link.channel)
 
     def allocate(self, namespace: bytes, chunk_size: int, items: Sequence[StoreItem]) -> Grants:
-        """Ask for memory for this rank's payloads; one grant per item, in order."""
+        """Reserve memory for this rank's payloads; one grant per item, in order."""
         rank, world_size = self._hello.rank, self._hello.world_size
         request = protocol.Allocate(namespace, rank, world_size, chunk_size, tuple(items))
         answer, link = self._call(request, protocol.Allocated)
         return Grants(answer.grants, link.welcome.incarnation)
 
     def commit(self, written: Sequence[tuple[int, int]]) -> int:
-        """These ``(ticket, xxh3-64)`` are written; how many of them counted."""
+        """Publish payloads by their ``(ticket, xxh3-64)``; return how many took effect."""
         return self._call(protocol.Commit(tuple(written)), protocol.Done)[0].count
 
     def abandon(self, tickets: Sequence[int]) -> None:
-        """These tickets will not be written."""
+        """Give up the payloads of these tickets."""
         self._call(protocol.Abandon(tuple(tickets)), protocol.Done)
 
     def release(self, lease: int, *, everyone: bool = False) -> None:
-        """This rank, or ``everyone``, is done with a lease. Does not wait and never raises: a lease
-        that cannot be released ends with the connection or its time to live."""
+        """End this rank's part of a lease, or ``everyone``'s.
+
+        Does not wait and never raises: a lease that cannot be released ends with the connection
+        or its time to live.
+        """
         if lease and (link := self._link):
             rank = None if everyone else self._hello.rank
             with contextlib.suppress(CacheUnavailable):
                 link.channel.post(protocol.Release(lease, rank))
 
     def report_corrupt(self, key: ChunkKey) -> None:
-        """A chunk's bytes do not match its checksum."""
+        """Have a chunk dropped whose bytes do not match its checksum."""
         self._call(protocol.ReportCorrupt(key), protocol.Done)
 
     def stats(self) -> Stats:
-        """The cache process's numbers."""
+        """Return the gauges and counters of the cache process."""
         return self._call(protocol.GetStats(), Stats)[0]
 
     def memory(self, incarnation: str) -> memoryview | None:
-        """The mapped memory of this incarnation, writable; None when it is not mapped (any more).
+        """Return the mapped memory of an incarnation, writable; None when it is not mapped.
 
         It stays readable for as long as the view is held, also after :meth:`close`.
         """
@@ -245,8 +253,11 @@ class CacheClient:
 
     @property
     def _broken(self) -> bool:
-        """Nothing that could be waited for. What worked once is not broken: its successor may only
-        want the memory that the dead process's clients still map."""
+        """Whether waiting is of no use.
+
+        A process that worked once is not broken: its successor may only lack the memory that the
+        dead one's clients still map.
+        """
         return self._incarnation is None and isinstance(self._problem, ConfigError | PluginError)
 
     def _call(self, request: Request, expected: type[_A]) -> tuple[_A, _Link]:
@@ -300,7 +311,7 @@ class CacheClient:
         return link
 
     def _may_greet(self, connection: socket.socket) -> bool:
-        """Whether to go on; from now on :meth:`close` ends the wait for an answer."""
+        """Return whether to go on; from now on :meth:`close` ends the wait for an answer."""
         with self._changed:
             self._greeting = connection
             return not self._closing.is_set()
@@ -309,7 +320,7 @@ class CacheClient:
         with self._changed:
             known, self._problem = str(self._problem), problem
             if str(problem) != known and not self._closing.is_set():
-                # Who waits for a first connection gets a broken one as an error, and may end.
+                # A caller of wait_ready gets the error of a broken one, and may end.
                 goes_on = "" if self._broken else ", serving goes on without"
                 logger.warning("no cache process%s: %s", goes_on, problem)
             self._changed.notify_all()
@@ -342,7 +353,7 @@ class CacheClient:
             self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:
-        """Wait between attempts; in time, let go of a dead process's memory."""
+        """Wait between attempts; unmap a dead process's memory when its time is over."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             if self._memory is not None:
@@ -354,7 +365,7 @@ class CacheClient:
 
 
 def _checked(answer: Answer, expected: type[_A], channel: Channel) -> _A:
-    """Raises CacheUnavailable for one that is another."""
+    """Return an answer of the expected type. Raises CacheUnavailable for any other."""
     if isinstance(answer, Failed):
         raise CacheUnavailable(f"the cache process could not serve a call: {answer.message}")
     if not isinstance(answer, expected):
@@ -364,8 +375,11 @@ def _checked(answer: Answer, expected: type[_A], channel: Channel) -> _A:
 
 
 def _map(fd: int, welcome: Welcome) -> mmap.mmap:
-    """Map the memory. Raises ProtocolError when it is not as large as announced: reads past the
-    end of a file kill a process."""
+    """Map the memory.
+
+    Raises ProtocolError when it is smaller than announced, because reads past the end of a file
+    kill a process.
+    """
     if welcome.memory_bytes < 1 or os.fstat(fd).st_size < welcome.memory_bytes:
         raise ProtocolError(f"the cache process's memory is less than {welcome.memory_bytes} bytes")
     return mmap.mmap(fd, welcome.memory_bytes)

@@ -1,4 +1,4 @@
-"""Lookups on a server's loop: they never block it, however long decoding takes."""
+"""Run lookups on the server's event loop without blocking it, however long decoding takes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 def look_up(
     engine: CacheEngine, request: Lookup, owner: Hashable, answer_later: Callable[[Match], None]
 ) -> Match | None:
-    """What is found; None when ``answer_later`` will be called with it, on this loop: when all is
-    decoded, or when ``request.wait_s`` are over."""
+    """Return the match at once, or None when chunks must be promoted or decoded first.
+
+    Then ``answer_later`` is called with it, on this loop: when all chunks are ready, or after
+    ``request.wait_s`` seconds, with those that are.
+    """
     loop = asyncio.get_running_loop()
     search = engine.begin_lookup(
         request.namespace,
@@ -43,6 +46,6 @@ def look_up(
 
 
 def soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Have ``call`` called on the loop's thread, unless it has closed; from any thread."""
+    """Schedule ``call`` on the loop, from any thread; without effect once the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call)

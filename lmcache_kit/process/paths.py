@@ -1,9 +1,9 @@
-"""Where a cache process listens, and the locks that keep it the only one there.
+"""The path where a cache process listens, and the locks that keep it the only one there.
 
-Beside the socket ``X`` lie ``X.lock``, ``X.start`` and, for a spawned process, ``X.log``. Whoever
-holds the flock on ``X.lock`` serves at ``X`` and may replace it; whoever holds the one on
-``X.start`` may start a process that does. These files stay: a lock file that is removed locks
-nothing, and the kernel gives a flock back however its holder dies.
+Beside the socket ``X`` lie ``X.lock``, ``X.start`` and, for a spawned process, ``X.log``. The
+holder of the flock on ``X.lock`` serves at ``X`` and may replace it. The holder of the one on
+``X.start`` may start a process that does. These files are never removed: a removed lock file locks
+nothing, and the kernel releases a flock however its holder dies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def socket_path(config: KitConfig) -> Path:
-    """``cache_socket``, or a name derived from the instance in this user's runtime directory.
+    """Return ``cache_socket``, or a name for the instance in this user's runtime directory.
 
     Raises ConfigError when it is too long for a Unix socket.
     """
@@ -48,7 +48,7 @@ def socket_path(config: KitConfig) -> Path:
 
 
 def runtime_dir() -> Path:
-    """``$XDG_RUNTIME_DIR/lmcache-kit`` when that is a directory of ours, else one in /tmp."""
+    """Return ``$XDG_RUNTIME_DIR/lmcache-kit`` if this user owns the parent, else one in /tmp."""
     given = os.environ.get("XDG_RUNTIME_DIR")
     if given and os.path.isabs(given):
         with contextlib.suppress(OSError):
@@ -58,9 +58,9 @@ def runtime_dir() -> Path:
 
 
 def secure_directory(directory: Path) -> None:
-    """Make the directory (mode 0700), or see that the one there belongs to us alone.
+    """Make the directory (mode 0700), or check that only this user can access it.
 
-    Raises ConfigError when somebody else could put a socket of theirs in our place.
+    Raises ConfigError when another user could put a socket in its place.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,25 +83,25 @@ def secure_directory(directory: Path) -> None:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A file that belongs to this socket path."""
+    """Return the path of a file that belongs to this socket."""
     return path.with_name(path.name + suffix)
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """User id of the process at the other end of a Unix socket, from the kernel."""
+    """Return the user id of the process at the other end of a Unix socket, from the kernel."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(raw)[1])
 
 
 class FileLock:
-    """An flock, held until it is closed or its holder is gone."""
+    """An flock, held until it is closed or its process ends."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     @classmethod
     def acquire(cls, path: Path) -> Self | None:
-        """Take the lock, or return None when somebody holds it."""
+        """Take the lock, or return None when another process holds it."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,8 +113,12 @@ class FileLock:
             raise
         return cls(fd)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the lock file."""
+        return self._fd
+
     def close(self) -> None:
-        """Give it back. Safe to call twice."""
+        """Release the lock. Safe to call twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             # A process forked meanwhile has a copy of the descriptor: closing ours would not do.
@@ -129,17 +133,17 @@ class FileLock:
 
 
 def serving_lock(path: Path) -> FileLock | None:
-    """The right to serve at a socket path; None when somebody does."""
+    """Lock the right to serve at a socket path; None when another process has it."""
     return FileLock.acquire(beside(path, ".lock"))
 
 
 def starting_lock(path: Path) -> FileLock | None:
-    """The right to start a process that serves at a socket path; None when somebody does."""
+    """Lock the right to start a process for a socket path; None when another process has it."""
     return FileLock.acquire(beside(path, ".start"))
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening socket at ``path``, mode 0600, in the place of a dead one.
+    """Listen at ``path``, mode 0600, in place of a dead process's socket.
 
     The caller holds the path's :func:`serving_lock`. Raises ConfigError when something that is no
     socket lies there.

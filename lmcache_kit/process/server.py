@@ -1,7 +1,9 @@
-"""The server: answers :mod:`~lmcache_kit.protocol.local` on a Unix socket, from one engine.
+"""The server of :mod:`~lmcache_kit.protocol.local`, on a Unix socket, for one engine.
 
-An owner of leases and unfinished stores is a connection: when it ends, however it ends, they go.
-Whatever a connection sends, the worst that it brings about is its own end.
+    accepted -> Hello within HELLO_TIMEOUT_S -> served -> lost
+
+A connection owns its leases and unfinished stores: they end with it, however it ends. Whatever it
+sends, at worst it ends itself.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ FIRST_CLIENT_S = 5.0
 class CacheServer:
     """Serves one engine to the clients of a listening socket.
 
-    ``linger_s``: how long to go on without a client, None for ever. ``settings``: what it was
-    started with (see :class:`~lmcache_kit.protocol.local.Hello`). ``on_hello`` hears of each
-    client, on the server's thread; ``more_stats`` adds to the figures.
+    ``linger_s`` is how long to run without a client; None for ever. ``settings`` is the digest of
+    those it was started with (see :class:`~lmcache_kit.protocol.local.Hello`). ``on_hello`` is
+    called for each client, on the server's thread; ``more_stats`` adds to the figures.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class CacheServer:
     async def serve(
         self, listener: socket.socket, on_ready: Callable[[], None] | None = None
     ) -> None:
-        """Serve until :meth:`stop`, or until nobody has come for the time to linger.
+        """Serve until :meth:`stop`, or until there was no client for ``linger_s``.
 
         Owns ``listener`` from here on; it is closed, and its path gone, before clients are.
         """
@@ -91,7 +93,7 @@ class CacheServer:
         self._ended = asyncio.Event()
         path = listener.getsockname()
         server = await self._loop.create_unix_server(lambda: _Connection(self), sock=listener)
-        expiry = asyncio.create_task(self._expire_for_ever())
+        expiry = asyncio.create_task(self._expire_leases())
         try:
             if self.linger_s is not None:
                 self._wait_for_client(max(self.linger_s, FIRST_CLIENT_S))
@@ -106,7 +108,7 @@ class CacheServer:
             await asyncio.sleep(0)  # what was accepted just now becomes a connection
             for connection in tuple(self._connections):
                 connection.close()
-            await asyncio.sleep(0)  # each is lost, and gives back what it held
+            await asyncio.sleep(0)  # each is lost, and what it owned is released
 
     def stop(self, why: str = "stopped") -> None:
         """End :meth:`serve`; to be called on its thread."""
@@ -120,7 +122,7 @@ class CacheServer:
             lookups.soon(self._loop, self.stop)
 
     def welcome(self, connection: _Connection, hello: Hello) -> Welcome | Failed:
-        """Answer to a Hello."""
+        """Accept or refuse a client."""
         if self._ended.is_set():
             return Failed("this cache process is ending")
         if why := version_mismatch(hello.version, protocol.VERSION):
@@ -153,7 +155,7 @@ class CacheServer:
         )
 
     def stats(self) -> Stats:
-        """The engine's numbers and the server's own."""
+        """Return the figures of the engine and of the server."""
         return Stats(
             instance_id=self.instance_id,
             incarnation=self.incarnation,
@@ -168,13 +170,13 @@ class CacheServer:
         )
 
     def opened(self, connection: _Connection) -> bool:
-        """Take note of a connection; False when there are too many."""
+        """Register a connection; False when there are too many."""
         self.counters["connections_total"] += 1
         self._connections.add(connection)
         return len(self._connections) <= MAX_CONNECTIONS
 
     def lost(self, connection: _Connection) -> None:
-        """A connection is gone."""
+        """Drop a lost connection, and what it owned."""
         self._connections.discard(connection)
         if connection not in self._clients:
             return
@@ -188,7 +190,7 @@ class CacheServer:
         why = f"no client for {seconds:g} s"
         self._linger = self._loop.call_later(seconds, self.stop, why)
 
-    async def _expire_for_ever(self) -> None:
+    async def _expire_leases(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_EVERY_S)
             if expired := self.engine.expire():
@@ -199,11 +201,11 @@ _Simple: TypeAlias = (
     protocol.Hello | protocol.Allocate | protocol.Commit | protocol.Abandon | protocol.Release
     | protocol.ReportCorrupt | protocol.GetStats
 )  # fmt: skip
-"""Requests that are answered at once."""
+"""Requests other than lookups, which are answered at once."""
 
 
 class _Connection(asyncio.Protocol):
-    """One client, and the owner of what it holds."""
+    """One client, and the owner of its leases and stores."""
 
     _ids = itertools.count(1)
 
@@ -247,7 +249,7 @@ class _Connection(asyncio.Protocol):
             logger.debug("%s has gone", self._name)
 
     def pause_writing(self) -> None:
-        # A client that does not read its answers gets no further ones.
+        # A client that does not read its answers is not served until it does.
         self._paused = True
         self._transport.pause_reading()
 
@@ -257,7 +259,7 @@ class _Connection(asyncio.Protocol):
         self._serve_received()
 
     def close(self) -> None:
-        """Send what is left and close."""
+        """Close after what is queued has been sent."""
         self._transport.close()
 
     def _serve_received(self) -> None:
@@ -293,7 +295,7 @@ class _Connection(asyncio.Protocol):
             self._transport.write(protocol.encode(request_id, answer))
 
     def _look_up(self, request_id: int, request: protocol.Lookup) -> protocol.Found | None:
-        """None when the answer comes later."""
+        """Return None when the answer is sent later."""
 
         def answer(match: Match) -> None:
             if not self._transport.is_closing():

@@ -1,4 +1,4 @@
-"""Addresses as people write them, as ZMQ wants them."""
+"""Convert addresses from the form of configurations to that of ZMQ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lmcache_kit.errors import ConfigError
 
 
 def numeric_host(host: str) -> str:
-    """The address to bind for a host name; names are resolved, ``localhost`` to 127.0.0.1.
+    """Resolve a host name to the address to bind; ``localhost`` is 127.0.0.1.
 
     Raises ConfigError for a name that has no address.
     """
@@ -27,13 +27,13 @@ def numeric_host(host: str) -> str:
 
 
 def bind_url(host: str, port: int) -> str:
-    """``tcp://address:port``, with brackets around an IPv6 address."""
+    """Return ``tcp://address:port``, with brackets around an IPv6 address."""
     address = numeric_host(host)
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 def connect_url(url: str) -> str:
-    """``localhost:9001`` or ``tcp://localhost:9001`` as ``tcp://localhost:9001``.
+    """Return ``tcp://localhost:9001`` for ``localhost:9001`` or ``tcp://localhost:9001``.
 
     Raises ConfigError when there is no port.
     """

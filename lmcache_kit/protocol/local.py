@@ -1,11 +1,16 @@
 """The wire between a client and the cache process: a Unix stream socket, msgpack frames.
 
-A frame is a little-endian u32 length and that many bytes of msgpack: ``[id, message]``. A client
-sends requests, each with an id of its own; the server answers each with one frame of the same id.
-The first request is :class:`Hello`; its answer carries the memory's file descriptor (SCM_RIGHTS).
-A client that gave up on an answer skips it by its id, and gives back what it granted.
+The body of a frame is ``[id, message]``. A client numbers its requests; the server answers each
+with one frame of the same id, lookups perhaps later than what was asked after them.
 
-Nothing of KV travels here: workers read and write the shared memory at the offsets named.
+    Hello -> Welcome          once, first; the answer carries the memory's descriptor (SCM_RIGHTS)
+    Lookup -> Found           lease the longest stored prefix; then read it from memory
+    Allocate -> Allocated     reserve memory; then write KV there
+    Commit, Abandon, Release, ReportCorrupt -> Done
+    GetStats -> Stats
+
+A client that gave up on an answer recognises it by its id when it comes, and releases what it
+granted. KV does not travel here: workers read and write the memory at the offsets named.
 """
 
 from __future__ import annotations
@@ -29,11 +34,13 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Who is there. A worker says its rank and the base namespace that it stores under, and what
-    its payloads are: their layout, the rotation in K, and its first KV head in the whole model.
+    """Introduce a client.
 
-    ``settings``: digest of the settings that the client would start a cache process with; empty
-    when it takes any. A spawned process that nobody else uses ends when they are not its own.
+    A worker adds its rank, the base namespace that it stores under, and the layout of its
+    payloads: their tensors, the rotary embedding in K, and its first KV head in the whole model.
+
+    ``settings`` is a digest of the settings that the client would start a cache process with;
+    empty when it accepts any. A spawned process without other clients ends when its own differ.
     """
 
     version: int
@@ -65,7 +72,7 @@ class Lookup(msgspec.Struct, frozen=True, tag="lookup"):
 
 
 class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
-    """Ask for memory for one rank's payloads of some chunks."""
+    """Reserve memory for one rank's payloads of some chunks."""
 
     namespace: bytes
     rank: int
@@ -75,39 +82,39 @@ class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """The payloads of these tickets are written: ``(ticket, xxh3-64)`` pairs."""
+    """Publish the payloads of these ``(ticket, xxh3-64)`` pairs, which are written."""
 
     written: tuple[tuple[int, int], ...]
 
 
 class Abandon(msgspec.Struct, frozen=True, tag="abandon"):
-    """These tickets will not be written."""
+    """Give up the payloads of these tickets, which will not be written."""
 
     tickets: tuple[int, ...]
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
-    """One rank is done with a lease; ``rank=None`` ends it for all."""
+    """End one rank's part of a lease; ``rank=None`` ends the whole lease."""
 
     lease: int
     rank: int | None = None
 
 
 class ReportCorrupt(msgspec.Struct, frozen=True, tag="corrupt"):
-    """A chunk's bytes did not match its checksum: drop it."""
+    """Drop a chunk whose bytes did not match its checksum."""
 
     key: ChunkKey
 
 
 class GetStats(msgspec.Struct, frozen=True, tag="stats"):
-    """Ask for :class:`Stats`."""
+    """Request :class:`Stats`."""
 
 
 # Answers.
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """``incarnation`` names this life of the cache process, as hex."""
+    """The client is accepted; ``incarnation`` names this life of the cache process, as hex."""
 
     incarnation: str
     location: str
@@ -116,7 +123,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Found(msgspec.Struct, frozen=True, tag="found"):
-    """``lease`` is 0 when nothing was found."""
+    """The chunks of a prefix, and their lease: 0 when nothing was found."""
 
     lease: int
     incarnation: str
@@ -135,13 +142,13 @@ class Allocated(msgspec.Struct, frozen=True, tag="allocated"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """``count``: how many of what was named took effect."""
+    """The request took effect on ``count`` of the things that it named."""
 
     count: int = 0
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats_answer"):
-    """``values``: gauges, and counters whose names end in ``_total``."""
+    """Figures: gauges, and counters whose names end in ``_total``."""
 
     instance_id: str
     incarnation: str

@@ -1,6 +1,6 @@
-"""CURVE on the monitor port, as ZMQ has it: key files, and sockets that use them.
+"""CURVE encryption and authentication of the monitor port: key files and sockets.
 
-The controller proves who it is by its key, and takes in only workers whose public keys it has.
+The controller authenticates itself by its key, and admits only workers whose public keys it has.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ControllerKeys:
 
     @classmethod
     def load(cls, folder: Path) -> ControllerKeys:
-        """From ``controller.key_secret`` and ``workers/*.key``. Raises ConfigError."""
+        """Load ``controller.key_secret`` and ``workers/*.key``. Raises ConfigError."""
         public, secret = _pair("--curve", folder / f"{CONTROLLER}.key_secret")
         files = sorted((folder / WORKERS).glob("*.key"))
         if not files:
@@ -58,13 +58,13 @@ class ControllerKeys:
         return cls(public, secret, frozenset(_public("--curve", file) for file in files))
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """What zmq.auth asks: whether the worker with this public key may connect."""
+        """Return whether the worker with this public key may connect; called by zmq.auth."""
         return key in self.workers
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerKeys:
-    """A worker's pair, and the public key of the controller that it means to talk to."""
+    """A worker's pair of keys, and the public key of its controller."""
 
     controller: bytes
     public: bytes
@@ -72,19 +72,19 @@ class WorkerKeys:
 
     @classmethod
     def load(cls, controller_key: Path, worker_key: Path) -> WorkerKeys:
-        """From the controller's public file and the worker's secret one. Raises ConfigError."""
+        """Load the controller's public file and the worker's secret one. Raises ConfigError."""
         controller = _public("controller_key", controller_key)
         return cls(controller, *_pair("worker_key", worker_key))
 
     def protect(self, socket: zmq.Socket[bytes]) -> None:
-        """To be called before it connects."""
+        """Encrypt a socket. To be called before it connects."""
         socket.setsockopt(zmq.CURVE_SERVERKEY, self.controller)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self.public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self.secret)
 
 
 class ZapAuthenticator:
-    """Lets only workers with known keys connect to sockets of ``context``, and counts the rest."""
+    """Admits only workers with known keys to sockets of ``context``, and counts the others."""
 
     def __init__(
         self, context: zmq.asyncio.Context, keys: ControllerKeys, counts: Counter[str]
@@ -94,34 +94,34 @@ class ZapAuthenticator:
         self._authenticator = AsyncioAuthenticator(context)
         self._authenticator.configure_curve_callback(_DOMAIN.decode(), keys)
         self._authenticator.start()
-        self._guarded: list[tuple[zmq.asyncio.Socket, zmq.asyncio.Socket]] = []
+        self._protected: list[tuple[zmq.asyncio.Socket, zmq.asyncio.Socket]] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     def protect(self, socket: zmq.asyncio.Socket) -> None:
-        """To be called before it is bound."""
+        """Encrypt a socket. To be called before it is bound."""
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
-        # Nobody comes in when nobody is there to ask; without this everybody would.
+        # Refuse all connections while no authenticator runs; ZMQ's default is to admit all.
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         events = socket.get_monitor_socket(_FAILED)
-        self._guarded.append((socket, events))
-        self._tasks.append(asyncio.create_task(self._count(events)))
+        self._protected.append((socket, events))
+        self._tasks.append(asyncio.create_task(self._count_refused(events)))
 
     async def stop(self) -> None:
-        """To be called before the sockets are closed."""
+        """Stop to authenticate. To be called before the sockets are closed."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for socket, events in self._guarded:
+        for socket, events in self._protected:
             with suppress(zmq.ZMQError):  # a socket that could not be bound is closed
                 socket.disable_monitor()
             events.close(linger=0)
         self._authenticator.stop()
-        self._tasks, self._guarded = [], []
+        self._tasks, self._protected = [], []
         await asyncio.sleep(0)  # the authenticator's task ends
 
-    async def _count(self, events: zmq.asyncio.Socket) -> None:
+    async def _count_refused(self, events: zmq.asyncio.Socket) -> None:
         while True:
             message = await recv_monitor_message(events)
             self._counts["connections_refused_total"] += 1
@@ -130,9 +130,9 @@ class ZapAuthenticator:
 
 @contextmanager
 def handshakes(socket: zmq.Socket[bytes], keys: WorkerKeys | None) -> Iterator[zmq.Socket[bytes]]:
-    """Where :func:`refusal` hears of those that fail; to be made before ``socket`` connects.
+    """Monitor failed handshakes for :func:`refusal`; to be entered before ``socket`` connects.
 
-    Without keys an end in mid-handshake tells nothing, and ZMQ connects again by itself.
+    Without keys a connection lost in mid-handshake says nothing, and ZMQ connects again by itself.
     """
     events = socket.get_monitor_socket(
         _FAILED if keys else _FAILED & ~zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -145,7 +145,7 @@ def handshakes(socket: zmq.Socket[bytes], keys: WorkerKeys | None) -> Iterator[z
 
 
 def refusal(events: zmq.Socket[bytes], keys: WorkerKeys | None) -> str:
-    """What may be wrong when the controller did not take the connection; else an empty string."""
+    """Explain why the controller refused the connection; empty when it did not."""
     try:
         message = recv_monitor_message(events, zmq.NOBLOCK)
     except zmq.Again:
@@ -194,7 +194,7 @@ def _public(what: str, file: Path) -> bytes:
 
 
 def _read(what: str, file: Path) -> tuple[bytes, bytes | None]:
-    """Never the cause, nor anything of what the file holds: it may be a secret."""
+    """Read a key file. Errors show neither their cause nor the content, which may be secret."""
     try:
         public, secret = load_certificate(file)
         for key in (public, secret):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -31,6 +30,7 @@ from lmcache_kit.peer.service import PeerService
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.protocol.capability import Capability
 from lmcache_kit.service.codecs import Codecs
+from tests.support.waiting import eventually
 
 PLACE = "LocalCPUBackend"
 CHUNK = 16
@@ -104,6 +104,7 @@ class Place:
         plugins = plugins or Plugins.load()
         # Lossless, so that what is read can be compared with what was stored.
         self.codecs = Codecs(plugins, {"cachegen": {"level": 0}})
+        self.stores = stores
         self.tiers = [
             StoreTier(store, LRU(), location=location, get_codec=self.codecs.make)
             for store, location in zip(stores, "ABC", strict=False)
@@ -291,15 +292,7 @@ def goal(make_place: MakePlace) -> Place:
 
 
 class Eventually(Protocol):
-    def __call__(self, holds: Callable[[], object]) -> None: ...
-
-
-def eventually(holds: Callable[[], object]) -> None:
-    """Wait until it holds."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S} s"
-        time.sleep(0.01)
+    def __call__(self, holds: Callable[[], object], what: str = ...) -> object: ...
 
 
 @pytest.fixture(name="eventually")

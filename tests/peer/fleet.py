@@ -11,11 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.process.client import CacheClient, Reconnect
 from lmcache_kit.service.launch import open_client
+from tests.support.waiting import eventually
 
 BIN = Path(sys.executable).parent
 WAIT_S = 40.0
@@ -38,17 +38,6 @@ BASE = Namespace("acme/model", LAYOUT, CHUNK)
 CHUNK_BYTES = LAYOUT.payload_bytes(CHUNK)
 """512 KiB."""
 QUICK = Reconnect(first_s=0.05, most_s=0.2, steady_s=0.0, broken_s=0.2, keep_memory_s=0.2)
-
-
-def eventually(holds: Callable[[], object], what: str = "") -> None:
-    """Wait until it holds; a call that finds nobody counts as no."""
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        with suppress(ConnectionError):
-            if holds():
-                return
-        assert time.monotonic() < deadline, f"not within {WAIT_S} s: {what}"
-        time.sleep(0.02)
 
 
 def payload(tokens: Sequence[int], layout: KVLayout) -> bytes:
@@ -111,7 +100,7 @@ class Instance:
         self.file = fleet.folder / f"{name}.yaml"
         self.base: Namespace = keys.pop("base", BASE)
         self._environment: dict[str, str] = keys.pop("environment", {})
-        self._prefix = prefix
+        self.prefix = prefix
         settings = {
             "chunk_size": self.base.chunk_size,
             "max_local_cpu_size": 64 / 1024,
@@ -135,7 +124,7 @@ class Instance:
 
     def start(self) -> None:
         command = ["lmcache-kit", "cache-server", "--config", str(self.file)]
-        self.program = Running(command, self.log, self._environment, self._prefix)
+        self.program = Running(command, self.log, self._environment, self.prefix)
         self.client: CacheClient = open_client(
             self.config,
             role="worker",

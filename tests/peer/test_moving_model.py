@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lmcache_kit.keys import chain, pack_tokens
-
-if TYPE_CHECKING:
-    from .conftest import Place
+from tests.peer.conftest import BASE, Place
 
 CHUNK = 16
 ALPHABET = {"a": range(16), "b": range(100, 116), "c": range(200, 216), "t": range(300, 305)}
@@ -23,25 +17,13 @@ places = st.integers(0, 2)
 prompts = st.sampled_from(["a", "at", "ab", "abt", "abc", "abct", "b", "bt"])
 
 
-def _conftest() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "peer_places", Path(__file__).with_name("conftest.py")
-    )
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Moves(RuleBasedStateMachine):
     """``stored[i]``: the prompts whose last chunk is at place i; every chunk is named by the
     prompt that ends with it."""
 
     def __init__(self) -> None:
         super().__init__()
-        make = _conftest().Place
-        self.places: list[Place] = [make(f"place{number}", mib=8) for number in range(3)]
+        self.places: list[Place] = [Place(f"place{number}", mib=8) for number in range(3)]
         self.stored: list[set[str]] = [set(), set(), set()]
         self.pinned: list[dict[str, set[str]]] = [{}, {}, {}]
         self.pins = 0
@@ -122,11 +104,8 @@ def beginnings(prompt: str) -> set[str]:
 
 
 def key(prompt: str) -> bytes:
-    base = _BASE_DIGEST
-    return list(chain(base, pack_tokens(tokens(prompt)), CHUNK))[-1].key
+    return list(chain(BASE.digest, pack_tokens(tokens(prompt)), CHUNK))[-1].key
 
-
-_BASE_DIGEST = _conftest().BASE.digest
 
 TestMoves = Moves.TestCase
 TestMoves.settings = settings(

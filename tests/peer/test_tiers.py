@@ -147,7 +147,7 @@ def test_a_tier_that_fails_ends_the_move_and_the_source_keeps_all(
     source: Place, make_place: MakePlace
 ) -> None:
     goal = make_place("goal", stores=[Dict()])
-    goal.tiers[0]._backend.broken = BackendError("read-only file system")  # type: ignore[attr-defined]
+    goal.stores[0].broken = BackendError("read-only file system")  # type: ignore[attr-defined]
     source.store(range(40))
     outcome = goal.move(source, range(40), to="A")
     assert outcome.state == "failed"
@@ -169,7 +169,7 @@ def test_what_a_tier_has_already_is_not_sent(source: Place, make_place: MakePlac
 
 
 def test_damage_in_a_tier_does_not_travel(low: Place, goal: Place) -> None:
-    store = low.tiers[0]._backend
+    store = low.stores[0]
     assert isinstance(store, Dict)
     key = list(store.blobs)[1]
     meta, data = store.blobs[key]
@@ -271,7 +271,7 @@ def test_what_could_not_be_found_at_the_goal_stays_at_the_source(within: Within)
     """Chunks come one by one, and those behind one that does not come are of no use there."""
     place = within.place
     place.engine.locations["B"].clear()
-    store = place.tiers[1]._backend
+    store = place.stores[1]
     assert isinstance(store, Dict)
     store.refused = next(iter(place.engine.locations["A"].chunk_refs(None, None))).key
     outcome = within.move("A", "B")
@@ -324,7 +324,7 @@ def test_a_move_within_a_cache_that_makes_no_sense_is_refused(within: Within, to
 def test_clearing_a_tier_waits_for_its_store_and_says_when_it_fails(within: Within) -> None:
     assert within.do(Clear(location="A")).tokens == 40
     assert within.place.at("A") == set()
-    store = within.place.tiers[1]._backend
+    store = within.place.stores[1]
     assert isinstance(store, Dict)
     store.broken = BackendError("read-only file system")
     outcome = within.do(Clear(location="B"))

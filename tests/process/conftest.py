@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,8 @@ from lmcache_kit.protocol import framing
 from lmcache_kit.protocol import local as protocol
 from lmcache_kit.protocol.local import MAX_FRAME_BYTES, Answer, Hello, Request
 from lmcache_kit.service.launch import open_client
+from tests.support.waiting import DEADLINE_S as WAIT_S
+from tests.support.waiting import eventually
 
 DEADLINE_S = 20.0
 QUICK = Reconnect(first_s=0.02, most_s=0.1, steady_s=0.0, keep_memory_s=0.2)
@@ -49,7 +51,7 @@ class Configure(Protocol):
 
 
 class Eventually(Protocol):
-    def __call__(self, holds: Callable[[], object], timeout_s: float = ...) -> None: ...
+    def __call__(self, holds: Callable[[], object], what: str = ...) -> object: ...
 
 
 class ProcessesAt(Protocol):
@@ -126,15 +128,12 @@ def eventually_fixture() -> Eventually:
     return eventually
 
 
-def eventually(holds: Callable[[], object], timeout_s: float = DEADLINE_S) -> None:
-    """Wait until ``holds()``; a call that finds no cache process counts as no."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(ConnectionError):
-            if holds():
-                return
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.01)
+def ends(call: Callable[[], object]) -> bool:
+    """Whether a call returns at all, within a time that bounds hangs."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(WAIT_S)
+    return not thread.is_alive()
 
 
 @pytest.fixture(name="processes_at")

@@ -78,7 +78,7 @@ def test_a_lock_that_is_given_back_is_free_though_a_forked_child_has_a_copy(fold
     path = folder / "c.sock"
     lock = paths.serving_lock(path)
     assert lock is not None
-    copy = os.dup(lock._fd)
+    copy = os.dup(lock.fileno())
     lock.close()
     again = paths.serving_lock(path)
     assert again is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -235,8 +234,6 @@ def test_frames_are_served_while_a_large_one_is_still_coming(connect: Connect, r
     assert isinstance(large.hello(), Welcome)
     data = protocol.encode(2, protocol.Lookup(NAMESPACE, 256, bytes(12 << 20)))
     large.send(data[: len(data) // 2])
-    began = time.monotonic()
     assert client.stats().values["clients"] == 2
-    assert time.monotonic() - began < 10
     large.send(data[len(data) // 2 :])
     assert large.socket.recv(HEADER.size)

