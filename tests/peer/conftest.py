@@ -203,7 +203,9 @@ class Place:
     def begin(self, order: Move, deadline_s: float = 60.0) -> Running:
         return Running(self, order, deadline_s)
 
-    def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> OperationStatus:
+    def move(
+        self, source: Place, tokens: Sequence[int] | None = None, **how: object
+    ) -> OperationStatus:
         """Take from there, and wait for the end."""
         return self.begin(self.order(source, tokens, **how)).outcome  # type: ignore[arg-type]
 
