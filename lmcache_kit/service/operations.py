@@ -102,7 +102,7 @@ class EngineExecutor:
         self, request: OperationRequest, *, deadline_s: float, listener: OperationListener
     ) -> RunningOperation | None:
         """Hand a request to its handler. Errors of the engine's checks become InvalidQuery."""
-        tiers = self._engine.inventories
+        tiers = self._engine.locations
         if request.location not in tiers:
             raise UnknownName("location", request.location, list(tiers))
         call = _Call(tiers[request.location], deadline_s, listener)
@@ -168,7 +168,7 @@ class EngineExecutor:
         if method not in self._codecs.names:
             raise UnknownName("method", method, self._codecs.names)
         encodes = isinstance(request, Compress)
-        work = partial(self._encode, call.tier) if encodes else call.tier.unpack
+        work = partial(self._encode, call.tier) if encodes else call.tier.decode
         operation = ChunkOperation(
             call.tier.keys(namespaces, request.tokens),
             partial(work, method=method),
@@ -188,14 +188,14 @@ class EngineExecutor:
         return self._mover.start(request, deadline_s=call.deadline_s, listener=call.listener)
 
     def _move_locally(self, request: Move, call: _Call) -> ChunkOperation:
-        inventories, tiers = self._engine.inventories, self._engine.tiers
-        source = inventories.get(request.source_location)
+        locations, tiers = self._engine.locations, self._engine.lower_tiers
+        source = locations.get(request.source_location)
         if source is None or tiers is None:
-            raise UnknownName("location", request.source_location, list(inventories))
+            raise UnknownName("location", request.source_location, list(locations))
         if source is call.tier:
             raise InvalidQuery("source and destination are the same")
         namespaces = self._namespaces.chosen(request.tokens, request.model, request.cache_salt)
-        refs = source.holdings(namespaces, request.tokens)
+        refs = source.chunk_refs(namespaces, request.tokens)
         move = LocalMove(tiers, source, call.tier, refs, copy=request.copy, confirm=self._confirm)
         operation = ChunkOperation(
             [(ref.key, ref.tokens) for ref in refs],
@@ -221,7 +221,7 @@ class EngineExecutor:
         return namespaces
 
     def _encode(self, tier: Tier, key: ChunkKey, method: str) -> Transcoded:
-        return tier.pack(key, method, self._codecs.get(method))
+        return tier.encode(key, method, self._codecs.get(method))
 
 
 def _clear(call: _Call, request: Clear, namespaces: list[bytes] | None) -> None:
