@@ -18,7 +18,7 @@ _READING_ERRORS = (400, 408, 413, 422)
 _EVERY_ROUTE_ERRORS = (401, 403, 500)
 
 
-_Schemas: TypeAlias = Mapping[type[BaseModel], Any]
+_Schemas: TypeAlias = Mapping[Any, Any]
 """A reference to the schema of each model."""
 
 
