@@ -7,9 +7,9 @@ import functools
 import inspect
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion11, hdrs, web
-from aiohttp.typedefs import Handler
 from pydantic_core import to_json
 
 from lmcache_kit.interfaces.frontend import ControllerAPI
@@ -21,6 +21,9 @@ from lmcache_kit_http_api.middlewares import guard
 from lmcache_kit_http_api.options import HttpOptions
 from lmcache_kit_http_api.parsing import parse, parse_url
 from lmcache_kit_http_api.routes import Route
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
 
 
 def make_app(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
-from aiohttp.typedefs import Handler, Middleware
 
 from lmcache_kit_http_api.errors import ApiError, from_exception
 from lmcache_kit_http_api.metrics import HttpMetrics
 from lmcache_kit_http_api.options import HttpOptions
 from lmcache_kit_http_api.routes import Route
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler, Middleware
 
 _HINT = "Send the header 'Authorization: Bearer <token>'"
 
