@@ -7,13 +7,13 @@ import os
 import shutil
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.sites import FakeSite
 
 VLLM_SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -94,39 +94,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return InGroups(config, log)
 
 
-@dataclass
-class FakeSite:
-    """A folder on the path, to install distributions in; their names begin with ``acme``."""
-
-    folder: Path
-
-    def install(
-        self,
-        distribution: str,
-        code: str = "",
-        *,
-        plugin: str = "",
-        group: str = "lmcache_kit.v1",
-        version: str = "1.2",
-    ) -> None:
-        """A distribution with one plugin, whose module is called like the distribution."""
-        module = distribution.replace("-", "_")
-        head = "from lmcache_kit.hookspecs import hookimpl\nfrom lmcache_kit.specs import *\n"
-        self.module(module, head + textwrap.dedent(code))
-        info = self.folder / f"{module}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
-        )
-        (info / "entry_points.txt").write_text(f"[{group}]\n{plugin or module} = {module}\n")
-
-    def module(self, name: str, code: str) -> None:
-        (self.folder / f"{name}.py").write_text(code)
-
-
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
-    """Distributions made on disk, found as installed ones are, and forgotten afterwards."""
+    """Install distributions on disk; forget their modules afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield FakeSite(tmp_path)

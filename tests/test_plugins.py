@@ -16,7 +16,7 @@ from lmcache_kit.interfaces import CacheInfo
 from lmcache_kit.plugins import BUILTIN_POLICIES, FIRST_PARTY, Failure, Plugins
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
+    from tests.support.sites import FakeSite
 
 ROOT = Path(__file__).parent.parent
 

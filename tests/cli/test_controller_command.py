@@ -4,73 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import select
 import signal
 import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
 from lmcache_kit.protocol.control import Register, WorkerPort, encode
+from tests.support import rest
+from tests.support.ports import free_ports, taken_port
+from tests.support.processes import Program, run, run_python
+from tests.support.waiting import DEADLINE_S
 
 pytest.importorskip("lmcache_kit_http_api")
 
-ROOT = Path(__file__).parents[2]
 COMMAND = "from lmcache_kit.cli.controller import controller; controller()"
 FREE_PORTS = ("--port", "0", "--monitor-port", "0")
-WAIT_S = 30
 
 
 class Controller:
-    """A running command, and the line it printed."""
+    """The running command, and its REST interface."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        ready, _, _ = select.select([process.stdout], [], [], WAIT_S)
-        self.line = process.stdout.readline() if ready and process.stdout else ""
+    def __init__(self, program: Program) -> None:
+        self.program = program
 
     @property
     def url(self) -> str:
-        found = re.search(r"http on (http://\S+:\d+)", self.line)
-        assert found, (self.line, self.process.poll())
+        found = re.search(r"http on (http://\S+:\d+)", self.program.ready)
+        assert found, (self.program.ready, self.program.errors())
         return found[1]
 
     def get(self, path: str) -> int:
-        return self._open(urllib.request.Request(self.url + path))[0]
+        return rest.ask(self.url + path)[0]
 
     def lookup(self, tokens: list[int], **headers: str) -> int:
         return self.ask("/lookup", {"tokens": tokens}, **headers)[0]
 
     def ask(self, path: str, body: object, **headers: str) -> tuple[int, Any]:
-        """Status, and the body of the answer."""
-        sent = json.dumps(body).encode()
-        return self._open(urllib.request.Request(self.url + path, sent, headers))
+        """Return status and document of the answer to a POST."""
+        return rest.ask(self.url + path, body, headers)
 
     def stop(self, number: signal.Signals) -> tuple[int, str]:
-        """Exit code, and what it wrote to stderr."""
-        self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=WAIT_S)
-        return self.process.returncode, stderr
-
-    @staticmethod
-    def _open(request: urllib.request.Request) -> tuple[int, Any]:
-        try:
-            with urllib.request.urlopen(request, timeout=WAIT_S) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.load(error)
+        """Send a signal; return exit code and standard error."""
+        return self.program.exit_code(number), self.program.errors()
 
 
 Start = Callable[..., Controller]
@@ -82,53 +64,24 @@ def start() -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def run(*arguments: str, code: str = COMMAND, **variables: str) -> Controller:
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", code, *arguments],
-                    cwd=ROOT,
-                    env={**os.environ, **variables},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            stack.callback(process.kill)
-            return Controller(process)
+            command = (sys.executable, "-c", code, *arguments)
+            return Controller(stack.enter_context(Program(*command, environ=variables)))
 
         yield run
 
 
 def refused(arguments: Sequence[str], *, code: str = COMMAND, **variables: str) -> tuple[int, str]:
     """Exit code and stderr of a command that does not start."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
+    done = run(sys.executable, "-c", code, *arguments, environ=variables)
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     return done.returncode, done.stderr
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listened on just now."""
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in held:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in held]
-
-
-@pytest.fixture
-def taken_port() -> Iterator[int]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        yield taken.getsockname()[1]
+@pytest.fixture(name="taken_port")
+def taken_port_fixture() -> Iterator[int]:
+    with taken_port() as port:
+        yield port
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -137,7 +90,7 @@ def test_it_says_where_it_listens_serves_and_ends_on_a_signal(start, number):
     assert re.fullmatch(
         r"lmcache_controller: http on http://localhost:\d+; "
         r"cache processes on tcp://127.0.0.1:\d+; Ctrl-C stops\n",
-        running.line,
+        running.program.ready,
     )
     assert running.get("/healthz") == 200
     assert running.lookup([1, 2, 3]) == 200
@@ -155,7 +108,7 @@ def test_it_ends_although_a_request_is_in_flight(start):
 
 def test_whoever_waits_for_a_worker_is_told_that_it_stops(start):
     running = start(*FREE_PORTS)
-    monitor = re.search(r"tcp://\S+:\d+", running.line)
+    monitor = re.search(r"tcp://\S+:\d+", running.program.ready)
     register = Register(
         instance_id="mute",
         incarnation=bytes(16),
@@ -175,7 +128,7 @@ def test_whoever_waits_for_a_worker_is_told_that_it_stops(start):
             asked = threads.submit(running.ask, "/health", {"instance_id": "mute"})
             mute.recv()
             assert running.stop(signal.SIGTERM)[0] == 0
-            status, reply = asked.result(WAIT_S)
+            status, reply = asked.result(DEADLINE_S)
     assert status == 503
     assert reply["error"]["message"] == "the controller is stopping"
 
@@ -263,7 +216,7 @@ def test_monitor_ports_as_lmcache_writes_them_are_all_served(start):
     pull, reply = free_ports(2)
     ports = json.dumps({"pull": pull, "reply": reply})
     running = start("--port", "0", "--monitor-ports", ports)
-    assert f"on tcp://127.0.0.1:{pull}, tcp://127.0.0.1:{reply};" in running.line
+    assert f"on tcp://127.0.0.1:{pull}, tcp://127.0.0.1:{reply};" in running.program.ready
 
 
 def test_monitor_port_and_monitor_ports_may_stand_together(start):
@@ -271,7 +224,7 @@ def test_monitor_port_and_monitor_ports_may_stand_together(start):
     running = start(
         "--port", "0", "--monitor-port", str(one), "--monitor-ports", json.dumps({"pull": pull})
     )
-    assert f"on tcp://127.0.0.1:{one}, tcp://127.0.0.1:{pull};" in running.line
+    assert f"on tcp://127.0.0.1:{one}, tcp://127.0.0.1:{pull};" in running.program.ready
 
 
 @pytest.mark.parametrize(
@@ -323,13 +276,6 @@ def test_neither_torch_nor_vllm_is_imported(start):
 
 
 def test_the_help_shows_an_example():
-    shown = subprocess.run(
-        [sys.executable, "-c", COMMAND, "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=True,
-    ).stdout
+    shown = run_python(COMMAND, "--help")
     assert "lmcache_controller --host localhost --port 9000 --monitor-port 9001" in shown
     assert "curl -X POST http://localhost:9000/lookup" in shown

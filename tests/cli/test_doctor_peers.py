@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from lmcache_kit.cli.app import app
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
+    from tests.support.sites import FakeSite
 
 TRANSPORT = """
 @hookimpl

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ from lmcache_kit.cli.app import app
 from lmcache_kit.keys import Namespace
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.protocol.zmq_auth import ControllerKeys, WorkerKeys
-from tests.cli.running import eventually, running_kit
-
-COMMAND = "from lmcache_kit.cli.controller import controller; controller()"
+from tests.cli.running import running_kit
+from tests.support.processes import program, run
+from tests.support.waiting import eventually
 
 
 def keys(folder: Path, *workers: str) -> Result:
@@ -116,14 +113,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def refused(*arguments: str, **environ: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "--port", "0", "--monitor-port", "0", *arguments],
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    ports = ("--port", "0", "--monitor-port", "0")
+    done = run(program("lmcache_controller"), *ports, *arguments, environ=environ)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lmcache_kit.keys import Namespace
 from lmcache_kit.layout import KVLayout
-from tests.cli.running import eventually, running_kit
+from tests.cli.running import running_kit
+from tests.support.waiting import eventually
 
 TOKENS = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
 NAMESPACE = Namespace("model", KVLayout("float16", 1, 1, 8), 4)

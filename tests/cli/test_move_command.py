@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Start, event_in, kit
-from tests.cli.terminal import on_a_terminal
+from tests.support.terminals import on_a_terminal
 
 pytestmark = pytest.mark.usefixtures("poll_quickly")
 

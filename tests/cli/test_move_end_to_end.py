@@ -3,10 +3,7 @@ processes."""
 
 from __future__ import annotations
 
-import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +11,9 @@ import pytest
 
 from lmcache_kit.keys import Namespace, pack_tokens
 from lmcache_kit.layout import KVLayout
-from tests.cli.running import Kit, eventually, items_of, payload, post, running_kits, store
+from tests.cli.running import Kit, running_kits
+from tests.support.stores import items_of, payload, store
+from tests.support.waiting import eventually
 
 TOKENS = [128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]
 WORDS = [str(token) for token in TOKENS]
@@ -55,18 +54,18 @@ def one(kits: list[Kit]) -> Kit:
 
 def holders(kit: Kit) -> set[str]:
     """Who is said to hold all of TOKENS."""
-    _, reply = post(kit, "/lookup", {"tokens": TOKENS})
+    _, reply = kit.ask("/lookup", {"tokens": TOKENS})
     return {name for name, (_, tokens) in reply["layout_info"].items() if tokens == len(TOKENS)}
 
 
 def ended(kit: Kit, event_id: str) -> dict[str, Any]:
     kit.run("events", event_id, "--wait")
-    with urllib.request.urlopen(f"{kit.url}/events/{event_id}") as reply:
-        return dict(json.load(reply))
+    event: dict[str, Any] = kit.ask(f"/events/{event_id}")[1]
+    return event
 
 
 def test_the_walk_through_moves_the_prompt(one: Kit, kits: list[Kit]) -> None:
-    status, reply = post(one, "/move", SEED)
+    status, reply = one.ask("/move", SEED)
     assert (status, reply.pop("num_tokens"), list(reply)) == (200, 12, ["event_id"])
     event = ended(one, reply["event_id"])
     assert (event["state"], event["num_tokens"], event["message"]) == ("done", 12, "")
@@ -93,7 +92,7 @@ def test_the_walk_through_moves_the_prompt(one: Kit, kits: list[Kit]) -> None:
 
 @pytest.mark.parametrize("word", ["copy", "should_copy"])
 def test_7_a_copy_leaves_it_where_it_was(one: Kit, word: str) -> None:
-    _, reply = post(one, "/move", {**SEED, word: True})
+    _, reply = one.ask("/move", {**SEED, word: True})
     assert ended(one, reply["event_id"])["state"] == "done"
     eventually(lambda: holders(one) == {ONE, TWO})
 
@@ -101,7 +100,7 @@ def test_7_a_copy_leaves_it_where_it_was(one: Kit, word: str) -> None:
 def test_what_is_pinned_stays_and_the_event_says_so(one: Kit) -> None:
     one.run("pin", *WORDS, "--instance", ONE)
     try:
-        _, reply = post(one, "/move", SEED)
+        _, reply = one.ask("/move", SEED)
         event = ended(one, reply["event_id"])
     finally:
         one.run("unpin", *WORDS, "--instance", ONE)
@@ -124,7 +123,7 @@ def test_the_commands_do_the_same(one: Kit) -> None:
 
 
 def test_7_nothing_is_moved_of_what_is_not_there(one: Kit) -> None:
-    status, reply = post(one, "/move", {**SEED, "tokens": [1, 2, 3]})
+    status, reply = one.ask("/move", {**SEED, "tokens": [1, 2, 3]})
     assert (status, reply["num_tokens"]) == (200, 0)
     event = ended(one, reply["event_id"])
     assert event["message"] == "nothing of this is stored there"
@@ -146,6 +145,6 @@ def test_7_nothing_is_moved_of_what_is_not_there(one: Kit) -> None:
 def test_a_move_that_cannot_be_is_refused_and_changes_nothing(
     one: Kit, changes: dict[str, object], status: int, code: str
 ) -> None:
-    given, reply = post(one, "/move", {**SEED, **changes})
+    given, reply = one.ask("/move", {**SEED, **changes})
     assert (given, reply["error"]["code"]) == (status, code)
     assert holders(one) == {ONE}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from lmcache_kit.cli import _follow
 from tests.cli.conftest import Start, event_in, kit
-from tests.cli.terminal import on_a_terminal
+from tests.support.processes import run_python
+from tests.support.terminals import on_a_terminal
 
 pytestmark = pytest.mark.usefixtures("poll_quickly")
 
@@ -255,5 +254,4 @@ def test_the_commands_that_ask_import_nothing_heavy(module: str) -> None:
         f"import sys, lmcache_kit.cli.{module}\n"
         "print([m for m in ('torch', 'vllm', 'aiohttp', 'zmq', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert run_python(code) == "[]\n"

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 
 from lmcache_kit.keys import Namespace, pack_tokens
 from lmcache_kit.layout import KVLayout
-from tests.cli.running import INSTANCE, Kit, ask, eventually, items_of, payload, post, running_kit
+from tests.cli.running import INSTANCE, Kit, running_kit, smooth
+from tests.support.rest import get_text
+from tests.support.stores import items_of
+from tests.support.waiting import eventually
 
 pytest.importorskip("lmcache_kit_cachegen")
 
@@ -39,21 +39,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
 @pytest.fixture
 def kit(served: Kit) -> Kit:
     """Raw, and without pins."""
-    post(served, "/unpin", PIN)
+    served.ask("/unpin", PIN)
     served.run("decompress", "--all", "--wait")
     return served
-
-
-def finished(kit: Kit, event_id: str) -> dict[str, Any]:
-    """The event, once check_finish says that it has ended."""
-    eventually(
-        lambda: (
-            post(kit, "/check_finish", {"event_id": event_id})[1]["status"]
-            not in ("queued", "running")
-        )
-    )
-    _, event = ask(kit, f"/events/{event_id}")
-    return dict(event)
 
 
 def read(kit: Kit) -> list[np.ndarray]:
@@ -73,9 +61,9 @@ def read(kit: Kit) -> list[np.ndarray]:
 
 
 def test_the_documented_pin_has_the_documented_reply(kit: Kit) -> None:
-    status, reply = post(kit, "/pin", PIN)
+    status, reply = kit.ask("/pin", PIN)
     assert (status, reply.keys(), reply["num_tokens"]) == (200, {"event_id", "num_tokens"}, 12)
-    _, listed = ask(kit, "/pins")
+    _, listed = kit.ask("/pins")
     (pin,) = listed["pins"]
     assert pin == {
         "pin_id": reply["event_id"],
@@ -87,23 +75,23 @@ def test_the_documented_pin_has_the_documented_reply(kit: Kit) -> None:
         "expires_in_s": None,
     }
     assert listed["unanswered"] == []
-    status, reply = post(kit, "/unpin", PIN)
+    status, reply = kit.ask("/unpin", PIN)
     assert (status, reply["num_tokens"]) == (200, 12)
-    assert ask(kit, "/pins")[1]["pins"] == []
+    assert kit.ask("/pins")[1]["pins"] == []
 
 
 def test_what_is_pinned_stays_when_all_is_cleared(kit: Kit) -> None:
-    post(kit, "/pin", {**PIN, "ttl_s": 60})
-    status, reply = post(kit, "/clear", PLACE)
+    kit.ask("/pin", {**PIN, "ttl_s": 60})
+    status, reply = kit.ask("/clear", PLACE)
     assert (status, reply["num_tokens"]) == (200, 0)
     assert reply["message"] == "12 tokens stay because they are pinned"
     read(kit)
 
 
 def test_the_documented_compress_and_decompress_work_and_are_followed(kit: Kit) -> None:
-    status, reply = post(kit, "/compress", COMPRESS)
+    status, reply = kit.ask("/compress", COMPRESS)
     assert (status, reply.keys(), reply["num_tokens"]) == (200, {"event_id", "num_tokens"}, 12)
-    event = finished(kit, reply["event_id"])
+    event = kit.ended(reply["event_id"])
     assert (event["state"], event["num_tokens"], event["message"]) == ("done", 12, "")
     (part,) = event["progress"]
     assert (part["chunks_done"], part["chunks"], part["worker_ids"]) == (1, 1, [0])
@@ -111,23 +99,23 @@ def test_the_documented_compress_and_decompress_work_and_are_followed(kit: Kit) 
     assert event["ratio"] == RAW_BYTES / part["bytes_after"] > 2
     (got,) = read(kit)
     (item,) = items_of(NAMESPACE, TOKENS)
-    wanted = np.frombuffer(payload(item), np.float16)
+    wanted = np.frombuffer(smooth(item), np.float16)
     assert np.abs(got.astype(np.float32) - wanted.astype(np.float32)).mean() < 0.1
 
-    status, reply = post(kit, "/compress", COMPRESS)
-    again = finished(kit, reply["event_id"])
+    status, reply = kit.ask("/compress", COMPRESS)
+    again = kit.ended(reply["event_id"])
     assert status == 200
     assert again["state"] == "done"
     assert "1 of 1 chunks were encoded with cachegen already" in again["message"]
 
-    status, reply = post(kit, "/decompress", COMPRESS)
+    status, reply = kit.ask("/decompress", COMPRESS)
     assert (status, reply["num_tokens"]) == (200, 12)
-    event = finished(kit, reply["event_id"])
+    event = kit.ended(reply["event_id"])
     assert (event["state"], event["progress"][0]["bytes_after"]) == ("done", RAW_BYTES)
 
 
 def test_an_unknown_method_is_404_with_those_that_are_installed(kit: Kit) -> None:
-    status, reply = post(kit, "/compress", {**COMPRESS, "method": "zip9"})
+    status, reply = kit.ask("/compress", {**COMPRESS, "method": "zip9"})
     assert (status, reply["error"]["code"]) == (404, "unknown_method")
     assert re.fullmatch("Known: .*cachegen.*", reply["error"]["hint"])
 
@@ -138,26 +126,26 @@ def test_unknown_instances_locations_and_events_are_404_with_the_known_ones(kit:
         ({"location": "x"}, "unknown_location", "LocalCPUBackend"),
         ({"model": "x"}, "unknown_model", NAMESPACE.model),
     ):
-        status, reply = post(kit, "/pin", {**PIN, **changed})
+        status, reply = kit.ask("/pin", {**PIN, **changed})
         assert (status, reply["error"]["code"]) == (404, code)
         assert reply["error"]["hint"].partition(". ")[0] == f"Known: {known}"
-    status, reply = post(kit, "/check_finish", {"event_id": "x"})
+    status, reply = kit.ask("/check_finish", {"event_id": "x"})
     assert (status, reply["error"]["code"]) == (404, "unknown_event")
 
 
 def test_what_nobody_stored_is_pinned_as_nothing_and_said(kit: Kit) -> None:
-    status, reply = post(kit, "/pin", {**PIN, "tokens": [1, 2]})
+    status, reply = kit.ask("/pin", {**PIN, "tokens": [1, 2]})
     assert (status, reply["num_tokens"]) == (200, 0)
     assert reply["message"] == "nothing of this is stored"
-    _, reply = post(kit, "/pin", {**PIN, "cache_salt": "tenant"})
+    _, reply = kit.ask("/pin", {**PIN, "cache_salt": "tenant"})
     assert reply["num_tokens"] == 0
 
 
 def test_the_same_key_is_the_same_event(kit: Kit) -> None:
     body = {**COMPRESS, "idempotency_key": "k1"}
-    first, second = post(kit, "/compress", body), post(kit, "/compress", body)
+    first, second = kit.ask("/compress", body), kit.ask("/compress", body)
     assert first == second
-    status, reply = post(kit, "/decompress", body)
+    status, reply = kit.ask("/decompress", body)
     assert (status, reply["error"]["code"]) == (409, "conflict")
 
 
@@ -186,8 +174,7 @@ def test_the_commands_do_the_same(kit: Kit) -> None:
 
 
 def test_metrics_count_operations_by_how_they_ended(kit: Kit) -> None:
-    with urllib.request.urlopen(f"{kit.url}/metrics") as reply:
-        text = reply.read().decode()
+    text = get_text(f"{kit.url}/metrics")
     assert re.search(r"^lmcache_kit_controller_operations_done_total [1-9]", text, re.M)
     assert re.search(r"^lmcache_kit_controller_operations_active 0", text, re.M)
 

@@ -10,7 +10,8 @@ import pytest
 
 from lmcache_kit.keys import Namespace, pack_tokens
 from lmcache_kit.layout import KVLayout
-from tests.cli.running import INSTANCE, Kit, eventually, post, running_kit
+from tests.cli.running import INSTANCE, Kit, running_kit
+from tests.support.waiting import eventually
 
 TOKENS = [128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]
 WORDS = [str(token) for token in TOKENS]
@@ -30,7 +31,7 @@ def kit(tmp_path: Path) -> Iterator[Kit]:
 
 def held(kit: Kit) -> dict[str, int]:
     """Location to the tokens that a lookup says are there."""
-    _, reply = post(kit, "/lookup", {"tokens": TOKENS, "detail": True})
+    _, reply = kit.ask("/lookup", {"tokens": TOKENS, "detail": True})
     found = reply["detail"].get(INSTANCE, []) if "detail" in reply else []
     return {each["location"]: each["tokens"] for each in found}
 
@@ -39,29 +40,18 @@ def at(location: str, **more: object) -> dict[str, object]:
     return {"instance_id": INSTANCE, "location": location, "tokens": TOKENS, **more}
 
 
-def ended(kit: Kit, event_id: str) -> str:
-    eventually(
-        lambda: (
-            post(kit, "/check_finish", {"event_id": event_id})[1]["status"]
-            not in ("queued", "running")
-        )
-    )
-    status: str = post(kit, "/check_finish", {"event_id": event_id})[1]["status"]
-    return status
-
-
 def test_a_lookup_names_the_highest_tier_and_all_of_them_in_detail(kit: Kit) -> None:
-    _, reply = post(kit, "/lookup", {"tokens": TOKENS})
+    _, reply = kit.ask("/lookup", {"tokens": TOKENS})
     assert reply[INSTANCE] == [MEMORY, 12]
     assert held(kit) == {MEMORY: 12, DISK: 12}
-    post(kit, "/clear", at(MEMORY))
+    kit.ask("/clear", at(MEMORY))
     eventually(lambda: held(kit) == {DISK: 12})
-    _, reply = post(kit, "/lookup", {"tokens": TOKENS})
+    _, reply = kit.ask("/lookup", {"tokens": TOKENS})
     assert reply[INSTANCE] == [DISK, 12]
 
 
 def test_what_is_only_on_disk_is_read_by_a_worker_and_is_in_memory_then(kit: Kit) -> None:
-    post(kit, "/clear", at(MEMORY))
+    kit.ask("/clear", at(MEMORY))
     with kit.worker() as client:
         found = client.lookup(NAMESPACE.digest, pack_tokens(TOKENS), NAMESPACE.chunk_size)
         assert found.tokens == 12
@@ -70,15 +60,15 @@ def test_what_is_only_on_disk_is_read_by_a_worker_and_is_in_memory_then(kit: Kit
 
 
 def test_each_location_is_pinned_and_cleared_by_itself(kit: Kit) -> None:
-    assert post(kit, "/pin", at(DISK))[1]["num_tokens"] == 12
-    status, reply = post(kit, "/clear", at(DISK))
+    assert kit.ask("/pin", at(DISK))[1]["num_tokens"] == 12
+    status, reply = kit.ask("/clear", at(DISK))
     assert (status, reply["num_tokens"]) == (200, 0)
     assert reply["message"] == "12 tokens stay because they are pinned"
-    assert post(kit, "/clear", at(MEMORY))[1]["num_tokens"] == 12
+    assert kit.ask("/clear", at(MEMORY))[1]["num_tokens"] == 12
     listed = kit.run("pins").output
     assert DISK in listed
-    assert post(kit, "/unpin", at(DISK))[1]["num_tokens"] == 12
-    assert post(kit, "/clear", at(DISK))[1]["num_tokens"] == 12
+    assert kit.ask("/unpin", at(DISK))[1]["num_tokens"] == 12
+    assert kit.ask("/clear", at(DISK))[1]["num_tokens"] == 12
     eventually(lambda: held(kit) == {})
 
 
@@ -87,21 +77,21 @@ def test_what_is_on_disk_is_compressed_there_and_decompressed(kit: Kit, tmp_path
         return sum(path.stat().st_size for path in (tmp_path / "kv").rglob("*") if path.is_file())
 
     raw = on_disk()
-    _, reply = post(kit, "/compress", at(DISK, method="cachegen"))
-    assert ended(kit, reply["event_id"]) == "done"
+    _, reply = kit.ask("/compress", at(DISK, method="cachegen"))
+    assert kit.ended(reply["event_id"])["state"] == "done"
     assert on_disk() < raw - NBYTES / 2
-    post(kit, "/clear", at(MEMORY))
+    kit.ask("/clear", at(MEMORY))
     test_what_is_only_on_disk_is_read_by_a_worker_and_is_in_memory_then(kit)
-    _, reply = post(kit, "/decompress", at(DISK, method="cachegen"))
-    assert ended(kit, reply["event_id"]) == "done"
+    _, reply = kit.ask("/decompress", at(DISK, method="cachegen"))
+    assert kit.ended(reply["event_id"])["state"] == "done"
     assert on_disk() == raw
 
 
 def test_a_move_goes_from_one_location_to_another(kit: Kit) -> None:
-    post(kit, "/clear", at(MEMORY))
+    kit.ask("/clear", at(MEMORY))
     position = {"old_position": [INSTANCE, DISK], "new_position": [INSTANCE, MEMORY]}
-    _, reply = post(kit, "/move", {**position, "tokens": TOKENS})
-    assert ended(kit, reply["event_id"]) == "done"
+    _, reply = kit.ask("/move", {**position, "tokens": TOKENS})
+    assert kit.ended(reply["event_id"])["state"] == "done"
     eventually(lambda: held(kit) == {MEMORY: 12})
     here = ("--from", INSTANCE, "--to", INSTANCE, "--to-location", DISK)
     done = kit.run("move", *WORDS, *here, "--wait")
@@ -110,6 +100,6 @@ def test_a_move_goes_from_one_location_to_another(kit: Kit) -> None:
 
 
 def test_a_location_that_is_not_there_is_named_with_those_that_are(kit: Kit) -> None:
-    status, reply = post(kit, "/clear", at("ValkeyBackend"))
+    status, reply = kit.ask("/clear", at("ValkeyBackend"))
     assert status == 404
     assert f"Known: {MEMORY}, {DISK}" in reply["error"]["hint"]

@@ -15,7 +15,7 @@ import pytest
 from tools import make_model, setup_env, vllm_stub
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
+    from tests.support.sites import FakeSite
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,8 +21,8 @@ from lmcache_kit.service import background_encoder
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
     from lmcache_kit.protocol.local import Found
-    from tests.conftest import FakeSite
     from tests.process.conftest import Connect, Eventually
+    from tests.support.sites import FakeSite
 
 SPACE = bytes(range(32))
 CHUNK = 16

@@ -38,7 +38,7 @@ from lmcache_kit.testing import FakeController
 from tests.scaffold.conftest import WAIT_S, Made, run
 
 if TYPE_CHECKING:
-    from tests.conftest import FakeSite
+    from tests.support.sites import FakeSite
 
 ROOT = Path(__file__).parents[2]
 MAX_STATEMENTS = 40

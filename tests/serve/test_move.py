@@ -23,16 +23,11 @@ import pytest
 from lmcache_kit.config import load_config
 from lmcache_kit.errors import CacheUnavailable
 from lmcache_kit.process import paths
-from tests.serve.helpers import (
-    alive,
-    cache_pid,
-    cache_stats,
-    eventually,
-    free_ports,
-    get,
-    long_prompt,
-    tokens_of,
-)
+from tests.serve.helpers import cache_pid, cache_stats, long_prompt, tokens_of
+from tests.support import rest
+from tests.support.ports import free_ports
+from tests.support.processes import alive
+from tests.support.waiting import eventually
 from tools import stack
 
 pytestmark = pytest.mark.vllm
@@ -158,11 +153,16 @@ class Site:
         return self.post("/move", body)
 
     def event(self, event_id: str) -> dict[str, Any]:
-        return get(f"http://localhost:{self.port}/events/{event_id}")
+        return self.get(f"/events/{event_id}")
+
+    def get(self, path: str) -> dict[str, Any]:
+        status, document = rest.ask(f"http://localhost:{self.port}{path}")
+        assert status == 200, document
+        return dict(document)
 
     def events(self) -> dict[str, dict[str, Any]]:
         """By their ids."""
-        listed = get(f"http://localhost:{self.port}/events?limit=1000")["events"]
+        listed = self.get("/events?limit=1000")["events"]
         return {event["event_id"]: event for event in listed}
 
     def ended(self, event_id: str) -> dict[str, Any]:

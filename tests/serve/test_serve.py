@@ -15,16 +15,11 @@ from typing import Any
 import pytest
 
 from lmcache_kit.errors import CacheUnavailable
-from tests.serve.helpers import (
-    alive,
-    cache_pid,
-    descendants,
-    eventually,
-    free_ports,
-    get,
-    long_prompt,
-    tokens_of,
-)
+from tests.serve.helpers import cache_pid, long_prompt, tokens_of
+from tests.support import rest
+from tests.support.ports import free_ports
+from tests.support.processes import alive, descendants
+from tests.support.waiting import eventually
 from tools import stack
 
 pytestmark = pytest.mark.vllm
@@ -106,7 +101,9 @@ class Site:
 
     def get(self, path: str) -> dict[str, Any]:
         """Ask the controller."""
-        return get(f"http://localhost:{self.port}{path}")
+        status, document = rest.ask(f"http://localhost:{self.port}{path}")
+        assert status == 200, document
+        return dict(document)
 
     def cache_pid(self) -> int:
         """Process id of the cache process, asked of itself."""

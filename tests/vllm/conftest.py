@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.processes import short_folder
 from tools import stack
 
 CHUNK = 40
@@ -190,9 +188,8 @@ def vllm_site() -> Iterator[Path]:
     assert (stack.MODEL / "config.json").is_file(), f"{stack.MODEL} is missing: run `make model`"
     before = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    folder = Path(tempfile.mkdtemp(prefix="lk-"))
-    yield folder
-    shutil.rmtree(folder)
+    with short_folder() as folder:
+        yield folder
     if before is None:
         del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
     else:
@@ -228,10 +225,3 @@ def engine(session_engine: Engine) -> Iterator[Engine]:
     if session_engine.worker._client.connected:
         stats = session_engine.stats()
         assert (stats["leases"], stats["pending"]) == (0, 0)
-
-
-def eventually(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)

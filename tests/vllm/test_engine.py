@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.conftest import BLOCK, CHUNK, Engine, Reference, eventually, prompt
+from tests.support.waiting import eventually
+from tests.vllm.conftest import BLOCK, CHUNK, Engine, Reference, prompt
 
 pytestmark = [
     pytest.mark.vllm,

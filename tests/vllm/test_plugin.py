@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 
 from lmcache_kit.vllm import plugin
+from tests.support.processes import run_python
 
 
 @pytest.fixture
@@ -110,7 +109,4 @@ def test_an_unknown_name_in_the_package_is_an_attribute_error() -> None:
 def test_the_entry_point_s_module_is_light() -> None:
     heavy = "{'torch', 'vllm', 'numba', 'numpy', 'pydantic'}"
     code = f"import sys, lmcache_kit.vllm.plugin; print(sorted({heavy} & set(sys.modules)))"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.strip() == "[]"
+    assert run_python(code).strip() == "[]"

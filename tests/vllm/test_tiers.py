@@ -123,7 +123,8 @@ def served(vllm_site: Path, installed: Path) -> Iterator[Served]:
 def test_a_third_partys_backend_serves_vllm_after_the_cache_process_was_killed(
     served: Served, reference: Reference
 ) -> None:
-    from tests.vllm.conftest import eventually, prompt
+    from tests.support.waiting import eventually
+    from tests.vllm.conftest import prompt
 
     tokens = prompt(200, seed=501)
     assert served(tokens) == {"tokens": reference(tokens), "cached": 0}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import textwrap
 import threading
 
 import numba
@@ -19,6 +17,7 @@ from pydantic import ValidationError
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces import ChunkInfo, Codec
 from lmcache_kit.plugins import Plugins
+from tests.support.processes import run_python
 
 from .conftest import ROPE, layout, payload_of, round_trip
 
@@ -37,7 +36,7 @@ def test_listing_plugins_imports_nothing_heavy():
         heavy = {"numba", "numpy", "torch", "zstandard", "pydantic", "click"} & set(sys.modules)
         assert not heavy, heavy
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    run_python(code)
 
 
 def test_coding_needs_no_torch():
@@ -48,7 +47,7 @@ def test_coding_needs_no_torch():
         CacheGenCodec().warm_up()
         assert not {"transformers", "vllm"} & set(sys.modules)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    run_python(code)
 
 
 @pytest.mark.parametrize("wrong", [{"level": 4}, {"coder": "x"}, {"threads": 0}, {"levels": 1}])
@@ -137,10 +136,7 @@ def test_nothing_is_left_to_compile_after_warming_up(profile, tmp_path):
         codec.decode(codec.encode(payload, chunk), chunk, bytearray(chunk.payload_bytes))
         assert compiled() == before, (before, compiled())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_show_says_what_a_profile_is_of(profile, tmp_path):

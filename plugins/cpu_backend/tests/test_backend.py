@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from lmcache_kit_cpu_backend.prefault import AHEAD_BYTES
 
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces import MemoryBackend, Region
+from tests.support.processes import open_files, run_python
 
 MIB = 1 << 20
 
@@ -153,10 +152,10 @@ def test_closing_leaves_views_that_are_still_held_readable() -> None:
 
 
 def test_closing_gives_the_descriptor_back() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     backend = LocalCPUBackend(capacity_bytes=MIB)
     backend.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 @pytest.mark.parametrize("capacity_bytes", [-1, 0, 4095])
@@ -267,4 +266,4 @@ def test_the_plugin_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'pydantic', 'aiohttp', 'lmcache_kit_cpu_backend.backend'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    run_python(program)

@@ -12,6 +12,7 @@ from lmcache_kit_disk_backend.backend import LocalDiskBackend
 from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces.backend import MAX_META_BYTES
 from plugins.disk_backend.tests.blobs import plain
+from tests.support.processes import open_files
 
 KEY = bytes(range(16))
 OTHER = bytes(16)
@@ -185,7 +186,7 @@ def test_a_closed_store_refuses_everything(store: LocalDiskBackend) -> None:
 
 
 def test_no_descriptors_are_left(open_store: OpenStore) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     store = open_store()
     for _ in range(3):
         store.put(KEY, b"m", views(bytes(2 << 20)))
@@ -194,4 +195,4 @@ def test_no_descriptors_are_left(open_store: OpenStore) -> None:
     scan = store.scan()
     next(scan)
     store.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before

@@ -16,6 +16,7 @@ from lmcache_kit_disk_backend import folder
 from lmcache_kit_disk_backend.backend import LocalDiskBackend
 
 from lmcache_kit.errors import BackendError
+from tests.support.processes import open_files
 
 KEY = bytes(range(16))
 HOLD = """
@@ -79,10 +80,10 @@ def test_a_start_that_is_refused_leaves_no_descriptors(
 ) -> None:
     monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.0)
     open_store()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(BackendError, match="in use"):
         open_store()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_stores_with_different_subfolders_have_one_path(open_store: OpenStore) -> None:

@@ -15,6 +15,7 @@ from lmcache_kit_disk_backend.backend import LocalDiskBackend
 
 from lmcache_kit.errors import BackendError
 from plugins.disk_backend.tests.blobs import plain
+from tests.support.processes import open_files
 
 KEYS = [bytes([number]) * 16 for number in range(6)]
 THREADS = 6
@@ -73,7 +74,7 @@ def test_readers_get_whole_blobs_whatever_happens_to_them(
 
 
 def test_closing_while_busy_ends_everything(open_store: OpenStore) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     store = open_store()
     busy = threading.Barrier(THREADS + 1)
 
@@ -98,7 +99,7 @@ def test_closing_while_busy_ends_everything(open_store: OpenStore) -> None:
             with pytest.raises(BackendError, match="is closed"):
                 each.result(timeout=30)
         del done, each
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
     again = open_store()
     for found in again.scan():
         blob = plain(again.get(found.key))

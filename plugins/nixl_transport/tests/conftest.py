@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -23,6 +22,8 @@ from lmcache_kit_nixl_transport.transport import NixlTransport
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.interfaces import ReadableRegion, Region
+from tests.support.processes import state
+from tests.support.waiting import eventually
 
 SLAB_BYTES = 64 << 20
 PATIENCE_S = 30.0
@@ -61,7 +62,7 @@ class Remote:
         assert not self.error, self.error
         self.process.send_signal(number)
         if number == signal.SIGSTOP:
-            until(lambda: self._letter() == "T")
+            eventually(lambda: state(self.process.pid) == "T")
         elif number == signal.SIGKILL:
             self.process.wait(PATIENCE_S)
 
@@ -70,10 +71,6 @@ class Remote:
             self.process.kill()
             self.process.wait(PATIENCE_S)
         self._orders.close()
-
-    def _letter(self) -> str:
-        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0]
 
     def _answer(self) -> dict[str, Any]:
         assert self._orders.poll(PATIENCE_S), "the peer does not answer"
@@ -108,13 +105,6 @@ class Here:
 
 def no_dial(timeout_s: float) -> socket.socket:
     raise AssertionError("NIXL has connections of its own")
-
-
-def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def regions(sizes: list[int], gap: int = 64) -> list[Region]:

@@ -12,8 +12,9 @@ from lmcache_kit_nixl_transport import rdma, wire
 
 from lmcache_kit.errors import TransferTimeout, TransportError
 from lmcache_kit.interfaces import Region
+from tests.support.waiting import eventually
 
-from .conftest import SLAB_BYTES, regions, until
+from .conftest import SLAB_BYTES, regions
 
 MANY = regions([6 << 20] * 8)
 
@@ -128,7 +129,7 @@ def test_a_stopped_peer_cannot_be_connected_to(here, start):
         here.connect_to(address, 0.3)
     assert caught.value.settled()
     remote.signal(signal.SIGCONT)
-    until(lambda: not here.transport._agent._flying or here.transport._agent.sweep())
+    eventually(lambda: not here.transport._agent._flying or here.transport._agent.sweep())
     assert here.connect_to(address, 20).how == "CMA on one host"
 
 
@@ -162,7 +163,7 @@ def test_what_comes_after_a_timeout_has_an_end(over_tcp):
     late = read_from_a_stalled_peer(here, remote)
     assert not late.settled()
     remote.signal(signal.SIGCONT)
-    until(late.settled)
+    eventually(late.settled)
     assert stays_as_it_is(here)
 
 
@@ -170,7 +171,7 @@ def test_what_a_timeout_left_behind_outlives_its_error(over_tcp):
     here, remote = over_tcp
     read_from_a_stalled_peer(here, remote)
     remote.signal(signal.SIGCONT)
-    until(lambda: not here.transport._agent._flying or here.transport._agent.sweep())
+    eventually(lambda: not here.transport._agent._flying or here.transport._agent.sweep())
     link = here.connect(remote)
     assert len(list(link.read(remote.ask("offer", MANY), MANY, 20))) == 8
 
@@ -179,7 +180,7 @@ def test_what_was_not_begun_before_a_timeout_never_comes(over_tcp):
     here, remote = over_tcp
     late = read_from_a_stalled_peer(here, remote)
     remote.signal(signal.SIGCONT)
-    until(late.settled)
+    eventually(late.settled)
     wanted = [remote.ask("checksum", *region) for region in MANY]
     same = [here.checksum(region) == each for region, each in zip(MANY, wanted, strict=True)]
     assert same == [True] * 4 + [False] * 4
@@ -200,7 +201,7 @@ def test_an_iterator_that_is_dropped_leaves_nothing_under_way_unsaid(over_tcp):
     except TransferTimeout as late:
         settled = late.settled
     remote.signal(signal.SIGCONT)
-    until(settled)
+    eventually(settled)
     assert stays_as_it_is(here)
 
 
@@ -208,7 +209,7 @@ def test_a_stalled_peer_that_dies_settles_what_was_under_way(over_tcp):
     here, remote = over_tcp
     late = read_from_a_stalled_peer(here, remote)
     remote.signal(signal.SIGKILL)
-    until(late.settled)
+    eventually(late.settled)
     assert stays_as_it_is(here)
 
 
@@ -228,7 +229,7 @@ def test_closing_the_transport_ends_a_read_that_waits(over_tcp):
     remote.signal(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(lambda: list(link.read(offer, MANY, 25)))
-        until(lambda: here.transport._agent._flying)
+        eventually(lambda: here.transport._agent._flying)
         here.transport.close()
         with pytest.raises(TransportError, match="closed"):
             reading.result(20)
@@ -241,7 +242,7 @@ def test_closing_the_link_waits_for_what_is_under_way(over_tcp):
     remote.signal(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(lambda: list(link.read(offer, MANY, 25)))
-        until(lambda: here.transport._agent._flying)
+        eventually(lambda: here.transport._agent._flying)
         link.close()
         assert not reading.done()
         remote.signal(signal.SIGCONT)

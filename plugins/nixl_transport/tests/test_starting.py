@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import subprocess
-import sys
 
 import pytest
 from lmcache_kit_nixl_transport import library, probe
@@ -13,6 +11,7 @@ from lmcache_kit_nixl_transport.transport import NixlTransport
 from pydantic import ValidationError
 
 from lmcache_kit.errors import TransportError
+from tests.support.processes import run_python
 
 
 def test_nixl_that_is_not_installed_is_named_with_its_remedy(monkeypatch):
@@ -37,8 +36,7 @@ def test_asking_imports_neither_nixl_nor_numpy():
         "import sys, lmcache_kit_nixl_transport.probe as probe; probe.why_not();"
         "print(sorted({'nixl', 'nixl_cu12', 'nixl_cu13', 'numpy'} & sys.modules.keys()))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
-    assert said.stdout.strip() == b"[]"
+    assert run_python(code).strip() == "[]"
 
 
 def test_nixl_that_does_not_import_is_an_error_with_its_reason(monkeypatch):

@@ -21,6 +21,7 @@ from lmcache_kit_tcp_transport.transport import TcpTransport
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.interfaces import Link, ReadableRegion, Region
+from tests.support.proxies import Proxy
 
 WAIT_S = 20.0
 
@@ -96,58 +97,6 @@ class Host:
         self.transport.serve(connection)
 
 
-class Proxy:
-    """Between a reader and a host. What the host says passes ``change(position, bytes)``, which
-    returns what the reader gets instead, or None to cut both connections."""
-
-    def __init__(self, host: Host, change: Callable[[int, bytes], bytes | None]) -> None:
-        self._host = host
-        self._change = change
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-
-    def dial(self, timeout_s: float = WAIT_S) -> socket.socket:
-        near, far = socket.socketpair()
-        up = self._host.dial(timeout_s)
-        self._sockets += [far, up]
-        for target, *args in ((self._copy, far, up), (self._copy_changed, up, far)):
-            thread = threading.Thread(target=target, args=args)
-            self._threads.append(thread)
-            thread.start()
-        return near
-
-    def close(self) -> None:
-        for each in self._sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
-        for each in self._sockets:
-            each.close()
-
-    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
-        self._copy_changed(source, sink, lambda _, data: data)
-
-    def _copy_changed(
-        self,
-        source: socket.socket,
-        sink: socket.socket,
-        change: Callable[[int, bytes], bytes | None] | None = None,
-    ) -> None:
-        position = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(4096):
-                changed = (change or self._change)(position, data)
-                if changed is None:
-                    break
-                sink.sendall(changed)
-                position += len(data)
-        for each in (source, sink):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture
 def new_host() -> Iterator[Callable[..., Host]]:
     with contextlib.ExitStack() as stack:
@@ -181,7 +130,7 @@ def proxy_to() -> Iterator[Callable[..., Proxy]]:
     with contextlib.ExitStack() as stack:
 
         def build(host: Host, change: Callable[[int, bytes], bytes | None]) -> Proxy:
-            proxy = Proxy(host, change)
+            proxy = Proxy(host.port, change)
             stack.callback(proxy.close)
             return proxy
 

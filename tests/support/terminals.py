@@ -1,4 +1,4 @@
-"""Our command, as somebody sees it on a terminal."""
+"""Commands on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Shown(NamedTuple):
-    """How it ended, its standard output, and what the terminal showed meanwhile."""
+    """A command's exit code, its standard output, and all that the terminal showed."""
 
     returncode: int
     stdout: str
@@ -32,7 +32,7 @@ def on_a_terminal(*arguments: str, columns: int) -> Shown:
     try:
         while piece := os.read(ours, 4096):
             shown += piece
-    except OSError:  # how Linux says that nobody writes any more
+    except OSError:  # Linux reports the end of the other side as an error
         pass
     os.close(ours)
     stdout, _ = done.communicate(timeout=20)
