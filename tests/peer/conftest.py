@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -21,13 +20,14 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.config import KitConfig
 from lmcache_kit.interfaces import Backend, Region
-from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer, Progress
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.peer.service import PeerService
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.protocol.capability import Capability
 from lmcache_kit.service.codecs import Codecs
+from tests.control.fakes import RecordingListener
 
 PLACE = "LocalCPUBackend"
 CHUNK = 16
@@ -43,26 +43,16 @@ def payload(tokens: Sequence[int], rank: int, layout: KVLayout = LAYOUT) -> byte
     return (seed * (nbytes // len(seed) + 1))[:nbytes]
 
 
-class Running:
-    """A move that was begun."""
+class Running(RecordingListener):
+    """A move that was started, and its course."""
 
-    def __init__(self, place: Place, order: Move, deadline_s: float) -> None:
-        self.reports: list[Progress] = []
-        self.outcomes: list[OperationStatus] = []
-        self._ended = threading.Event()
-        self.job = place.node.mover.begin(
-            order, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
-        )
-
-    def _finish(self, outcome: OperationStatus) -> None:
-        self.outcomes.append(outcome)
-        self._ended.set()
+    def __init__(self, place: Place, request: Move, deadline_s: float) -> None:
+        super().__init__()
+        self.move = place.node.mover.start(request, deadline_s=deadline_s, listener=self)
 
     @property
     def outcome(self) -> OperationStatus:
-        assert self._ended.wait(DEADLINE_S), "the move did not end"
-        assert len(self.outcomes) == 1
-        return self.outcomes[0]
+        return self.wait(DEADLINE_S)
 
 
 class Place:
