@@ -190,7 +190,7 @@ def test_3_stop_does_not_wait_for_a_dead_worker(
 def test_4_a_killed_worker_is_hidden_and_later_forgotten(
     start_process: StartProcess, start_controller: StartController
 ) -> None:
-    controller = start_controller(registry=Registry(forget_after_s=1.0))
+    controller = start_controller(registry=Registry(drop_after_s=1.0))
     process = start_process(controller, "a")
     process.kill()
     eventually(lambda: controller.held(TOKENS) == {})

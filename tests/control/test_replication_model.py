@@ -68,7 +68,7 @@ class Network(RuleBasedStateMachine):
         self.start_controller()
 
     def start_controller(self) -> None:
-        self.registry = Registry(clock=self.clock, wall=self.clock, forget_after_s=20.0)
+        self.registry = Registry(clock=self.clock, wall=self.clock, drop_after_s=20.0)
         commands = Commands(self.registry.counts, lambda connection, message: None)
         self.instances = Instances(self.registry, commands)
 
@@ -243,7 +243,7 @@ class Network(RuleBasedStateMachine):
             frame[at % len(frame)] ^= 1 << bit
             with contextlib.suppress(ProtocolError):
                 message = wire.decode_from_agent(bytes(frame))
-                # A registration that still reads as one is one, of somebody with another name.
+                # A registration that still reads as one is one, of another instance.
                 if not isinstance(message, wire.Register):
                     assert self.registry.handle(-1, message) in ([], [(-1, wire.NotRegistered())])
 
