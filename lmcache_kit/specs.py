@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["backend", "codec", "transport", "frontend", "command"]
+Kind: TypeAlias = Literal["backend", "codec", "transport", "frontend", "route", "command"]
 
-KINDS: tuple[Kind, ...] = ("backend", "codec", "transport", "frontend", "command")
+KINDS: tuple[Kind, ...] = ("backend", "codec", "transport", "frontend", "route", "command")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,28 @@ class FrontendSpec(_Spec):
     """A way into the controller, such as ``http``."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteSpec(_Spec):
+    """A route that the frontends of the controller serve beside their own, such as ``http`` does.
+
+    ``target`` is an ``async def handler(controller, request)`` that returns an instance of
+    ``reply``; see :data:`~lmcache_kit.interfaces.routes.RouteHandler`. ``method`` is ``GET``,
+    ``POST``, ``PUT`` or ``DELETE``. ``path`` may have names in braces, such as ``/tenants/{name}``,
+    each of which stands for one segment and is a field of the request. ``request`` and ``reply``
+    are ``module:attribute`` of pydantic models; an empty ``request`` means that there is nothing
+    to ask. Fields of the request are read from path and query where the method is ``GET`` or
+    ``DELETE`` or the path has names, else from a JSON body.
+    """
+
+    method: str
+    path: str
+    reply: str
+    request: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class CommandSpec(_Spec):
     """A subcommand of ``lmcache-kit``; ``target`` is a click command."""
 
 
-Spec: TypeAlias = BackendSpec | CodecSpec | TransportSpec | FrontendSpec | CommandSpec
+Spec: TypeAlias = BackendSpec | CodecSpec | TransportSpec | FrontendSpec | RouteSpec | CommandSpec

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import zmq
 
 from lmcache_kit.agent.controller_client import ControllerClient, Identity
+from lmcache_kit.agent.event_log import MAX_PENDING, EventLog
 from lmcache_kit.agent.location_feed import ChunkSource, LocationFeed
 from lmcache_kit.agent.operations import OperationRunner
 from lmcache_kit.errors import ProtocolError
@@ -43,7 +44,8 @@ class Agent:
     logs this once, and asks again every ten heartbeats, in case the later one has died.
     Peers fetch KV at ``peer_url``, with capabilities signed by the 32 bytes of ``peer_key``; both
     or neither. ``executor`` carries out operations; without one they are refused. ``keys`` encrypt
-    the connection and authenticate both ends.
+    the connection and authenticate both ends. ``max_pending`` bounds the changes of a location
+    that wait to be sent; more become a snapshot.
     """
 
     def __init__(
@@ -61,13 +63,21 @@ class Agent:
         started: float | None = None,
         executor: OperationExecutor | None = None,
         keys: WorkerKeys | None = None,
+        max_pending: int = MAX_PENDING,
     ) -> None:
         self._keys = keys
         self._url = connect_url(url)
         self._instance_id = instance_id
         self._heartbeat_s = heartbeat_s
         self._changes = WakeupFd()
-        self._feeds = [LocationFeed(tier, wake=self._changes.wake) for tier in tiers]
+        self._feeds = [
+            LocationFeed(
+                tier,
+                EventLog(tier.location, max_pending=max_pending),
+                wake=self._changes.wake,
+            )
+            for tier in tiers
+        ]
         self._urgent = WakeupFd()
         identity = Identity(
             instance_id=instance_id,

@@ -6,7 +6,7 @@ listener of its own operation); all else belongs to the agent's thread. The othe
 
 An operation is waiting until the agent's thread hands its request to the executor, then running.
 It is answered once it is accepted, rejected or ended. Progress is reported ten times a second at
-most. The end is reported every second until it is acknowledged, or forgotten after ten minutes.
+most. The end is reported every second until it is acknowledged, for ten minutes at most.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ class OperationRunner:
             rejected = isinstance(operation.answer, OperationRejected)
             if not operation.report(send, now):
                 return
-            forgotten = operation.status is not None and now - operation.ended_at > KEEP_S
-            if rejected or forgotten:
+            too_old = operation.status is not None and now - operation.ended_at > KEEP_S
+            if rejected or too_old:
                 self._operations.pop(operation.operation_id, None)
 
     def stop(self) -> None:

@@ -3,7 +3,7 @@
 No sockets: a message and its connection go in, messages to send come out.
 
 A cache process is unregistered, alive, silent (three heartbeats missed; lookups do not see it) or
-forgotten (silent for two minutes; it has to register again). Of two incarnations that claim one
+dropped (silent for two minutes; it has to register again). Of two incarnations that claim one
 instance the one that started later wins as long as it is alive. The other one is fenced, and may
 take the instance over once the later one is silent. When the later one is heard again, it takes
 the instance back.
@@ -47,7 +47,7 @@ Connection: TypeAlias = Hashable
 Outgoing: TypeAlias = list[tuple[Connection, FromController]]
 
 MISSED_HEARTBEATS = 3
-FORGET_AFTER_S = 120.0
+DROP_AFTER_S = 120.0
 MAX_PROCESSES = 4096
 MAX_LOCATIONS = 8
 MAX_WORKERS = 1024
@@ -76,7 +76,7 @@ COUNTERS = (
     "operation_ends_late_total",
     "operation_messages_resent_total",
     "operations_total",
-    "processes_forgotten_total",
+    "processes_dropped_total",
     "processes_lost_total",
     "reconnections_total",
     "registrations_refused_total",
@@ -133,14 +133,14 @@ class Registry:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
-        forget_after_s: float = FORGET_AFTER_S,
+        drop_after_s: float = DROP_AFTER_S,
         max_processes: int = MAX_PROCESSES,
     ) -> None:
         self.index = KeyIndex()
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._clock = clock
         self._wall = wall
-        self._forget_after_s = forget_after_s
+        self._drop_after_s = drop_after_s
         self._max_processes = max_processes
         self._instances: dict[str, Process] = {}
         self._connections: dict[Connection, Process] = {}
@@ -158,7 +158,7 @@ class Registry:
         return process
 
     def processes(self) -> list[Process]:
-        """List all that are not forgotten, alive or not, by instance id."""
+        """List all that are not dropped, alive or not, by instance id."""
         self.expire()
         return [self._instances[name] for name in sorted(self._instances)]
 
@@ -167,7 +167,7 @@ class Registry:
         return self._connections.get(connection)
 
     def knows(self, process: Process) -> bool:
-        """Whether this incarnation has neither ended, nor been forgotten or replaced."""
+        """Whether this incarnation has neither ended, nor been dropped or replaced."""
         return self._instances.get(process.instance_id) is process
 
     def reachable(self, instance_id: str) -> Process:
@@ -226,7 +226,7 @@ class Registry:
         return process
 
     def expire(self) -> None:
-        """Hide processes that missed three heartbeats, and forget those silent for long.
+        """Hide processes that missed three heartbeats, and drop those silent for long.
 
         Costs nothing until the next one can be late.
         """
@@ -240,9 +240,9 @@ class Registry:
                 self._set_alive(process, False)
             due = process.silent_after
             if not process.alive:
-                due = process.heard + max(self._forget_after_s, due - process.heard)
+                due = process.heard + max(self._drop_after_s, due - process.heard)
                 if now >= due:
-                    self.counts["processes_forgotten_total"] += 1
+                    self.counts["processes_dropped_total"] += 1
                     self._drop(process)
                     continue
             self._next_silence = min(self._next_silence, due)
@@ -310,7 +310,7 @@ class Registry:
         self._set_alive(process, True)
 
     def _evict_silent(self) -> bool:
-        """Forget the process that was silent longest if there are too many. False: none is."""
+        """Drop the process that was silent longest if there are too many. False: none is."""
         if len(self._instances) < self._max_processes:
             return True
         silent = [process for process in self._instances.values() if not process.alive]

@@ -28,6 +28,7 @@ from lmcache_kit.specs import (
     CommandSpec,
     FrontendSpec,
     Kind,
+    RouteSpec,
     Spec,
     TransportSpec,
 )
@@ -56,6 +57,7 @@ _REGISTRATIONS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_codecs": ("codec", CodecSpec),
     "register_transports": ("transport", TransportSpec),
     "register_frontends": ("frontend", FrontendSpec),
+    "register_routes": ("route", RouteSpec),
     "register_commands": ("command", CommandSpec),
 }
 
@@ -79,7 +81,7 @@ class Plugins:
         self._infos = {info.name: info for info in discovery.loaded}
         self._offers: dict[tuple[Kind, str], list[Offer]] = defaultdict(list)
         for failure in discovery.failures:
-            self._fail(failure)
+            self.report(failure)
         self._collect_offers()
 
     @classmethod
@@ -104,7 +106,7 @@ class Plugins:
         who = _described(offer)
         if reason := self.trouble(offer):
             raise PluginBroken(f"{who} cannot be used here: {reason}")
-        target = attempt(partial(_attribute, offer.spec.target))
+        target = attempt(partial(attribute, offer.spec.target))
         if isinstance(target, Raised):
             raise PluginBroken(
                 f"{who} failed to import {offer.spec.target!r}: {target}",
@@ -118,7 +120,7 @@ class Plugins:
             return _shared_name(self._offers[offer.kind, offer.spec.name])
         if not offer.spec.probe:
             return ""
-        reason = attempt(lambda: str(_attribute(offer.spec.probe)() or ""))
+        reason = attempt(lambda: str(attribute(offer.spec.probe)() or ""))
         return f"its probe failed: {reason}" if isinstance(reason, Raised) else reason
 
     # What plugins take part in.
@@ -161,6 +163,11 @@ class Plugins:
         """One line per plugin that has something to say."""
         return [str(line) for _, line in self._results("report_header") if line]
 
+    def report(self, failure: Failure) -> None:
+        """Record what is wrong with a plugin, and log it as a warning."""
+        self.failures.append(failure)
+        logger.warning("%s", failure)
+
     # Behind it.
 
     def _collect_offers(self) -> None:
@@ -175,7 +182,7 @@ class Plugins:
         for (kind, name), offers in self._offers.items():
             for offer in offers if len(offers) > 1 else []:
                 error = f"{kind} {name!r}: {_shared_name(offers)}"
-                self._fail(Failure(offer.plugin.name, offer.plugin.distribution, "name", error))
+                self.report(Failure(offer.plugin.name, offer.plugin.distribution, "name", error))
 
     def _results(
         self, hook: str, *, collect: Callable[[Any], Any] = lambda result: result, **values: object
@@ -192,11 +199,7 @@ class Plugins:
                 yield implementation.plugin_name, result
 
     def _fail_hook(self, plugin: str, hook: str, error: str) -> None:
-        self._fail(Failure(plugin, self._distribution(plugin), hook, error))
-
-    def _fail(self, failure: Failure) -> None:
-        self.failures.append(failure)
-        logger.warning("%s", failure)
+        self.report(Failure(plugin, self._distribution(plugin), hook, error))
 
     def _distribution(self, plugin: str) -> str:
         return self._infos[plugin].distribution if plugin in self._infos else "lmcache-kit"
@@ -247,7 +250,7 @@ def _collected(call: Callable[[], Any], collect: Callable[[Any], Any]) -> Any:
     return collect(result)
 
 
-def _attribute(path: str) -> Any:
+def attribute(path: str) -> Any:
     """Import ``module:attribute``."""
     module, _, attribute = path.partition(":")
     value: Any = importlib.import_module(module)
@@ -262,7 +265,10 @@ def _malformed(spec: object, expected: type[Spec]) -> str:
         return f"{spec!r} is no {expected.__name__}"
     if not isinstance(spec.name, str) or not spec.name:
         return f"{spec!r} has no name"
-    for path in (spec.target, spec.config or spec.target, spec.probe or spec.target):
+    paths = [spec.target, spec.config or spec.target, spec.probe or spec.target]
+    if isinstance(spec, RouteSpec):
+        paths += [spec.reply, spec.request or spec.reply]
+    for path in paths:
         if not _TARGET.fullmatch(path):
             return f"{spec.name!r}: {path!r} is no 'module:attribute'"
     return ""

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from lmcache_kit.agent.agent import Agent
-from tests.control.fakes import FakeTier, NAMESPACE, chunks_of
+from tests.control.fakes import NAMESPACE, FakeTier, chunks_of
 
 TOKENS = list(range(12))
 

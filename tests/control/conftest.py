@@ -16,7 +16,7 @@ from lmcache_kit.agent.agent import Agent
 from lmcache_kit.controller.controller import Controller
 from lmcache_kit.controller.registry import Registry
 from lmcache_kit.interfaces.frontend import LookupQuery
-from tests.control.fakes import FakeTier, NAMESPACE
+from tests.control.fakes import NAMESPACE, FakeTier
 
 T = TypeVar("T")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from lmcache_kit.cache.records import ChangeListener, StoredChunk
@@ -71,6 +72,16 @@ class FakeTier:
                 if self.chunks.pop(key, None):
                     for listener in self.listeners:
                         listener.removed(key)
+
+
+class AheadClock:
+    """The monotonic clock, ahead by as many seconds as a test says."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
 
 
 class RunningFake:

@@ -29,7 +29,7 @@ class Network(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
-        self.registry = Registry(clock=self.clock, wall=self.clock, forget_after_s=1e9)
+        self.registry = Registry(clock=self.clock, wall=self.clock, drop_after_s=1e9)
         self.there: deque[bytes] = deque()
         self.back: deque[bytes] = deque()
         self.operations = Operations(self.registry, self.send, clock=self.clock)
@@ -170,7 +170,7 @@ class Network(RuleBasedStateMachine):
                 assert self.clock.now < operation.due <= operation.deadline
 
     def teardown(self) -> None:
-        """Once the network behaves, everything ends and nobody remembers it for nothing."""
+        """Once the network behaves, everything ends, and both ends drop what has ended."""
         for _ in range(4):
             self.time_passes(1.1)
             for _ in range(len(self.started) + 1):

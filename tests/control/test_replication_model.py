@@ -1,6 +1,6 @@
 """Index and wire against a naive model, over a network that loses, repeats, swaps and garbles.
 
-Real sessions, announcers and a real registry; only sockets and time are pretended. Whatever
+Clients, event logs and the registry are real; only sockets and time are fakes. Whatever
 happened, once the network behaves again the index is the union of what the engines hold.
 """
 
@@ -20,12 +20,13 @@ from lmcache_kit.agent.controller_client import ControllerClient, Identity
 from lmcache_kit.agent.event_log import EventLog
 from lmcache_kit.agent.location_feed import LocationFeed
 from lmcache_kit.agent.sync_barrier import Barrier
-from lmcache_kit.controller.lookup import lookup
+from lmcache_kit.controller.commands import Commands
+from lmcache_kit.controller.instances import Instances
 from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.protocol import control as wire
-from tests.control.fakes import FakeTier, NAMESPACE, chunks_of
+from tests.control.fakes import NAMESPACE, FakeTier, chunks_of
 from tests.support.clocks import FakeClock
 
 OTHER = NAMESPACE.variant(lora="other")
@@ -67,7 +68,9 @@ class Network(RuleBasedStateMachine):
         self.start_controller()
 
     def start_controller(self) -> None:
-        self.registry = Registry(clock=self.clock, wall=self.clock, forget_after_s=20.0)
+        self.registry = Registry(clock=self.clock, wall=self.clock, drop_after_s=20.0)
+        commands = Commands(self.registry.counts, lambda connection, message: None)
+        self.instances = Instances(self.registry, commands)
 
     def connect(self, life: Life) -> None:
         """ZMQ drops what was queued, and the other side sees a stranger."""
@@ -240,7 +243,7 @@ class Network(RuleBasedStateMachine):
             frame[at % len(frame)] ^= 1 << bit
             with contextlib.suppress(ProtocolError):
                 message = wire.decode_from_agent(bytes(frame))
-                # A registration that still reads as one is one, of somebody with another name.
+                # A registration that still reads as one is one, of another instance.
                 if not isinstance(message, wire.Register):
                     assert self.registry.handle(-1, message) in ([], [(-1, wire.NotRegistered())])
 
@@ -309,7 +312,7 @@ class Network(RuleBasedStateMachine):
                 credit = max(naive_credit(keys, base, longer) for base in (NAMESPACE, OTHER))
                 if process.alive and credit:
                     expected[process.instance_id] = credit
-            answer = lookup(self.registry, LookupQuery(longer))
+            answer = self.instances.lookup(LookupQuery(longer))
             assert {each.instance_id: each.best.tokens for each in answer.instances} == expected
 
     def settle(self, rounds: int) -> None:

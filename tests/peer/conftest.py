@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -21,7 +20,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.config import KitConfig
 from lmcache_kit.interfaces import Backend, Region
-from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer, Progress, Scope
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
@@ -30,6 +29,7 @@ from lmcache_kit.peer.service import PeerService
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.protocol.capability import Capability
 from lmcache_kit.service.codecs import Codecs
+from tests.control.fakes import RecordingListener
 from tests.support.waiting import eventually
 
 PLACE = "LocalCPUBackend"
@@ -46,32 +46,16 @@ def payload(tokens: Sequence[int], rank: int, layout: KVLayout = LAYOUT) -> byte
     return (seed * (nbytes // len(seed) + 1))[:nbytes]
 
 
-class Running:
-    """A move that was started."""
+class Running(RecordingListener):
+    """A move that was started, and its course."""
 
     def __init__(self, place: Place, request: Move, deadline_s: float) -> None:
-        self.scope: Scope | None = None
-        self.reports: list[Progress] = []
-        self.outcomes: list[OperationStatus] = []
-        self._ended = threading.Event()
+        super().__init__()
         self.move = place.moves.start(request, deadline_s=deadline_s, listener=self)
-
-    def accepted(self, scope: Scope) -> None:
-        assert self.scope is None
-        self.scope = scope
-
-    def progressed(self, progress: Progress) -> None:
-        self.reports.append(progress)
-
-    def ended(self, status: OperationStatus) -> None:
-        self.outcomes.append(status)
-        self._ended.set()
 
     @property
     def outcome(self) -> OperationStatus:
-        assert self._ended.wait(DEADLINE_S), "the move did not end"
-        assert len(self.outcomes) == 1
-        return self.outcomes[0]
+        return self.wait(DEADLINE_S)
 
 
 class Place:

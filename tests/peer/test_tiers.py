@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lmcache_kit.errors import BackendError, InvalidQuery, UnknownName
-from lmcache_kit.interfaces.operations import (
-    Clear,
-    Move,
-    OperationStatus,
-    Pin,
-    Progress,
-    Scope,
-)
+from lmcache_kit.interfaces.operations import Clear, Move, OperationStatus, Pin
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.service.operations import EngineExecutor
 from tests.cache.stores import Dict
+from tests.control.fakes import RecordingListener
 from tests.peer.conftest import DEADLINE_S, LAYOUT, PLACE, MakePlace, Place
 
 CHUNK_BYTES = LAYOUT.payload_bytes(16)
@@ -183,24 +176,6 @@ def test_damage_in_a_tier_does_not_travel(low: Place, goal: Place) -> None:
 # Within one cache.
 
 
-class Listener:
-    """Keeps how an operation ended."""
-
-    def __init__(self) -> None:
-        self.statuses: list[OperationStatus] = []
-        self.over = threading.Event()
-
-    def accepted(self, scope: Scope) -> None:
-        pass
-
-    def progressed(self, progress: Progress) -> None:
-        pass
-
-    def ended(self, status: OperationStatus) -> None:
-        self.statuses.append(status)
-        self.over.set()
-
-
 class Within:
     """The executor of one place's operations."""
 
@@ -213,12 +188,12 @@ class Within:
             moves=place.moves,
         )
 
-    def do(self, request: Move | Clear | Pin) -> OperationStatus:
-        listener = Listener()
-        self.executor.start(request, deadline_s=DEADLINE_S, listener=listener)
-        assert listener.over.wait(DEADLINE_S)
+    def do(self, order: Move | Clear | Pin) -> OperationStatus:
+        listener = RecordingListener()
+        self.executor.start(order, deadline_s=DEADLINE_S, listener=listener)
+        status = listener.wait(DEADLINE_S)
         self.place.settle()
-        return listener.statuses[0]
+        return status
 
     def move(self, at: str, to: str, *, copy: bool = False) -> OperationStatus:
         return self.do(

@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 
 import pytest
 import zmq
 
 from lmcache_kit.agent import event_log
 from lmcache_kit.agent.agent import Agent
+from lmcache_kit.agent.controller_client import ControllerClient, Send
 from lmcache_kit.cache.records import StoredChunk
-from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol.address import connect_url
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import FakeTier, LAYOUT, NAMESPACE, chunks_of
+from tests.control.fakes import LAYOUT, LOCATION, NAMESPACE, FakeTier, chunks_of
 from tests.support.proxies import Proxy
 from tests.support.waiting import eventually
 
@@ -37,7 +36,6 @@ def test_a_controller_that_starts_later_learns_everything(
     first.close()
     agent, engine = start_agent(f"localhost:{first.port}")
     engine.store(chunks_of(PROMPT))
-    time.sleep(0.3)
     assert agent.stats()["registered"] == 0
     later = start_controller(first.port)
     eventually(lambda: later.held(PROMPT) == {"a": 12})
@@ -144,9 +142,9 @@ def test_a_large_cache_comes_over_in_parts_while_it_changes(
         engine.store(chunks_of([number, 7, 7, 7]))
         engine.evict([lying[number].key])
     eventually(lambda: controller.counters()["index_keys"] == len(engine.chunks), timeout_s=30)
-    process = controller.call(lambda: controller.controller._registry.find("a"))
+    process = controller.call(controller.registry.find, "a")
     holder = process.replicas[engine.location].holder
-    keys = controller.call(lambda: set(controller.controller._registry.index.keys_of(holder)))
+    keys = controller.call(lambda: set(controller.registry.index.keys_of(holder)))
     assert keys == engine.chunks.keys()
 
 
@@ -158,7 +156,7 @@ def test_an_index_that_differs_is_noticed_by_its_digest_and_replaced(
     eventually(lambda: controller.held(PROMPT) == {"a": 12})
 
     def spoil() -> None:
-        registry: Registry = controller.controller._registry
+        registry = controller.registry
         replica = registry.find("a").replicas[engine.location]
         registry.index.remove(replica.holder, [chunks_of(PROMPT)[0].key])
 
@@ -172,9 +170,8 @@ def test_an_index_that_differs_is_noticed_by_its_digest_and_replaced(
 def test_more_changes_than_are_kept_are_healed_by_a_snapshot(
     controller: Running, start_agent: StartAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent, engine = start_agent(controller.url)
+    agent, engine = start_agent(controller.url, max_pending=50)
     eventually(lambda: agent.stats()["registered"])
-    monkeypatch.setattr(agent._feeds[0].log, "_max_pending", 50)
     with engine.lock:
         engine.store(many_chunks(5000))
     eventually(lambda: controller.counters()["index_keys"] == 5000)
@@ -182,7 +179,7 @@ def test_more_changes_than_are_kept_are_healed_by_a_snapshot(
 
 
 def test_the_engine_never_waits_for_a_controller_that_takes_nothing(
-    start_agent: StartAgent,
+    start_agent: StartAgent, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A port that accepts and never reads."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as deaf:
@@ -193,26 +190,28 @@ def test_the_engine_never_waits_for_a_controller_that_takes_nothing(
         eventually(lambda: agent.stats().get("messages_sent_total", 0) >= 1)
         for number in range(20):
             engine.store(many_chunks(1000, seed=number))
-        began = time.monotonic()
         agent.stop()
-        assert time.monotonic() - began < 2
+    assert "did not end in time" not in caplog.text
 
 
-def test_an_idle_agent_sleeps(controller: Running, start_agent: StartAgent) -> None:
+def test_an_idle_agent_wakes_for_heartbeats_only(
+    controller: Running, start_agent: StartAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turns = 0
-    agent, engine = start_agent(controller.url, heartbeat_s=0.5)
-    engine.store(chunks_of(PROMPT))
-    eventually(lambda: controller.held(PROMPT))
-    take_turn = agent._client.turn
+    take_turn = ControllerClient.turn
 
-    def counted(send: object) -> None:
+    def counted(self: ControllerClient, send: Send) -> None:
         nonlocal turns
         turns += 1
-        take_turn(send)  # type: ignore[arg-type]
+        take_turn(self, send)
 
-    agent._client.turn = counted  # type: ignore[method-assign, assignment]
-    time.sleep(1.2)
-    assert 1 <= turns <= 12
+    monkeypatch.setattr(ControllerClient, "turn", counted)
+    agent, engine = start_agent(controller.url)
+    engine.store(chunks_of(PROMPT))
+    assert agent.confirm(LOCATION, 30)
+    sent, turns = agent.stats()["messages_sent_total"], 0
+    eventually(lambda: agent.stats()["messages_sent_total"] >= sent + 5)
+    assert turns <= 15
 
 
 def test_workers_and_namespaces_that_come_later_are_told(

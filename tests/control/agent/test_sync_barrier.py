@@ -1,65 +1,24 @@
-"""Whoever asks is told when the index holds what was noted before, and not earlier."""
+"""A barrier is released when the index holds every change before it, and not earlier."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
 from lmcache_kit.agent.agent import Agent
-from lmcache_kit.agent.controller_client import ControllerClient, Identity
-from lmcache_kit.agent.event_log import EventLog
-from lmcache_kit.agent.location_feed import LocationFeed
-from lmcache_kit.agent.sync_barrier import ASK_AGAIN_S, Barrier
-from lmcache_kit.controller.registry import Registry
+from lmcache_kit.agent.sync_barrier import ASK_AGAIN_S
 from lmcache_kit.protocol import control as wire
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import FakeTier, LOCATION, NAMESPACE, chunks_of
-from tests.support.clocks import FakeClock
+from tests.control.fakes import LOCATION, chunks_of
+from tests.control.pair import Pair
 from tests.support.proxies import Proxy
 from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 SOON_S = 30.0
-
-
-class Pair:
-    """A client and a registry, with a connection that tests carry by hand."""
-
-    def __init__(self) -> None:
-        self.clock = FakeClock()
-        self.engine = FakeTier()
-        self.log = EventLog(self.engine.location)
-        self.log.preload(self.engine.subscribe(self.log))
-        self.stream = LocationFeed(self.engine, self.log)
-        self.client = ControllerClient([self.stream], Identity("a", b"i" * 16), clock=self.clock)
-        self.client.register_namespace(NAMESPACE)
-        self.restart_controller()
-
-    def restart_controller(self) -> None:
-        self.registry = Registry(clock=self.clock, wall=self.clock)
-
-    def turn(self) -> list[wire.FromAgent]:
-        """What the client says."""
-        said: list[wire.FromAgent] = []
-        self.client.turn(lambda message: not said.append(message))  # type: ignore[func-returns-value]
-        return said
-
-    def exchange(self, lost: type[Any] | tuple[()] = ()) -> list[wire.FromAgent]:
-        """One way and back; messages of a kind may be lost."""
-        said = self.turn()
-        for message in said:
-            if not isinstance(message, lost):
-                for _, answer in self.registry.handle("c", message):
-                    self.client.handle(answer)
-        return said
-
-    def ask(self) -> Barrier:
-        return self.stream.sync.open()
 
 
 @pytest.fixture
@@ -70,49 +29,49 @@ def pair() -> Pair:
     return made
 
 
-def test_a_note_is_numbered_sent_and_asked_about_in_one_turn(pair: Pair) -> None:
-    pair.engine.store(chunks_of([1, 2, 3, 4]))
+def test_a_change_is_numbered_sent_and_asked_about_in_one_turn(pair: Pair) -> None:
+    pair.tier.store(chunks_of([1, 2, 3, 4]))
     pair.turn()
-    pair.engine.store(chunks_of([5, 6, 7, 8]))
+    pair.tier.store(chunks_of([5, 6, 7, 8]))
     assert pair.client.gathering()
-    wait = pair.ask()
+    barrier = pair.open()
     batch, confirm = pair.turn()
     assert isinstance(batch, wire.Batch)
-    assert confirm == wire.Confirm(pair.engine.location, batch.seq)
-    assert not wait.confirmed
+    assert confirm == wire.Confirm(pair.tier.location, batch.seq)
+    assert not barrier.confirmed
 
 
-def test_who_waits_is_released_by_the_answer(pair: Pair) -> None:
-    pair.engine.store(chunks_of(PROMPT))
-    wait = pair.ask()
+def test_a_barrier_is_released_by_the_answer(pair: Pair) -> None:
+    pair.tier.store(chunks_of(PROMPT))
+    barrier = pair.open()
     pair.exchange()
-    assert wait.confirmed
-    assert wait.wait(0)
+    assert barrier.confirmed
+    assert barrier.wait(0)
     assert len(pair.registry.index) == 3
     assert pair.turn() == []
 
 
-def test_with_nothing_noted_the_answer_comes_all_the_same(pair: Pair) -> None:
-    wait = pair.ask()
+def test_without_changes_the_answer_comes_all_the_same(pair: Pair) -> None:
+    barrier = pair.open()
     pair.exchange()
-    assert wait.confirmed
+    assert barrier.confirmed
 
 
-def test_an_answer_about_less_releases_nobody(pair: Pair) -> None:
-    wait = pair.ask()
+def test_an_answer_about_less_releases_no_barrier(pair: Pair) -> None:
+    barrier = pair.open()
     pair.turn()
-    pair.engine.store(chunks_of(PROMPT))
-    later = pair.ask()
+    pair.tier.store(chunks_of(PROMPT))
+    later = pair.open()
     pair.turn()
-    pair.client.handle(wire.Confirmed(pair.engine.location, 0))
-    assert (wait.confirmed, later.confirmed) == (True, False)
+    pair.client.handle(wire.Confirmed(pair.tier.location, 0))
+    assert (barrier.confirmed, later.confirmed) == (True, False)
     pair.client.handle(wire.Confirmed("elsewhere", 99))
     assert not later.confirmed
 
 
-def test_a_question_is_said_again_until_it_is_answered(pair: Pair) -> None:
-    pair.ask()
-    question = wire.Confirm(pair.engine.location, 0)
+def test_a_question_is_repeated_until_it_is_answered(pair: Pair) -> None:
+    pair.open()
+    question = wire.Confirm(pair.tier.location, 0)
     assert pair.exchange(lost=wire.Confirm) == [question]
     assert pair.turn() == []
     assert pair.client.wait_s() == pytest.approx(ASK_AGAIN_S)
@@ -122,58 +81,60 @@ def test_a_question_is_said_again_until_it_is_answered(pair: Pair) -> None:
     assert pair.turn() == []
 
 
-def test_nobody_is_asked_for_who_no_longer_waits(pair: Pair) -> None:
-    assert not pair.ask().wait(0)
+def test_nothing_is_asked_for_a_barrier_that_no_longer_waits(pair: Pair) -> None:
+    assert not pair.open().wait(0)
     assert pair.turn() == []
 
 
 def test_a_batch_that_was_lost_is_fetched_before_the_answer(pair: Pair) -> None:
-    pair.engine.store(chunks_of(PROMPT))
-    wait = pair.ask()
+    pair.tier.store(chunks_of(PROMPT))
+    barrier = pair.open()
     pair.exchange(lost=wire.Batch)
-    assert not wait.confirmed
+    assert not barrier.confirmed
     pair.exchange()
     pair.clock.now += ASK_AGAIN_S
     pair.exchange()
-    assert wait.confirmed
+    assert barrier.confirmed
     assert len(pair.registry.index) == 3
 
 
 def test_a_controller_that_begins_anew_is_asked_as_well(pair: Pair) -> None:
-    pair.engine.store(chunks_of(PROMPT))
-    wait = pair.ask()
+    pair.tier.store(chunks_of(PROMPT))
+    barrier = pair.open()
     pair.turn()
     pair.restart_controller()
     for _ in range(6):
         pair.exchange()
         pair.clock.now += 0.5
-    assert wait.confirmed
+    assert barrier.confirmed
     assert len(pair.registry.index) == 3
 
 
-def test_notes_that_were_dropped_are_confirmed_with_the_snapshot_that_holds_them(
+def test_changes_that_were_dropped_are_confirmed_with_the_snapshot_that_holds_them(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair.log, "_max_pending", 1)
-    pair.engine.store(chunks_of(PROMPT))
-    wait = pair.ask()
+    pair = Pair(max_pending=1)
+    pair.exchange()
+    pair.exchange()
+    pair.tier.store(chunks_of(PROMPT))
+    barrier = pair.open()
     pair.exchange(lost=wire.SnapshotPart)
-    assert not wait.confirmed
+    assert not barrier.confirmed
     for _ in range(8):
         pair.clock.now += 0.5
         pair.exchange()
-    assert wait.confirmed
+    assert barrier.confirmed
     assert len(pair.registry.index) == 3
 
 
-def test_before_it_is_registered_a_session_asks_nothing() -> None:
+def test_before_it_is_registered_a_client_asks_nothing() -> None:
     pair = Pair()
-    pair.engine.store(chunks_of(PROMPT))
-    wait = pair.ask()
+    pair.tier.store(chunks_of(PROMPT))
+    barrier = pair.open()
     (said,) = pair.exchange()
     assert isinstance(said, wire.Register)
     pair.exchange()
-    assert wait.confirmed
+    assert barrier.confirmed
 
 
 # With threads and sockets.
@@ -183,7 +144,7 @@ def confirmed(agent: Agent, timeout_s: float = SOON_S) -> bool:
     return agent.confirm(LOCATION, timeout_s)
 
 
-def test_what_was_noted_is_found_once_it_is_confirmed(
+def test_a_change_is_found_once_it_is_confirmed(
     controller: Running, start_agent: StartAgent
 ) -> None:
     agent, engine = start_agent(controller.url, heartbeat_s=60.0)
@@ -243,10 +204,8 @@ def asking(start_agent: StartAgent) -> Iterator[tuple[Agent, list[bool]]]:
     thread.join(SOON_S)
 
 
-def test_an_agent_that_stops_lets_go_of_who_waits(asking: tuple[Agent, list[bool]]) -> None:
+def test_an_agent_that_stops_releases_its_barriers(asking: tuple[Agent, list[bool]]) -> None:
     agent, answers = asking
-    began = time.monotonic()
     agent.stop()
     eventually(lambda: answers == [False])
     assert not confirmed(agent)
-    assert time.monotonic() - began < SOON_S

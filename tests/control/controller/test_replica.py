@@ -1,4 +1,4 @@
-"""One location's stream, both ends by hand: what is lost, and how it is healed."""
+"""The replica of one location: what was lost on the way, and how that is healed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from collections import Counter
 
 import pytest
 
-from lmcache_kit.agent.event_log import EventLog
-from lmcache_kit.controller import replica as followers
+from lmcache_kit.controller import replica as module
 from lmcache_kit.controller.key_index import KeyIndex, Owner
 from lmcache_kit.controller.replica import MAX_BUFFERED, Replica
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.protocol.control import (
     Batch,
     Confirmed,
+    PartialChunkEntry,
     Position,
     Resync,
     SnapshotPart,
-    PartialChunkEntry,
 )
-from tests.control.fakes import chunks_of
 
 KEYS = [bytes([i]) * 16 for i in range(1, 40)]
 A, B, C, D = KEYS[:4]
@@ -145,7 +143,7 @@ def test_an_old_snapshot_does_not_bring_back_what_is_gone(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize(
-    "tail",
+    "entry",
     [
         PartialChunkEntry(b"", A, 1),
         PartialChunkEntry(A, b"short", 1),
@@ -153,9 +151,9 @@ def test_an_old_snapshot_does_not_bring_back_what_is_gone(ends: Ends) -> None:
         PartialChunkEntry(A, B, -3),
     ],
 )
-def test_an_impossible_tail_is_refused_whole(ends: Ends, tail: PartialChunkEntry) -> None:
-    with pytest.raises(ProtocolError, match="no partial chunk"):
-        ends.replica.batch(Batch("ram", 1, A, b"", (tail,)), 0)
+def test_an_impossible_partial_chunk_is_refused_whole(ends: Ends, entry: PartialChunkEntry) -> None:
+    with pytest.raises(ProtocolError, match="not a partial chunk"):
+        ends.replica.batch(Batch("ram", 1, A, b"", (entry,)), 0)
     assert (ends.visible, ends.replica.seq) == (set(), 0)
 
 
@@ -191,7 +189,7 @@ def test_a_snapshot_is_confirmed_when_it_is_whole(ends: Ends) -> None:
     assert ends.replica.confirm(7, 0) == Confirmed("ram", 7)
 
 
-def test_a_snapshot_that_goes_quiet_is_asked_for_again_by_who_waits(ends: Ends) -> None:
+def test_a_snapshot_that_goes_quiet_is_asked_for_again_by_a_barrier(ends: Ends) -> None:
     ends.replica.snapshot(part(7, 0, B, last=False), 0)
     assert ends.replica.confirm(7, 3.0) == Resync("ram", 0, snapshot=True)
 
@@ -207,117 +205,6 @@ def test_an_index_in_doubt_confirms_nothing(ends: Ends) -> None:
 def test_an_index_without_room_confirms_nothing(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(followers, "MAX_KEYS", 1)
+    monkeypatch.setattr(module, "MAX_KEYS", 1)
     ends.replica.batch(batch(1, A + B), 0)
     assert ends.replica.confirm(1, 0) is None
-
-
-# The announcing end.
-
-
-def send_all(log: EventLog) -> list[Batch | SnapshotPart]:
-    sent = []
-    while (message := log.next_message()) is not None:
-        sent.append(message)
-        log.mark_sent()
-    return sent
-
-
-CHUNKS = chunks_of(list(range(42)))
-
-
-def test_changes_of_one_moment_are_one_batch_and_the_last_one_counts() -> None:
-    log = EventLog("ram")
-    first, second, *_ = CHUNKS
-    log.added(first)
-    log.added(second)
-    log.removed(first.key)
-    log.flush()
-    assert send_all(log) == [Batch("ram", 1, second.key, first.key)]
-    xor = int.from_bytes(second.key[:8], "little")
-    assert log.position() == Position("ram", 1, 1, xor)
-
-
-def test_a_partial_chunk_is_announced_as_a_tail() -> None:
-    log = EventLog("ram")
-    log.added(CHUNKS[-1])
-    log.flush()
-    (sent,) = send_all(log)
-    assert sent.tails == (PartialChunkEntry(CHUNKS[-1].key, CHUNKS[-1].parent, 2),)
-
-
-def test_large_changes_are_split() -> None:
-    log = EventLog("ram", keys_per_message=4)
-    for chunk in CHUNKS[:10]:
-        log.added(chunk)
-    log.flush()
-    sent = send_all(log)
-    assert [(message.seq, len(message.added) // 16) for message in sent] == [(1, 4), (2, 4), (3, 2)]
-
-
-def test_the_past_is_sent_again_from_where_the_other_end_stands() -> None:
-    log = EventLog("ram", keys_per_message=2)
-    for chunk in CHUNKS[:6]:
-        log.added(chunk)
-    log.flush()
-    send_all(log)
-    log.replay(1)
-    assert [message.seq for message in send_all(log)] == [2, 3]
-
-
-def test_a_past_that_is_forgotten_becomes_a_snapshot() -> None:
-    log = EventLog("ram", keys_per_message=2, max_history_keys=20)
-    for chunk in CHUNKS[:6]:
-        log.added(chunk)
-    log.flush()
-    log.replay(0)
-    assert send_all(log) == []
-    assert log.snapshot_needed
-    assert log.position() is None
-    log.load_snapshot(CHUNKS[:3])
-    log.start_snapshot()
-    sent = send_all(log)
-    assert [(each.seq, each.part, each.last) for each in sent] == [(4, 0, False), (4, 1, True)]
-    assert log.position().seq == 4
-
-
-def test_notes_beyond_the_bound_are_dropped_and_become_a_snapshot() -> None:
-    log = EventLog("ram", max_pending=3)
-    for chunk in CHUNKS[:9]:
-        log.added(chunk)
-    log.flush()
-    assert log.snapshot_needed
-    assert log.dropped > 0
-    log.load_snapshot(CHUNKS[:9])
-    log.start_snapshot()
-    log.added(CHUNKS[9])
-    log.flush()
-    assert [type(message) for message in send_all(log)] == [SnapshotPart, Batch]
-
-
-def test_an_empty_cache_sends_an_empty_snapshot() -> None:
-    log = EventLog("ram")
-    log.request_snapshot()
-    log.load_snapshot([])
-    log.start_snapshot()
-    assert send_all(log) == [SnapshotPart("ram", 1, 0, True, b"")]
-
-
-def test_what_lay_there_before_is_told_by_a_snapshot() -> None:
-    log = EventLog("ram")
-    log.preload(CHUNKS[:2])
-    log.replay(0)
-    assert log.next_message() is None
-    assert log.snapshot_needed
-
-
-def test_notes_that_a_snapshot_holds_already_are_not_told_again() -> None:
-    log = EventLog("ram")
-    log.request_snapshot()
-    log.added(CHUNKS[0])
-    log.load_snapshot(CHUNKS[:1])
-    log.start_snapshot()
-    log.flush()
-    assert len(send_all(log)) == 1
-    xor = int.from_bytes(CHUNKS[0].key[:8], "little")
-    assert log.position() == Position("ram", 1, 1, xor)

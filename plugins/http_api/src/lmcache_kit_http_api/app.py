@@ -7,20 +7,23 @@ import functools
 import inspect
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion11, hdrs, web
+from pydantic_core import to_json
 
 from lmcache_kit.interfaces.frontend import ControllerAPI
-from lmcache_kit_http_api import middlewares, openapi
-from lmcache_kit_http_api.errors import ApiError, clip, too_large
+from lmcache_kit_http_api import openapi
+from lmcache_kit_http_api.errors import ApiError, clip, respond, too_large
 from lmcache_kit_http_api.handlers import Context, Document
 from lmcache_kit_http_api.metrics import HttpMetrics
-from lmcache_kit_http_api.middlewares import Endpoint
+from lmcache_kit_http_api.middlewares import guard
 from lmcache_kit_http_api.options import HttpOptions
 from lmcache_kit_http_api.parsing import parse, parse_url
 from lmcache_kit_http_api.routes import Route
 
-_SERVER = "lmcache-kit"
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
 
 
 def make_app(
@@ -37,11 +40,7 @@ def make_app(
     served: dict[web.AbstractRoute, Route] = {}
     app = web.Application(
         client_max_size=options.max_body_bytes,
-        middlewares=[
-            middlewares.measured(served, metrics),
-            middlewares.with_errors(),
-            middlewares.admission(served, options),
-        ],
+        middlewares=[guard(served, metrics, options)],
     )
     for path in dict.fromkeys(route.path for route in routes):
         resource = app.router.add_resource(re.sub(r"\{(\w+)\}", r"{\1:[^/]+}", path))
@@ -56,29 +55,30 @@ def make_app(
         resource.add_route("*", _wrong_method(allowed), expect_handler=_expect_later)
     unknown = _unknown_route(routes)
     app.router.add_route("*", "/{path:.*}", unknown, expect_handler=_expect_later)
-    app.on_response_prepare.append(_name_server)
     return app
 
 
-def _endpoint(route: Route, context: Context, options: HttpOptions) -> Endpoint:
+def _endpoint(route: Route, context: Context, options: HttpOptions) -> Handler:
     """Parse, call the handler and serialize its reply."""
     model = route.request
+    in_url = route.in_url
     is_async = inspect.iscoroutinefunction(route.handler)
+    limits = {"max_tokens": options.max_tokens}
 
     async def endpoint(request: web.Request) -> web.StreamResponse:
         asked = None
-        if model is not None and route.in_url:
+        if model is not None and in_url:
             asked = parse_url(model, request.match_info, request.query)
         elif model is not None:
-            asked = parse(model, await _body(request, options), max_tokens=options.max_tokens)
+            asked = parse(model, await _body(request, options), limits)
         if is_async:
             async with asyncio.timeout(options.request_timeout_s):
                 reply = await route.handler(context, asked)
         else:
             reply = route.handler(context, asked)
         if isinstance(reply, Document):
-            return web.Response(body=reply.body, headers={hdrs.CONTENT_TYPE: reply.content_type})
-        return web.Response(body=reply.model_dump_json().encode(), content_type="application/json")
+            return respond(200, reply.body, {hdrs.CONTENT_TYPE: reply.content_type})
+        return respond(200, to_json(reply))
 
     return endpoint
 
@@ -92,13 +92,16 @@ async def _body(request: web.Request, options: HttpOptions) -> bytes:
             hint="Put them into the JSON body",
         )
     limit = options.max_body_bytes
+    if request.content.is_eof() and hdrs.EXPECT not in request.headers:
+        # The usual case: the body came with the head, so that nothing needs a timer.
+        body = request.content.read_nowait()
+        if len(body) > limit:
+            raise too_large(limit)
+        return body
     if (request.content_length or 0) > limit:
         raise too_large(limit)
     await _continue(request)
     try:
-        # A timer costs more than the rest of a short request, and most bodies are here already.
-        if request.content.is_eof():
-            return await request.read()
         async with asyncio.timeout(options.request_timeout_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
@@ -125,7 +128,7 @@ async def _continue(request: web.Request) -> None:
     request.writer.output_size = 0
 
 
-def _wrong_method(allowed: str) -> Endpoint:
+def _wrong_method(allowed: str) -> Handler:
     async def refuse(request: web.Request) -> web.StreamResponse:
         raise ApiError(
             405,
@@ -138,7 +141,7 @@ def _wrong_method(allowed: str) -> Endpoint:
     return refuse
 
 
-def _unknown_route(routes: Sequence[Route]) -> Endpoint:
+def _unknown_route(routes: Sequence[Route]) -> Handler:
     known = ", ".join(map(str, routes))
 
     async def refuse(request: web.Request) -> web.StreamResponse:
@@ -147,8 +150,3 @@ def _unknown_route(routes: Sequence[Route]) -> Endpoint:
         )
 
     return refuse
-
-
-async def _name_server(request: web.Request, response: web.StreamResponse) -> None:
-    """Do not tell which versions serve."""
-    response.headers[hdrs.SERVER] = _SERVER

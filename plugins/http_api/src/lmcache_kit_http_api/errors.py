@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import Mapping
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from lmcache_kit.errors import (
@@ -33,6 +33,17 @@ _WHY_NONE = {
 _SHOWN_CHARACTERS = 200
 
 
+_HEADERS: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "lmcache-kit"}
+"""Headers of every response. The versions that serve are not told."""
+
+
+def respond(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Build a response. Its body is JSON unless ``headers`` have another type."""
+    return web.Response(
+        status=status, body=body, headers={**_HEADERS, **headers} if headers else _HEADERS
+    )
+
+
 class ApiError(Exception):
     """An error that is answered with ``status`` and ``body``."""
 
@@ -52,12 +63,7 @@ class ApiError(Exception):
 
     def response(self) -> web.Response:
         """Build the response to send."""
-        return web.Response(
-            status=self.status,
-            body=self.body.model_dump_json().encode(),
-            content_type="application/json",
-            headers=self.headers,
-        )
+        return respond(self.status, self.body.model_dump_json().encode(), self.headers)
 
 
 _CONTROL_ERRORS: tuple[tuple[type[ControlError], int, str], ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from aiohttp import web
 
@@ -16,6 +17,7 @@ from lmcache_kit_http_api.options import HttpOptions
 from lmcache_kit_http_api.routes import ROUTES, with_plugin_routes
 
 _BACKLOG = 1024
+_NO_ACCESS_LOG: Any = None
 _LINGER_S = 2.0
 """Time in which the rest of a refused body is read, so that the client sees the answer."""
 
@@ -78,7 +80,7 @@ class HttpFrontend(Frontend):
         return _Protocol(
             self._runner.server,
             loop=asyncio.get_running_loop(),
-            access_log=None,
+            access_log=_NO_ACCESS_LOG,
             lingering_time=_LINGER_S,
         )
 

@@ -9,6 +9,7 @@ import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lmcache_kit.errors import DeadlineExceeded
 from lmcache_kit.interfaces.frontend import ControllerAPI, LookupQuery, OperationInfo
@@ -17,13 +18,13 @@ from lmcache_kit_http_api.models import (
     HealthReply,
     HealthRequest,
     HealthzReply,
-    LookupReply,
     LookupRequest,
     QueryInstanceReply,
     QueryInstanceRequest,
     QueryWorkerInfoReply,
     QueryWorkerInfoRequest,
     Worker,
+    lookup_reply,
 )
 from lmcache_kit_http_api.operation_models import (
     CheckFinishReply,
@@ -68,7 +69,7 @@ class Context:
     answer_within_s: float
 
 
-def lookup(context: Context, request: LookupRequest) -> LookupReply:
+def lookup(context: Context, request: LookupRequest) -> dict[str, Any]:
     """Answer from the index, without asking any worker."""
     query = LookupQuery(
         tokens=request.tokens,
@@ -76,7 +77,7 @@ def lookup(context: Context, request: LookupRequest) -> LookupReply:
         cache_salt=request.cache_salt or "",
         instance_id=request.instance_id,
     )
-    return LookupReply.of(context.controller.instances.lookup(query), detail=request.detail)
+    return lookup_reply(context.controller.instances.lookup(query), detail=request.detail)
 
 
 async def health(context: Context, request: HealthRequest) -> HealthReply:

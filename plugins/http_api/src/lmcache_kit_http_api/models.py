@@ -12,11 +12,10 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationInfo,
-    model_serializer,
 )
 from pydantic_core import PydanticCustomError
 
-from lmcache_kit.interfaces.frontend import InstanceMatch, LookupAnswer
+from lmcache_kit.interfaces.frontend import LookupAnswer
 
 MAX_TOKEN = 2**32 - 1
 MAX_WORKER = 2**31 - 1
@@ -102,14 +101,6 @@ class LocationDetail(Reply):
         "elsewhere: another holder does."
     )
 
-    @classmethod
-    def all_of(cls, match: InstanceMatch) -> list[LocationDetail]:
-        """Every location of one instance, longest match first."""
-        return [
-            cls(location=at.location, tokens=at.tokens, stopped=at.stopped)
-            for at in match.locations
-        ]
-
 
 class LookupReply(Reply):
     """Per instance, the location of the longest match and its length in tokens.
@@ -137,30 +128,24 @@ class LookupReply(Reply):
     layout_info: dict[str, Match]
     detail: dict[str, list[LocationDetail]] | None = Field(None, description="If asked for.")
 
-    @classmethod
-    def of(cls, answer: LookupAnswer, *, detail: bool) -> LookupReply:
-        """Build the reply for an answer of the controller."""
-        return cls(
-            event_id=answer.lookup_id,
-            layout_info={
-                match.instance_id: (match.best.location, match.best.tokens)
-                for match in answer.instances
-            },
-            detail={match.instance_id: LocationDetail.all_of(match) for match in answer.instances}
-            if detail
-            else None,
-        )
 
-    @model_serializer(mode="plain")
-    def _flat(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {"event_id": self.event_id}
-        for instance_id, match in self.layout_info.items():
-            if instance_id not in RESERVED_KEYS:
-                shown[instance_id] = match
-        shown["layout_info"] = self.layout_info
-        if self.detail is not None:
-            shown["detail"] = self.detail
-        return shown
+def lookup_reply(answer: LookupAnswer, *, detail: bool) -> dict[str, Any]:
+    """Build the fields of a :class:`LookupReply`, without the cost of validating them."""
+    layout = {
+        match.instance_id: (match.best.location, match.best.tokens) for match in answer.instances
+    }
+    reply: dict[str, Any] = {"event_id": answer.lookup_id}
+    reply |= {name: found for name, found in layout.items() if name not in RESERVED_KEYS}
+    reply["layout_info"] = layout
+    if detail:
+        reply["detail"] = {
+            match.instance_id: [
+                {"location": at.location, "tokens": at.tokens, "stopped": at.stopped}
+                for at in match.locations
+            ]
+            for match in answer.instances
+        }
+    return reply
 
 
 class HealthRequest(Request):

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lmcache_kit.errors import ControlError, DeadlineExceeded, OperationFailed
-from lmcache_kit.interfaces.frontend import InstancePin, OperationInfo, PinList
 from lmcache_kit.interfaces import operations
+from lmcache_kit.interfaces.frontend import InstancePin, OperationInfo, PinList
 from lmcache_kit.interfaces.operations import (
     Clear,
     Compress,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lmcache_kit.errors import ControlError, DuplicateName
 from lmcache_kit.interfaces.routes import PluginRoute
 from lmcache_kit_http_api import handlers, models, operation_models
 from lmcache_kit_http_api.errors import defect_of
 from lmcache_kit_http_api.handlers import Context, Document
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 BUILT_IN = "the frontend http"
 
@@ -211,8 +212,7 @@ def _guarded(offered: PluginRoute, owner: str) -> Handler:
             return Document(reply.model_dump_json().encode(), "application/json")
         except (ControlError, TimeoutError):
             raise
-        # The boundary to plugin code, which may raise anything or try to exit.
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary to plugin code
             raise defect_of(f"route {offered.name!r} of {owner}", error) from None
 
     return handle
