@@ -19,13 +19,19 @@ from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.descriptors import ChunkRef, DeleteResult
 from lmcache_kit.errors import ControlError, InvalidQuery, KitError, UnknownName
-from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Progress
+from lmcache_kit.interfaces.operations import (
+    Move,
+    OperationListener,
+    OperationStatus,
+    Progress,
+    Scope,
+)
 from lmcache_kit.keys import ChunkKey
 from lmcache_kit.peer.local_source import LocalSource
 from lmcache_kit.peer.move_source import MoveSource, MoveStats
 from lmcache_kit.peer.priority import lower_priority
 from lmcache_kit.peer.remote_source import PeerAccess, RemoteSource
-from lmcache_kit.peer.report import Stopped, outcome
+from lmcache_kit.peer.report import Stopped, final_status
 from lmcache_kit.peer.waiting import wait_until_stored
 from lmcache_kit.protocol import peer as wire
 
@@ -43,8 +49,6 @@ RETRY_S = 0.1
 GRACE_S = 2.0
 """How long a move that is to end may take for the call that it is in, such as a write to a disk."""
 
-Report = Callable[[Progress], None]
-Finish = Callable[[Outcome], None]
 Confirm = Callable[[str, float], bool]
 """Takes a location and a timeout in seconds; waits until the controller knows all that is there."""
 
@@ -73,11 +77,11 @@ class MoveExecutor:
         self._moves: set[RunningMove] = set()
 
     def start(
-        self, request: Move, *, deadline_s: float, report: Report, finish: Finish
+        self, request: Move, *, deadline_s: float, listener: OperationListener
     ) -> RunningMove:
         """Start a move to a location of this cache process, without waiting for it.
 
-        See :class:`~lmcache_kit.interfaces.operations.Operator`. Raises UnknownName for a
+        See :class:`~lmcache_kit.interfaces.operations.OperationExecutor`. Raises UnknownName for a
         location, InvalidQuery where source and destination are the same, and ControlError for a
         move from another instance where there is no access to peers.
         """
@@ -85,7 +89,7 @@ class MoveExecutor:
         if request.location not in tiers:
             raise UnknownName("location", request.location, list(tiers))
         open_source = self._remote(request) if request.peer else self._local(request)
-        move = RunningMove(self._context, request, open_source, deadline_s, report, finish)
+        move = RunningMove(self._context, request, open_source, deadline_s, listener)
         self._moves.add(move)
         self._pool.submit(self._run, move)
         return move
@@ -137,26 +141,23 @@ OpenSource = Callable[[float], MoveSource]
 class RunningMove:
     """One move, and the owner of its references to chunks until it has ended.
 
-    ``source`` is known, or opened when the move begins. ``accepted`` is None until then.
+    ``source`` is known, or opened when the move begins.
     """
 
-    def __init__(  # noqa: PLR0917 - what MoveExecutor.start was told
+    def __init__(
         self,
         context: MoveContext,
         request: Move,
         source: LocalSource | OpenSource,
         deadline_s: float,
-        report: Report,
-        finish: Finish,
+        listener: OperationListener,
     ) -> None:
-        self.accepted: Accepted | None = None
         self._context = context
         self._request = request
         self._open_source = source
         self._destination = context.engine.locations[request.location]
         self._deadline = time.monotonic() + deadline_s
-        self._report = report
-        self._finish = finish
+        self._listener = listener
         self._cancelled = threading.Event()
         self._stats = MoveStats()
         self._source: MoveSource | None = None
@@ -172,7 +173,7 @@ class RunningMove:
         self._finish_after(deadline_s + GRACE_S)
 
     def cancel(self) -> None:
-        """See :class:`~lmcache_kit.interfaces.operations.Job`."""
+        """See :class:`~lmcache_kit.interfaces.operations.RunningOperation`."""
         self._cancelled.set()
         if source := self._source:
             source.abort()
@@ -184,7 +185,7 @@ class RunningMove:
             self._move()
         except KitError as error:
             self._why = str(error)
-        # The thread's boundary: whatever went wrong, the event is to end and say so.
+        # The thread's boundary: whatever went wrong, the operation is to end and say so.
         except Exception as error:
             log.exception("a move from %s failed", self._request.source)
             self._why = f"{type(error).__name__}: {error}"
@@ -202,10 +203,12 @@ class RunningMove:
         return self._open_source(self._left_s())
 
     def accept(self, source: MoveSource) -> None:
-        """Take note of what the source has to move."""
+        """Take note of the source, and report what there is to move."""
         self._source = source
         self._wanted = {chunk.key: chunk for chunk in source.chunks}
-        self.accepted = Accepted(sum([chunk.tokens for chunk in source.chunks]), len(source.chunks))
+        if not self._finished:
+            tokens = sum([chunk.tokens for chunk in source.chunks])
+            self._listener.accepted(Scope(tokens, len(source.chunks)))
 
     def _move(self) -> None:
         self._check()
@@ -303,14 +306,14 @@ class RunningMove:
 
     def _tell_progress(self) -> None:
         if not self._finished:
-            self._report(self._progress())
+            self._listener.progressed(self._progress())
 
     def _progress(self) -> Progress:
         transfer = self._source.transfer(self._stats) if self._source else None
         return Progress(len(self._stats.arrived), len(self._wanted), transfer=transfer)
 
     def _finish_after(self, seconds: float) -> None:
-        """End the event even if the move hangs in a call; it does nothing more after that."""
+        """End the operation even if the move hangs in a call; it does nothing more after that."""
         timer = threading.Timer(max(0.0, min(seconds, threading.TIMEOUT_MAX)), self._end)
         timer.daemon = True
         with self._lock:
@@ -325,15 +328,15 @@ class RunningMove:
                 return
             self._finished = True
             timers, self._timers = self._timers, []
-            ended = self._outcome()
+            ended = self._status()
         for timer in timers:
             timer.cancel()
-        self._finish(ended)
+        self._listener.ended(ended)
         transfer = ended.progress.transfer
         log.log(
             logging.INFO if ended.state == "done" else logging.WARNING,
             "%s of %d tokens from %s of instance %r%s: %s%s",
-            f"event {self._request.peer.event_id}, move" if self._request.peer else "move",
+            f"operation {self._request.peer.operation_id}, move" if self._request.peer else "move",
             ended.tokens,
             self._request.source_location,
             self._request.source,
@@ -342,7 +345,7 @@ class RunningMove:
             f", {ended.message}" if ended.message else "",
         )
 
-    def _outcome(self) -> Outcome:
+    def _status(self) -> OperationStatus:
         arrived, why = self._stats.arrived, self._why
         stopped: Stopped = ""
         unfinished = why or not self._ran
@@ -350,7 +353,7 @@ class RunningMove:
             stopped, why = "cancelled", ""
         elif unfinished and time.monotonic() >= self._deadline:
             stopped, why = "expired", why or "its time was over"
-        return outcome(
+        return final_status(
             sum([chunk.tokens for key, chunk in self._wanted.items() if key in arrived]),
             self._progress(),
             self._stats,

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 SEND_S = 30.0
 _TOKEN_BYTES = 16
-_MAX_REMEMBERED_EVENTS = 16_384
+_MAX_REMEMBERED = 16_384
 _MAX_NAMESPACES = 64
 
 
@@ -78,7 +78,7 @@ class MoveServer:
         self.room_s = room_s
         self._idle_s = idle_s
         self._lock = threading.Lock()
-        self._served_events: OrderedDict[str, None] = OrderedDict()
+        self._served: OrderedDict[str, None] = OrderedDict()
         self._tokens: set[bytes] = set()
 
     def may_attach(self, token: bytes) -> bool:
@@ -125,11 +125,11 @@ class MoveServer:
         if capability.source != own.instance_id or capability.location not in self.engine.locations:
             return f"{capability.location!r} of {capability.source!r} is not here"
         with self._lock:
-            if capability.event_id in self._served_events:
-                return f"event {capability.event_id} was served before"
-            self._served_events[capability.event_id] = None
-            if len(self._served_events) > _MAX_REMEMBERED_EVENTS:
-                self._served_events.popitem(last=False)
+            if capability.operation_id in self._served:
+                return f"operation {capability.operation_id} was served before"
+            self._served[capability.operation_id] = None
+            if len(self._served) > _MAX_REMEMBERED:
+                self._served.popitem(last=False)
         return ""
 
 

@@ -87,7 +87,7 @@ class RemoteSource:
         that it has is of use here.
         """
         connect = partial(access.dial, peer.url)
-        capability = Capability.of(request, peer.event_id, access.instance_id)
+        capability = Capability.of(request, peer.operation_id, access.instance_id)
         opening = wire.Open(
             wire.VERSION, capability, peer.signature, peer.incarnation, tuple(namespaces)
         )

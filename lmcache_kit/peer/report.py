@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from lmcache_kit.cache.descriptors import DeleteResult
-from lmcache_kit.interfaces.operations import Outcome, Progress
+from lmcache_kit.interfaces.operations import OperationStatus, Progress
 
 if TYPE_CHECKING:
     from lmcache_kit.peer.move_source import MoveStats
@@ -16,7 +16,7 @@ Stopped = Literal["", "cancelled", "expired"]
 _MAX_REASONS = 3
 
 
-def outcome(
+def final_status(
     tokens: int,
     progress: Progress,
     stats: MoveStats,
@@ -25,7 +25,7 @@ def outcome(
     stopped: Stopped,
     incompatible: Mapping[str, int],
     deleted: DeleteResult,
-) -> Outcome:
+) -> OperationStatus:
     """Describe the end of a move.
 
     ``why`` says what ended it early, if anything did. ``incompatible`` chunks, counted by the
@@ -35,12 +35,12 @@ def outcome(
     remarks += _remarks(progress, stats, incompatible, deleted, complete=not (why or stopped))
     message = "; ".join(remarks)
     if stopped:
-        return Outcome(stopped, tokens, progress, message)
+        return OperationStatus(stopped, tokens, progress, message)
     missing = progress.chunks - progress.chunks_done - stats.gone
     state: Literal["done", "partial", "failed"] = "done"
     if why or missing or incompatible:
         state = "partial" if progress.chunks_done else "failed"
-    return Outcome(state, tokens, progress, message)
+    return OperationStatus(state, tokens, progress, message)
 
 
 def _remarks(

@@ -29,7 +29,7 @@ class Capability(msgspec.Struct, frozen=True, array_like=True):
     ``location`` is the source's. ``tokens`` are packed; None means everything at that location.
     """
 
-    event_id: str
+    operation_id: str
     source: str
     location: str
     destination: str
@@ -39,10 +39,10 @@ class Capability(msgspec.Struct, frozen=True, array_like=True):
     copy: bool
 
     @classmethod
-    def of(cls, request: Move, event_id: str, destination: str) -> Capability:
+    def of(cls, request: Move, operation_id: str, destination: str) -> Capability:
         """Build the capability for instance ``destination`` to carry out a move request."""
         return cls(
-            event_id,
+            operation_id,
             request.source,
             request.source_location,
             destination,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lmcache_kit.protocol.local import Hello
     from lmcache_kit.protocol.zmq_auth import WorkerKeys
     from lmcache_kit.service.codecs import Codecs
-    from lmcache_kit.service.operations import EngineOperator
+    from lmcache_kit.service.operations import EngineExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class CacheService:
         from lmcache_kit.service.background_encoder import BackgroundEncoder
         from lmcache_kit.service.build import build_engine, build_tiers
         from lmcache_kit.service.codecs import Codecs
-        from lmcache_kit.service.operations import EngineOperator
+        from lmcache_kit.service.operations import EngineExecutor
 
         self.config = config
         self.incarnation = secrets.token_hex(16)
@@ -97,7 +97,7 @@ class CacheService:
         self._encoder: BackgroundEncoder | None = None
         self._peer: PeerService | None = None
         self._moves: MoveExecutor | None = None
-        self.operator: EngineOperator | None = None
+        self.executor: EngineExecutor | None = None
         try:
             if config.tiers:
                 self._tiers = self.engine.attach(
@@ -112,7 +112,7 @@ class CacheService:
                     self._peer.access if self._peer else None,
                 )
             )
-            self.operator = EngineOperator(
+            self.executor = EngineExecutor(
                 self.engine,
                 codecs,
                 namespaces=self.namespaces,
@@ -192,8 +192,8 @@ class CacheService:
             self._moves.close()
         if self._peer:
             self._peer.close()
-        if self.operator:
-            self.operator.close()
+        if self.executor:
+            self.executor.close()
         if self._encoder:
             self._encoder.close()
         if self._tiers:
@@ -242,7 +242,7 @@ class CacheService:
             worker_ports=config.lmcache_worker_ports or (),
             peer_url=peer.url if peer else None,
             peer_key=peer.key if peer else b"",
-            operator=self.operator,
+            executor=self.executor,
             keys=worker_keys(config),
         )
 

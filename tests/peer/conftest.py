@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -21,7 +20,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.config import KitConfig
 from lmcache_kit.interfaces import Backend, Region
-from lmcache_kit.interfaces.operations import Move, Outcome, Peer, Progress
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor
@@ -30,6 +29,7 @@ from lmcache_kit.peer.service import PeerService
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.protocol.capability import Capability
 from lmcache_kit.service.codecs import Codecs
+from tests.control.fakes import RecordingListener
 from tests.support.waiting import eventually
 
 PLACE = "LocalCPUBackend"
@@ -46,26 +46,16 @@ def payload(tokens: Sequence[int], rank: int, layout: KVLayout = LAYOUT) -> byte
     return (seed * (nbytes // len(seed) + 1))[:nbytes]
 
 
-class Running:
-    """A move that was started."""
+class Running(RecordingListener):
+    """A move that was started, and its course."""
 
     def __init__(self, place: Place, request: Move, deadline_s: float) -> None:
-        self.reports: list[Progress] = []
-        self.outcomes: list[Outcome] = []
-        self._ended = threading.Event()
-        self.move = place.moves.start(
-            request, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
-        )
-
-    def _finish(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        self._ended.set()
+        super().__init__()
+        self.move = place.moves.start(request, deadline_s=deadline_s, listener=self)
 
     @property
-    def outcome(self) -> Outcome:
-        assert self._ended.wait(DEADLINE_S), "the move did not end"
-        assert len(self.outcomes) == 1
-        return self.outcomes[0]
+    def outcome(self) -> OperationStatus:
+        return self.wait(DEADLINE_S)
 
 
 class Place:
@@ -216,7 +206,9 @@ class Place:
     def start(self, request: Move, deadline_s: float = 60.0) -> Running:
         return Running(self, request, deadline_s)
 
-    def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> Outcome:
+    def move(
+        self, source: Place, tokens: Sequence[int] | None = None, **how: object
+    ) -> OperationStatus:
         """Take from there, and wait for the end."""
         return self.start(self.request(source, tokens, **how)).outcome  # type: ignore[arg-type]
 

@@ -30,7 +30,7 @@ KEY = bytes(range(32))
 
 def capability(**changes: object) -> Capability:
     fields: dict[str, object] = {
-        "event_id": "e",
+        "operation_id": "e",
         "source": "a",
         "location": "L",
         "destination": "b",
@@ -45,7 +45,7 @@ def capability(**changes: object) -> Capability:
 def opening(goal: Place, source: Place, **how: object) -> wire.Open:
     request: Move = goal.request(source, **how)  # type: ignore[arg-type]
     assert request.peer
-    what = Capability.of(request, request.peer.event_id, goal.name)
+    what = Capability.of(request, request.peer.operation_id, goal.name)
     return wire.Open(wire.VERSION, what, request.peer.signature, source.incarnation, ())
 
 
@@ -56,7 +56,7 @@ def open_client(source: Place, first: wire.Open) -> SourceClient:
 @pytest.mark.parametrize(
     "change",
     [
-        {"event_id": "f"},
+        {"operation_id": "f"},
         {"source": "c"},
         {"location": "M"},
         {"destination": "c"},
@@ -92,7 +92,7 @@ def test_an_event_takes_once(source: Place, goal: Place) -> None:
     assert goal.start(request).outcome.state == "done"
     again = goal.start(request).outcome
     assert (again.state, again.tokens) == ("failed", 0)
-    assert "event e was served before" in again.message
+    assert "operation e was served before" in again.message
 
 
 def test_another_life_of_the_source_is_not_taken_from(source: Place, goal: Place) -> None:

@@ -13,7 +13,7 @@ from lmcache_kit.cache.engine import CacheEngine
 from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.namespaces import NamespaceRegistry
 from lmcache_kit.errors import ControlError, InvalidQuery, UnknownName
-from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Peer, Progress
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer, Progress, Scope
 from lmcache_kit.peer import move_executor
 from lmcache_kit.peer.move_executor import MoveContext, MoveExecutor, RunningMove
 from tests.cache.stores import Cache, Dict
@@ -37,22 +37,27 @@ class Place:
         self.moves = MoveExecutor(
             MoveContext(self.engine, NamespaceRegistry(), lambda location, timeout_s: True)
         )
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[OperationStatus] = []
         self.reports: list[Progress] = []
-        self.ended = threading.Event()
+        self.over = threading.Event()
+        self.scope: Scope | None = None
 
     def start(self, at: str, to: str, *, deadline_s: float = WAIT_S) -> RunningMove:
         request = Move(location=to, source="i", source_location=at)
-        return self.moves.start(
-            request, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
-        )
+        return self.moves.start(request, deadline_s=deadline_s, listener=self)
 
-    def _finish(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        self.ended.set()
+    def accepted(self, scope: Scope) -> None:
+        self.scope = scope
 
-    def outcome(self) -> Outcome:
-        assert self.ended.wait(WAIT_S), "the move did not end"
+    def progressed(self, progress: Progress) -> None:
+        self.reports.append(progress)
+
+    def ended(self, status: OperationStatus) -> None:
+        self.outcomes.append(status)
+        self.over.set()
+
+    def outcome(self) -> OperationStatus:
+        assert self.over.wait(WAIT_S), "the move did not end"
         return self.outcomes[0]
 
     def count(self, location: str) -> int:
@@ -78,9 +83,9 @@ def place() -> Iterator[Place]:
 
 def test_a_local_move_needs_no_peers(place: Place) -> None:
     place.engine.locations["B"].clear()
-    move = place.start("A", "B")
+    place.start("A", "B")
     outcome = place.outcome()
-    assert move.accepted == Accepted(outcome.tokens, 3)
+    assert place.scope == Scope(outcome.tokens, 3)
     assert (outcome.state, outcome.message) == ("done", "")
     assert (place.count("A"), place.count("B")) == (0, 3)
     assert place.reports[0].chunks_done == 0
@@ -92,7 +97,7 @@ def test_a_move_from_a_peer_is_refused_without_access_to_peers(place: Place) -> 
         location=MEMORY, source="j", source_location="A", peer=Peer("e", "h:1", b"", b"")
     )
     with pytest.raises(ControlError, match="takes no part in moves"):
-        place.moves.start(request, deadline_s=1, report=print, finish=print)
+        place.moves.start(request, deadline_s=1, listener=place)
 
 
 @pytest.mark.parametrize(
