@@ -36,8 +36,8 @@ async def test_the_seed_pins_and_is_answered_to_the_letter(client, controller):
 @pytest.mark.parametrize(("path", "kind"), [("/compress", Compress), ("/decompress", Decompress)])
 async def test_the_seed_compresses_and_is_answered_at_once(client, controller, path, kind):
     assert await client.post(path, CODEC_SEED) == (200, {"event_id": "e1", "num_tokens": 12})
-    (operation,) = controller.operations
-    assert controller.records[0] == kind(location="LocalCPUBackend", method="cachegen", tokens=PACKED)
+    record = kind(location="LocalCPUBackend", method="cachegen", tokens=PACKED)
+    assert controller.records == [record]
 
 
 @pytest.mark.parametrize("tokens", [{}, {"tokens": []}, {"tokens": None}])
