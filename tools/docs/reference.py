@@ -6,7 +6,7 @@ import inspect
 import json
 from typing import Any
 
-from lmcache_kit_http_api.problems import from_exception
+from lmcache_kit_http_api.errors import from_exception
 
 from lmcache_kit import errors
 from lmcache_kit.config.lmcache import _UNSERVED_PREFIXES, ALIASES, UNSERVED
