@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from lmcache_kit.keys import ChunkKey
 
+OVER_PIN_BUDGET = "it is pinned, and would not fit into what may be pinned"
+
 
 class Extent(NamedTuple):
     """Where one rank's payload of a chunk lies, and the xxh3-64 of its bytes."""
@@ -40,6 +42,15 @@ class Match(NamedTuple):
     chunks: tuple[Located, ...]
 
 
+class Query(NamedTuple):
+    """A lookup's packed ``tokens``, in a namespace of this shape."""
+
+    namespace: bytes
+    tokens: bytes
+    chunk_size: int
+    world_size: int
+
+
 class StoreItem(NamedTuple):
     """A chunk to store: its parent's key, its packed tokens and its rank's payload size.
     ``start``: position of its first token in the sequence."""
@@ -64,6 +75,16 @@ class Selected(NamedTuple):
     tokens: int = 0
     chunks: int = 0
     nbytes: int = 0
+
+
+class Transcoded(NamedTuple):
+    """What became of a chunk. ``already``: it was so before. ``gone``: it is not here (any more).
+    ``failed``: it stays as it was; ``why`` says why. Bytes are of all ranks."""
+
+    status: Literal["done", "already", "gone", "failed"]
+    why: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
 
 
 class StoredChunk(NamedTuple):

@@ -109,7 +109,7 @@ class Cache:
             for name, store in zip("ABC", stores, strict=False)
         ]
         self.below = self.engine.attach(self.tiers, get_codec)
-        self.engine.subscribe(self.below)
+        self.engine.memory_tier.subscribe(self.below)
         self.below.start()
         self.settle()
 
@@ -151,7 +151,7 @@ class Cache:
 
     def forget_memory(self) -> None:
         """As if all of it had been evicted."""
-        self.engine.clear()
+        self.engine.memory_tier.clear()
 
     def stat(self, name: str) -> float:
         return self.engine.stats()[name]

@@ -473,7 +473,7 @@ def test_clearing_forgets_everything_and_keeps_memory_in_use(make_engine: MakeEn
     store(engine, [3, 4])
     lease = find(engine, [1, 2]).lease
     [writing] = allocate(engine, [5, 6])
-    assert engine.clear()[0].chunks == 2
+    assert engine.memory_tier.clear()[0].chunks == 2
     assert [hit(engine, tokens) for tokens in ([1, 2], [3, 4])] == [0, 0]
     assert engine.stats()["requested_bytes"] == 200
     engine.release(lease, 0)
@@ -485,7 +485,7 @@ def test_listeners_hear_of_every_chunk_that_comes_or_goes(make_engine: MakeEngin
     engine = make_engine(200)
     store(engine, [1])
     ledger = Ledger()
-    [known] = engine.subscribe(ledger)
+    [known] = engine.memory_tier.subscribe(ledger)
     assert known == StoredChunk(keys_of([1])[0], SPACE[:16], 1, partial=True)
     allocate(engine, [99])
     store(engine, [2, 2, 2, 2])
@@ -495,7 +495,7 @@ def test_listeners_hear_of_every_chunk_that_comes_or_goes(make_engine: MakeEngin
         ("added", keys_of([2, 2, 2, 2])[0]),
         ("removed", keys_of([2, 2, 2, 2])[0]),
     ]
-    engine.unsubscribe(ledger)
+    engine.memory_tier.unsubscribe(ledger)
     store(engine, [3])
     assert len(ledger.heard) == 3
 
@@ -505,7 +505,7 @@ def test_a_snapshot_has_what_is_complete(make_engine: MakeEngine) -> None:
     store(engine, range(5))
     allocate(engine, [99])
     seen: list[StoredChunk] = []
-    engine.snapshot(seen.extend)
+    engine.memory_tier.snapshot(seen.extend)
     assert [(chunk.tokens, chunk.partial) for chunk in seen] == [(4, False), (1, True)]
 
 
@@ -630,7 +630,7 @@ def test_threads_that_store_and_load_at_once_never_read_each_others_bytes() -> N
     assert (stats["leases"], stats["writers"], stats["pending"]) == (0, 0, 0)
     assert stats["evicted_chunks_total"] > 0, "there was pressure"
     assert stats["requested_bytes"] == memory.usage().requested_bytes
-    assert engine.clear()[0].chunks == stats["chunks"]
+    assert engine.memory_tier.clear()[0].chunks == stats["chunks"]
     assert memory.usage().allocated_bytes == 0
     mapped.close()
     engine.close()

@@ -12,8 +12,7 @@ from xxhash import xxh3_64_intdigest
 from lmcache_kit.cache.engine import CacheEngine
 from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.cache.index.policies import LRU
-from lmcache_kit.cache.memory.transcoding import Transcoded
-from lmcache_kit.cache.records import Located, Match, StoredChunk, StoreItem
+from lmcache_kit.cache.records import Located, Match, StoredChunk, StoreItem, Transcoded
 from lmcache_kit.interfaces import ChunkInfo, MemoryBackend, Region, Rope
 from lmcache_kit.keys import ChunkKey, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
@@ -57,10 +56,10 @@ class Cache:
             assert self.engine.commit(written, "worker") == len(written)
 
     def encode(self, tokens: Sequence[int]) -> list[Transcoded]:
-        return [self.engine.encode(key, "zip", self.codec) for key in keys_of(tokens)]
+        return [self.engine.memory_tier.encode(key, "zip", self.codec) for key in keys_of(tokens)]
 
     def decode(self, tokens: Sequence[int]) -> list[Transcoded]:
-        return [self.engine.decode(key, "zip") for key in keys_of(tokens)]
+        return [self.engine.memory_tier.decode(key, "zip") for key in keys_of(tokens)]
 
     def find(self, tokens: Sequence[int], world: int = 1, wait_s: float = 20) -> Match:
         return self.engine.lookup(SPACE, pack_tokens(tokens), CHUNK, world, "reader", wait_s)
@@ -182,8 +181,8 @@ def test_a_chunk_that_is_encoded_otherwise_is_left_so(cache: Cache) -> None:
     cache.encode(range(4))
     [key] = keys_of(range(4))
     why = "it is encoded with zip"
-    assert cache.engine.encode(key, "other", cache.codec) == Transcoded("failed", why)
-    assert cache.engine.decode(key, "other") == Transcoded("failed", why)
+    assert cache.engine.memory_tier.encode(key, "other", cache.codec) == Transcoded("failed", why)
+    assert cache.engine.memory_tier.decode(key, "other") == Transcoded("failed", why)
 
 
 def test_decoding_for_good_is_the_reverse(cache: Cache) -> None:
@@ -218,7 +217,7 @@ def test_listeners_do_not_hear_of_encoding(cache: Cache) -> None:
             heard.append(key)
 
     cache.store(range(8))
-    cache.engine.subscribe(Listener())
+    cache.engine.memory_tier.subscribe(Listener())
     cache.encode(range(8))
     cache.decode(range(8))
     assert heard == []
@@ -271,7 +270,7 @@ def test_a_chunk_that_goes_while_it_is_encoded_is_gone(cache: Cache, end: str) -
     packing.start()
     assert cache.codec.begun.acquire(timeout=20)
     if end == "cleared":
-        cache.engine.clear()
+        cache.engine.memory_tier.clear()
     else:
         cache.engine.drop_corrupt(keys_of(range(4))[0])
     cache.codec.gate.set()
@@ -299,7 +298,7 @@ def test_a_chunk_that_is_being_encoded_is_not_evicted(make_cache: MakeCache) -> 
 def test_what_is_not_decoded_in_time_ends_the_prefix(cache: Cache) -> None:
     cache.store(range(12))
     [_, second, _] = keys_of(range(12))
-    cache.engine.encode(second, "zip", cache.codec)
+    cache.engine.memory_tier.encode(second, "zip", cache.codec)
     cache.codec.gate.clear()
     match = cache.find(range(12), wait_s=0)
     assert [chunk.end for chunk in match.chunks] == [4]
@@ -334,10 +333,10 @@ def test_a_chunk_that_goes_while_a_lookup_waits_for_another_leaves_no_memory_beh
     cache: Cache,
 ) -> None:
     cache.store(range(8))
-    cache.engine.encode(keys_of(range(4))[0], "zip", cache.codec)
+    cache.engine.memory_tier.encode(keys_of(range(4))[0], "zip", cache.codec)
     cache.codec.gate.clear()
     search = cache.engine.begin_lookup(SPACE, pack_tokens(range(8)), CHUNK, 1, "r", Event().set)
-    cache.engine.clear()
+    cache.engine.memory_tier.clear()
     assert cache.engine.finish_lookup(search) == Match(0, ())
     cache.codec.gate.set()
     cache.engine._loaders.shutdown()
@@ -421,11 +420,11 @@ def test_pinned_bytes_shrink_and_never_grow_over_the_budget(make_cache: MakeCach
     tokens = range(16)
     cache.store(tokens)
     cache.encode(tokens)
-    there, pinned = cache.engine.pin([SPACE], pack_tokens(tokens), "p")
+    there, pinned = cache.engine.memory_tier.pin([SPACE], pack_tokens(tokens), "p")
     assert there == pinned
     statuses = [each.status for each in cache.decode(tokens)]
     assert statuses.count("done") == 1
-    assert cache.stat("pinned_bytes") <= cache.engine.pin_budget_bytes
+    assert cache.stat("pinned_bytes") <= cache.engine.memory_tier.pin_budget_bytes
     refused = [each for each in cache.decode(tokens) if each.status == "failed"]
     assert "it is pinned, and would not fit" in refused[0].why
 
@@ -453,7 +452,7 @@ def test_what_does_not_get_smaller_stays_raw(cache: Cache) -> None:
     cache.store([1])
     [first] = keys_of([1])
     cache.codec.encode = lambda payload, chunk: bytes(25)  # type: ignore[method-assign]
-    assert cache.engine.encode(first, "zip", cache.codec) == Transcoded(
+    assert cache.engine.memory_tier.encode(first, "zip", cache.codec) == Transcoded(
         "failed", "it would not get smaller"
     )
 

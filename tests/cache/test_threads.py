@@ -89,25 +89,27 @@ class Stress:
             self.engine.release(match.lease, None)
 
     def recode(self, choose: random.Random, _: str) -> None:
-        keys = self.engine.keys(None, self.prompt(choose))
+        keys = self.engine.memory_tier.keys(None, self.prompt(choose))
         for key, _tokens in keys:
             if choose.random() < 0.7:
-                self.engine.encode(key, "zip", self.codec)
+                self.engine.memory_tier.encode(key, "zip", self.codec)
             else:
-                self.engine.decode(key, "zip")
+                self.engine.memory_tier.decode(key, "zip")
 
     def pin(self, choose: random.Random, owner: str) -> None:
         if choose.random() < 0.5:
-            self.engine.pin(None, self.prompt(choose), owner, ttl_s=choose.choice([None, 0.01]))
+            self.engine.memory_tier.pin(
+                None, self.prompt(choose), owner, ttl_s=choose.choice([None, 0.01])
+            )
         else:
-            self.engine.unpin(None, None, owner)
-        assert self.engine.stats()["pinned_bytes"] <= self.engine.pin_budget_bytes
+            self.engine.memory_tier.unpin(None, None, owner)
+        assert self.engine.stats()["pinned_bytes"] <= self.engine.memory_tier.pin_budget_bytes
 
     def clear(self, choose: random.Random, _: str) -> None:
         if choose.random() < 0.2:
-            self.engine.clear(None, self.prompt(choose), force=choose.random() < 0.3)
+            self.engine.memory_tier.clear(None, self.prompt(choose), force=choose.random() < 0.3)
         elif choose.random() < 0.05:
-            self.engine.clear(force=choose.random() < 0.3)
+            self.engine.memory_tier.clear(force=choose.random() < 0.3)
 
 
 def test_ten_thousand_operations_from_several_threads_leave_nothing_behind() -> None:
@@ -127,8 +129,8 @@ def test_ten_thousand_operations_from_several_threads_leave_nothing_behind() -> 
     assert stress.read > 1000
     for seed in range(THREADS):
         stress.engine.drop_owner(f"owner {seed}")
-    stress.engine.unpin(None, None)
+    stress.engine.memory_tier.unpin(None, None)
     stress.engine._loaders.shutdown()
-    stress.engine.clear(force=True)
+    stress.engine.memory_tier.clear(force=True)
     assert stress.memory.usage().allocated_bytes == 0
     stress.engine.close()

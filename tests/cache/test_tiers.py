@@ -302,7 +302,7 @@ def test_nothing_is_evicted_from_a_shared_store(make: MakeCache) -> None:
 def test_of_a_shared_store_no_more_is_known_than_there_is_room_for(make: MakeCache) -> None:
     cache = make(SharedDict(), memory=5000)
     [tier] = cache.tiers
-    tier._most = 4
+    tier.store.max_entries = 4
     for start in range(0, 1000, 100):
         cache.store(range(start, start + 8))
     assert cache.stat("A_chunks") == 4

@@ -61,7 +61,7 @@ def receive(
 ) -> list[Reservation]:
     """Room for what the source lends of a prompt."""
     lease, parcels = source.transfers.lease(keys(tokens), "peer")
-    spaces = {space.digest: space for space in source.namespaces([SPACE])}
+    spaces = {space.digest: space for space in source.memory_tier.namespaces([SPACE])}
     landings = engine.transfers.reserve(parcels, spaces, owner, no_codec)
     source.release(lease, None)
     return landings
@@ -155,7 +155,7 @@ def test_what_landed_does_not_leave_before_its_move_lets_go(make_engine: MakeEng
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 8
-    goal.references.release("move")
+    goal.memory_tier.references.release("move")
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 0
@@ -165,7 +165,7 @@ def test_a_chunk_that_is_here_is_kept_for_the_move_too(make_engine: MakeEngine) 
     source, goal = make_engine(), make_engine(300)
     store(source, range(4))
     store(goal, range(4))
-    assert goal.references.acquire(keys(range(8)), "move") == keys(range(8))[1:]
+    assert goal.memory_tier.references.acquire(keys(range(8)), "move") == keys(range(8))[1:]
     assert [landing.status for landing in receive(goal, source, range(4))] == ["present"]
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
@@ -196,9 +196,9 @@ def test_only_what_is_behind_no_gap_has_arrived(make_engine: MakeEngine) -> None
     goal.transfers.commit(first.ticket)
     goal.transfers.abort(second.ticket)
     goal.transfers.commit(third.ticket)
-    assert goal.references.findable("move", keys(range(12))) == keys(range(4))
+    assert goal.memory_tier.references.findable("move", keys(range(12))) == keys(range(4))
     goal.drop_corrupt(keys(range(4))[0])
-    assert goal.references.findable("move", keys(range(12))) == []
+    assert goal.memory_tier.references.findable("move", keys(range(12))) == []
 
 
 def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEngine) -> None:
@@ -206,12 +206,12 @@ def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEng
     store(engine, range(8))
     store(engine, range(100, 108))
     store(engine, range(200, 204))
-    engine.pin([SPACE], pack_tokens(range(100, 104)), "p")
-    engine.references.acquire(keys(range(200, 204)), "another move")
+    engine.memory_tier.pin([SPACE], pack_tokens(range(100, 104)), "p")
+    engine.memory_tier.references.acquire(keys(range(200, 204)), "another move")
     asked = [*keys(range(4)), *keys(range(100, 108)), *keys(range(200, 204)), bytes(16)]
-    assert engine.delete(asked) == DeleteResult(1, pinned=1, followed=1, in_use=1)
+    assert engine.memory_tier.delete(asked) == DeleteResult(1, pinned=1, followed=1, in_use=1)
     assert [hit(engine, range(s, s + 8)) for s in (0, 100, 200)] == [8, 4, 4]
-    assert engine.delete(keys(range(8))) == DeleteResult(2)
+    assert engine.memory_tier.delete(keys(range(8))) == DeleteResult(2)
     assert hit(engine, range(8)) == 0
 
 
@@ -239,7 +239,7 @@ def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEn
     [landing] = goal.transfers.reserve([one(encoding=packing)], SPACES, "move", lambda _: Echo())
     goal.transfers.commit(landing.ticket)
     assert goal.stats()["encoded_chunks"] == 1
-    goal.clear()
+    goal.memory_tier.clear()
     assert goal.stats()["encoded_chunks"] == 0
     assert goal.stats()["allocated_bytes"] == 0
     old = packing._replace(version=2)

@@ -6,13 +6,10 @@ Asked last, so that a plugin may replace any of them by name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.index.policies import FIFO, LFU, LRU
 from lmcache_kit.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from lmcache_kit.interfaces import EvictionPolicy
+from lmcache_kit.interfaces import EvictionPolicy
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"LRU": LRU, "FIFO": FIFO, "LFU": LFU}
 

@@ -3,8 +3,10 @@ they lie."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
+from lmcache_kit.cache.descriptors import NamespaceInfo
 from lmcache_kit.cache.index.entries import (
     Children,
     Entry,
@@ -13,16 +15,12 @@ from lmcache_kit.cache.index.entries import (
     Payload,
     big_endian,
 )
-from lmcache_kit.cache.records import Located
-from lmcache_kit.keys import TOKEN_BYTES, chain
+from lmcache_kit.cache.records import ChangeListener, Located, StoredChunk
+from lmcache_kit.interfaces import EvictionPolicy
+from lmcache_kit.keys import TOKEN_BYTES, ChunkKey, chain
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from lmcache_kit.cache.descriptors import NamespaceInfo
-    from lmcache_kit.cache.records import ChangeListener, StoredChunk
-    from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region
-    from lmcache_kit.keys import ChunkKey
+Walk: TypeAlias = "list[tuple[Located, Entry]]"
+"""Chunks that match a prompt one after the other, from the first one on."""
 
 
 class ChunkIndex:
@@ -40,6 +38,7 @@ class ChunkIndex:
         self.namespaces: dict[bytes, NamespaceState] = {}
         self.listeners: list[ChangeListener] = []
         self.encoded = 0
+        self.notify: Callable[[], None] = lambda: None
         self._pending_children: dict[ChunkKey, int] = {}
 
     def namespace(self, digest: bytes, chunk_size: int, world_size: int) -> NamespaceState | None:
@@ -68,7 +67,7 @@ class ChunkIndex:
 
     def walk(
         self, namespace: NamespaceState, tokens: bytes, start: int = 0, parent: ChunkKey = b""
-    ) -> list[tuple[Located, Entry]]:
+    ) -> Walk:
         """The longest stored prefix of packed ``tokens``, chunk by chunk from the first, or from
         the token ``start`` on, which follows the chunk ``parent``.
 
@@ -78,7 +77,7 @@ class ChunkIndex:
         sort_key = big_endian(tokens)
         step = namespace.chunk_size * TOKEN_BYTES
         parent = parent or namespace.root
-        found: list[tuple[Located, Entry]] = []
+        found: Walk = []
         for at in range(start * TOKEN_BYTES, len(sort_key), step):
             children = self.children.get(parent)
             if children is None:
@@ -110,7 +109,7 @@ class ChunkIndex:
             if entry.complete and entry.namespace in namespaces
         ]
 
-    def holding(self, digests: Iterable[bytes] | None, tokens: bytes) -> list[Entry]:
+    def covered_by(self, digests: Iterable[bytes] | None, tokens: bytes) -> list[Entry]:
         """Complete chunks, also behind holes, that hold only KV of packed ``tokens`` or that of
         the last of them and then more; not those that go on otherwise."""
         found: list[Entry] = []
@@ -140,6 +139,7 @@ class ChunkIndex:
         self.policy.added(entry.key)
         for listener in self.listeners:
             listener.added(entry.record)
+        self.notify()
 
     def unlink(self, entry: Entry) -> None:
         """Nobody finds it from now on; its memory is freed when nobody uses it."""
@@ -161,6 +161,7 @@ class ChunkIndex:
         else:
             self._no_longer_pending(entry)
         self.detach(entry)
+        self.notify()
 
     def attach_payload(self, entry: Entry, payload: Payload) -> None:
         """From now on the entry, whose last payload was detached, consists of this one."""
@@ -172,6 +173,14 @@ class ChunkIndex:
         """The entry's payload goes when nobody uses it any more."""
         entry.payload.attached = False
         self.encoded -= entry.payload.encoding is not None
+
+    def release_if_unused(self, payload: Payload) -> None:
+        """Free what a payload occupies if no entry consists of it and nothing uses it."""
+
+    def touch(self, found: Walk) -> None:
+        """Tell the policy of the chunks of a match, so that a tail leaves before its head."""
+        for located, _ in reversed(found):
+            self.policy.touched(located.key)
 
     def followers(self, key: ChunkKey) -> int:
         """How many chunks, pending ones too, have this one as their parent."""
@@ -191,53 +200,3 @@ class ChunkIndex:
             self._pending_children[entry.parent] = left
         else:
             del self._pending_children[entry.parent]
-
-
-class MemoryIndex(ChunkIndex):
-    """An index that frees the memory of what leaves it."""
-
-    def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
-        super().__init__(policy)
-        self.memory = memory
-        self.capacity_bytes = memory.usage().capacity_bytes
-        self._at: dict[int, Entry] = {}
-
-    def put(self, entry: Entry) -> None:
-        super().put(entry)
-        self._own(entry)
-
-    def attach_payload(self, entry: Entry, payload: Payload) -> None:
-        super().attach_payload(entry, payload)
-        self._own(entry)
-
-    def detach(self, entry: Entry) -> None:
-        super().detach(entry)
-        for region in entry.payload.regions:
-            self._at.pop(region.offset, None)
-        self.release_if_unused(entry.payload)
-
-    def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
-        """A rank needs another size than was set aside for it."""
-        self.free(entry.payload.regions[rank])
-        entry.payload.regions[rank] = region
-        self._own(entry)
-
-    def release_if_unused(self, payload: Payload) -> None:
-        """Free the memory of a payload that is neither kept nor in use."""
-        if not payload.attached and not payload.ref_count:
-            for region in payload.regions:
-                self.free(region)
-            payload.regions = []
-
-    def free(self, region: Region) -> None:
-        self._at.pop(region.offset, None)
-        self.memory.free(region)
-
-    def owner_of(self, region: Region) -> Entry | None:
-        """The linked entry whose memory this is. None for memory that is just being handed out,
-        or of payloads that are used only until their readers are done."""
-        return self._at.get(region.offset)
-
-    def _own(self, entry: Entry) -> None:
-        for region in entry.payload.regions:
-            self._at[region.offset] = entry

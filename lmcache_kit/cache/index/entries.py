@@ -5,19 +5,15 @@ from __future__ import annotations
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 from lmcache_kit.cache.records import Extent, StoredChunk
-from lmcache_kit.interfaces.codec import ChunkInfo, Rope
+from lmcache_kit.interfaces.codec import ChunkInfo, Codec, Rope
+from lmcache_kit.interfaces.memory import Region
 from lmcache_kit.keys import KEY_BYTES, TOKEN_BYTES, ChunkKey
 from lmcache_kit.layout import DTYPE_BYTES, KVLayout
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.memory.decoding import Decoding
-    from lmcache_kit.interfaces.codec import Codec
-    from lmcache_kit.interfaces.memory import Region
 
 
 class RankLayout(NamedTuple):
@@ -153,8 +149,23 @@ class Entry:
         return info
 
 
+@dataclass(slots=True, eq=False)
+class Decoding:
+    """A raw copy of an encoded payload, while it is made and read.
+
+    Each reader holds ``raw`` and is called through ``waiters`` when decoding has ended.
+    """
+
+    entry: Entry
+    encoded: Payload
+    raw: Payload
+    state: Literal["new", "running", "done", "failed"] = "new"
+    why: str = ""
+    waiters: list[Callable[[], None]] = field(default_factory=list)
+
+
 class PartialChunk(NamedTuple):
-    """A chunk, and how many of its first tokens somebody means."""
+    """A chunk, of which a request means the first ``tokens``."""
 
     entry: Entry
     tokens: int

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.index.entries import Payload
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
-    from lmcache_kit.cache.index.entries import Entry
-    from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.index.entries import Decoding, Entry, Payload
+from lmcache_kit.cache.index.state import TierState
+from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.memory.memory_index import MemoryIndex
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Decoding:
-    """A raw copy in the making. Who wants it holds ``raw``, and is told when it has ended."""
-
-    entry: Entry
-    encoded: Payload
-    raw: Payload
-    state: Literal["new", "running", "done", "failed"] = "new"
-    why: str = ""
-    waiters: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Decoder:
@@ -40,14 +21,12 @@ class Decoder:
 
     def __init__(
         self,
-        index: MemoryIndex,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
+        state: TierState[MemoryIndex],
         loaders: Executor,
     ) -> None:
-        self._index = index
-        self._counters = counters
-        self._lock = lock
+        self._index = state.index
+        self._counters = state.counters
+        self._lock = state.lock
         self._loaders = loaders
 
     def copy_of(self, entry: Entry, evictor: Evictor) -> Decoding | None:

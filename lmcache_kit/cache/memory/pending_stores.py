@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lmcache_kit.cache.index.entries import Entry, NamespaceState, Payload, big_endian
+from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.memory.memory_index import MemoryIndex
 from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.keys import ChunkKey, chunk_key
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
 
 
 class _Ticket(NamedTuple):
@@ -38,12 +36,11 @@ class _Batch:
 class PendingStores:
     """The tickets of one index. Counts what happens in ``counters``."""
 
-    def __init__(
-        self, index: MemoryIndex, counters: Counter[str], clock: Callable[[], float]
-    ) -> None:
-        self._index = index
-        self._counters = counters
-        self._clock = clock
+    def __init__(self, state: TierState[MemoryIndex]) -> None:
+        self._state = state
+        self._index = state.index
+        self._counters = state.counters
+        self._clock = state.clock
         # A number of an earlier life must not mean anything in this one.
         self._numbers = count(1 + secrets.randbits(48))
         self._tickets: dict[int, _Ticket] = {}
@@ -57,7 +54,7 @@ class PendingStores:
         keys = [chunk_key(namespace.digest, item.parent, item.tokens) for item in items]
         keep = {*keys, *(item.parent for item in items)}
         wanted_bytes = sum(item.nbytes for item in items) * namespace.world_size
-        evictor = Evictor(self._index, self._counters, keep, wanted_bytes)
+        evictor = Evictor(self._state, keep, wanted_bytes)
         batch = _Batch(namespace, rank, owner, evictor)
         return [self._grant(batch, key, item) for key, item in zip(keys, items, strict=True)]
 

@@ -7,27 +7,22 @@ at the other end goes.
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.descriptors import ChunkDescriptor, Encoding, NamespaceInfo, Reservation
 from lmcache_kit.cache.index.entries import Entry, Payload, ResolvedEncoding, big_endian
+from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.memory.memory_index import MemoryIndex
 from lmcache_kit.errors import CodecError, KitError
+from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
 
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
-    from lmcache_kit.cache.index.leases import Leases
-    from lmcache_kit.cache.index.references import References
-    from lmcache_kit.interfaces.codec import Codec
-
-GetCodec = Callable[[str], "Codec"]
+GetCodec = Callable[[str], Codec]
 """The codec of this name. Raises KitError when it cannot be had."""
 
 
@@ -42,23 +37,15 @@ class Transfers:
     """Both ends of moves, on one index. Thread-safe; an *owner* is one move, or one peer that
     takes. ``counted_as``: the word that what comes is counted under."""
 
-    def __init__(  # noqa: PLR0917 - parts of an engine
-        self,
-        index: MemoryIndex,
-        references: References,
-        leases: Leases,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
-        clock: Callable[[], float],
-        counted_as: str = "moved_in",
-    ) -> None:
+    def __init__(self, state: TierState[MemoryIndex], counted_as: str = "moved_in") -> None:
         self._counted_as = counted_as
-        self._index = index
-        self._references = references
-        self._leases = leases
-        self._counters = counters
-        self._lock = lock
-        self._clock = clock
+        self._state = state
+        self._index = state.index
+        self._references = state.references
+        self._leases = state.leases
+        self._counters = state.counters
+        self._lock = state.lock
+        self._clock = state.clock
         self._tickets = count(1 + secrets.randbits(48))
         self._incoming: dict[int, _Incoming] = {}
 
@@ -114,7 +101,7 @@ class Transfers:
                 descriptor.parent for descriptor in descriptors
             }
             wanted_bytes = sum([descriptor.nbytes for descriptor in descriptors])
-            evictor = Evictor(self._index, self._counters, keep, wanted_bytes)
+            evictor = Evictor(self._state, keep, wanted_bytes)
             reservations: list[Reservation] = []
             full = False
             for descriptor, codec in zip(descriptors, codecs, strict=True):
@@ -165,6 +152,7 @@ class Transfers:
                 self._index.unlink(coming.entry)
                 coming.entry.payload.ref_count -= 1
                 self._index.release_if_unused(coming.entry.payload)
+                self._state.notify()
 
     def _is_intact(self, payload: Payload) -> bool:
         for region, extent in zip(payload.regions, payload.extents, strict=True):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces.backend import Blob, OpenBlob
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 
 logger = logging.getLogger(__name__)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.descriptors import Encoding
 from lmcache_kit.cache.index.chunk_index import ChunkIndex
 from lmcache_kit.cache.index.entries import Entry, Payload
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.descriptors import Encoding
-    from lmcache_kit.interfaces import EvictionPolicy
-    from lmcache_kit.keys import ChunkKey
+from lmcache_kit.interfaces import EvictionPolicy
+from lmcache_kit.keys import ChunkKey
 
 
 @dataclass(slots=True, eq=False)

@@ -1,92 +1,78 @@
-"""A store, the index of what lies there, and what keeps the two in step."""
+"""The blob store of a tier: a backend, the index of what it holds, and all changes of it."""
 
 from __future__ import annotations
 
 import logging
-import sys
-import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import closing
 
-from lmcache_kit.cache.counters import TIER_COUNTERS
+from lmcache_kit.cache.descriptors import ChunkDescriptor, Encoding, NamespaceInfo
 from lmcache_kit.cache.index.entries import Entry, big_endian
-from lmcache_kit.cache.memory.evictor import leaving
-from lmcache_kit.cache.tier_base import Tier
-from lmcache_kit.cache.tiers.blob_header import BlobHeader, packed_tight
+from lmcache_kit.cache.index.eviction_order import eviction_order
+from lmcache_kit.cache.index.state import TierState
+from lmcache_kit.cache.records import OVER_PIN_BUDGET, Query, Transcoded
+from lmcache_kit.cache.tiers.blob_header import BlobHeader, packed_tight, payloads
+from lmcache_kit.cache.tiers.blob_reader import BlobReader
 from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 from lmcache_kit.cache.tiers.serial_executor import SerialExecutor
 from lmcache_kit.cache.tiers.store_index import StoredPayload, StoreIndex
-from lmcache_kit.errors import BackendError
-from lmcache_kit.keys import KEY_BYTES, ChunkKey
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.descriptors import ChunkDescriptor, NamespaceInfo
-    from lmcache_kit.interfaces import Backend, EvictionPolicy
-    from lmcache_kit.interfaces.backend import BlobRecord
+from lmcache_kit.interfaces import Backend
+from lmcache_kit.interfaces.backend import BlobRecord
+from lmcache_kit.keys import KEY_BYTES, ChunkKey, chain
 
 logger = logging.getLogger(__name__)
 
 MAX_KNOWN = 1 << 20
 MAX_KNOWN_SHARED = 1 << 17
-"""Chunks in an index, of about two kilobytes each. A shared store is asked for what else it has."""
+"""Limits of an index, in chunks of about two kilobytes each. A shared store is asked for others."""
 CLOSE_S = 5.0
 _TRIES = 3
-"""Holes may be smaller than what left them, where a store rounds up."""
+"""Freed room may be fragmented where a store rounds sizes up."""
 
 
-class StoreTierBase(Tier):
-    """What :class:`~lmcache_kit.cache.tiers.store_tier.StoreTier` is built on.
+class BlobStore:
+    """Reads and writes chunks of one tier as blobs. Thread-safe.
 
-    All changes of the store go through ``turns``, in order. The index is what this process
-    put there, found there or saw there; of a shared store it is a part.
+    All changes of the store run on ``executor``, in order. The index holds what this process put,
+    found or saw in the store; of a shared store it covers a part.
     """
 
-    _index: StoreIndex
-
     def __init__(
-        self,
-        backend: Backend,
-        policy: EvictionPolicy,
-        location: str,
-        max_pinned_share: float,
-        clock: Callable[[], float],
+        self, backend: Backend, state: TierState[StoreIndex], breaker: CircuitBreaker
     ) -> None:
-        counters = Counter(dict.fromkeys(TIER_COUNTERS, 0))
-        self._breaker = CircuitBreaker(location, counters, clock)
+        self.location = state.location
+        self.max_entries = MAX_KNOWN_SHARED if backend.shared else MAX_KNOWN
+        self.executor = SerialExecutor(state.location)
         self._backend = backend
-        budget = sys.maxsize
-        with suppress(BackendError):
-            # A shared one is not ours to fill, and may be far away: it is not asked.
-            capacity = None if self.shared else self._breaker.call(backend.usage).capacity_bytes
-            if capacity is not None:
-                budget = int(capacity * max_pinned_share)
-        super().__init__(location, StoreIndex(policy), budget, counters, threading.RLock(), clock)
-        self.executor = SerialExecutor(location)
-        self._most = MAX_KNOWN_SHARED if self.shared else MAX_KNOWN
+        self._breaker = breaker
+        self._state = state
+        self._index = state.index
+        self._pins = state.pins
+        self._counters = state.counters
+        self._lock = state.lock
+        self._clock = state.clock
         self._scanned = False
         self._closed = False
 
     @property
     def shared(self) -> bool:
-        """Whether others put things there, too."""
+        """Whether other processes put blobs there, too."""
         return self._backend.shared
 
     @property
     def resting(self) -> bool:
-        """Whether it is left alone, because it has failed."""
+        """Whether the circuit breaker refuses calls now."""
         return self._breaker.resting
 
     def start(self) -> None:
-        """Learn what lies there, in the background."""
+        """Scan the store in the background."""
         self.executor.enqueue(self._scan)
 
     def close(self) -> None:
         """Write what waits, for a few seconds, and close the store. Safe to call twice."""
         if self._closed:
             return
-        self.executor.enqueue(self._sweep)
+        self.executor.enqueue(self.sweep)
         if not self.executor.flush(CLOSE_S):
             logger.warning("%s: %d chunks were not written", self.location, self.executor.waiting)
         self._closed = True
@@ -94,34 +80,98 @@ class StoreTierBase(Tier):
         self._backend.close()
         self.executor.join()
 
-    def expire(self) -> None:
-        """End pins that have outlived their time, and try again what failed."""
+    def retry(self) -> None:
+        """Enqueue again what failed: the scan, or else removals."""
         with self._lock:
-            self._expire_holds()
             idle = not self.executor.waiting and not self.resting
             unswept = bool(self._index.pending_deletes)
         if idle and not self._scanned:
             self.executor.enqueue(self._scan)
         elif idle and unswept:
-            self.executor.enqueue(self._sweep)
+            self.executor.enqueue(self.sweep)
 
-    def stats(self) -> dict[str, float]:
-        """Counters, whose names end in ``_total``, and gauges."""
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether the index has a chunk."""
+        entry = self._index.entries.get(key)
+        return entry is not None and entry.complete
+
+    # Reading.
+
+    def match_index(self, query: Query, start: int, parent: ChunkKey) -> list[tuple[ChunkKey, int]]:
+        """Chunks here that go on with the tokens from number ``start`` on, which follows the chunk
+        ``parent``: each with how many of its tokens agree."""
         with self._lock:
-            return {
-                **self._counters,
-                "chunks": len(self._index.entries),
-                "stored_bytes": self._index.nbytes,
-                "pins": len(self._pins),
-                "pinned_bytes": self._pins.pinned_bytes,
-                "waiting": self.executor.waiting,
-                "passed_over_total": self.executor.passed_over,
-                "resting": float(self.resting),
-            }
+            namespace = self._index.namespaces.get(query.namespace)
+            shape = (query.chunk_size, query.world_size)
+            if namespace is None or (namespace.chunk_size, namespace.world_size) != shape:
+                return []
+            walk = self._index.walk(namespace, query.tokens, start, parent)
+            self._index.touch(walk)
+            return [(located.key, located.usable) for located, _ in walk]
+
+    def match_store(self, query: Query, start: int, parent: ChunkKey) -> list[tuple[ChunkKey, int]]:
+        """The same by asking the store, and for whole chunks only. Raises BackendError."""
+        links = list(
+            chain(query.namespace, query.tokens, query.chunk_size, start=start, parent=parent)
+        )
+        there = self._breaker.call(self._backend.contains, [link.key for link in links])
+        missing = there.index(False) if False in there else len(links)
+        return [(link.key, link.end - link.start) for link in links[:missing]]
+
+    def open(self, key: ChunkKey) -> tuple[BlobHeader, BlobReader] | None:
+        """What lies there, its header verified and its bytes not yet; None where there is nothing
+        that can be used. The reader is the caller's to close. Raises BackendError."""
+        if key in self._index.pending_deletes:
+            return None
+        blob = self._breaker.call(self._backend.get, key)
+        if blob is None:
+            self._drop(key)
+            return None
+        reader = BlobReader(blob, self._breaker)
+        try:
+            header = BlobHeader.decode(key, blob.meta, reader.nbytes)
+            with self._lock:
+                known = self._index.entries.get(key)
+                if known is None or known.payload.extents != header.descriptor.extents:
+                    self._enter(header)
+        except ValueError as error:
+            reader.close()
+            self.mark_corrupt(key, str(error))
+            return None
+        with self._lock:
+            self._counters["read_chunks_total"] += 1
+            self._counters["read_bytes_total"] += header.descriptor.nbytes
+        return header, reader
+
+    def read(self, key: ChunkKey) -> tuple[BlobHeader, list[memoryview]] | None:
+        """The same, with the bytes of each rank."""
+        opened = self.open(key)
+        if opened is None:
+            return None
+        header, reader = opened
+        data = memoryview(bytearray(header.descriptor.nbytes))
+        with closing(reader):
+            try:
+                reader.read_into(data)
+            except EOFError as error:
+                self.mark_corrupt(key, str(error))
+                return None
+        return header, payloads(header.descriptor, data)
+
+    def late(self) -> None:
+        """It has kept a lookup waiting in vain: leave it alone for a while."""
+        self._breaker.late()
+
+    def entry(self, key: ChunkKey) -> tuple[Entry | None, Encoding | None]:
+        """What the index knows of a chunk, and how it is encoded."""
+        with self._lock:
+            entry = self._index.entries.get(key)
+            payload = entry.payload if entry else None
+            return entry, payload.blob_encoding if isinstance(payload, StoredPayload) else None
 
     # Writing.
 
-    def keep(
+    def write_if_absent(
         self,
         descriptor: ChunkDescriptor,
         namespace: NamespaceInfo,
@@ -130,7 +180,7 @@ class StoreTierBase(Tier):
         """:meth:`write`, unless somebody else has put it there already."""
         if self.shared and all(self._breaker.call(self._backend.contains, [descriptor.key])):
             with self._lock:
-                self._learn(BlobHeader(packed_tight(descriptor), namespace))
+                self._enter(BlobHeader(packed_tight(descriptor), namespace))
             return True
         return self.write(descriptor, namespace, pieces)
 
@@ -145,19 +195,17 @@ class StoreTierBase(Tier):
         header = BlobHeader(packed_tight(descriptor), namespace)
         put = False
         try:
-            self._sweep()
+            self.sweep()
             put = self._put(header, pieces)
         finally:
             with self._lock:
                 if put:
                     self._counters["written_chunks_total"] += 1
                     self._counters["written_bytes_total"] += descriptor.nbytes
-                    self._learn(header)
+                    self._enter(header)
                 else:
                     self._counters["refused_total"] += 1
         return put
-
-    # Behind it.
 
     def _put(self, header: BlobHeader, pieces: Sequence[memoryview]) -> bool:
         descriptor, meta = header.descriptor, header.encode()
@@ -186,7 +234,7 @@ class StoreTierBase(Tier):
 
         with self._lock:
             victims, freed = list[Entry](), 0
-            for victim in leaving(self._index, may_leave):
+            for victim in eviction_order(self._index, may_leave):
                 victims.append(victim)
                 freed += victim.nbytes
                 if freed >= descriptor.nbytes:
@@ -197,10 +245,10 @@ class StoreTierBase(Tier):
                 self._index.unlink(victim)
             self._counters["evicted_chunks_total"] += len(victims)
             self._counters["evicted_bytes_total"] += freed
-        self._sweep()
+        self.sweep()
         return True
 
-    def _learn(self, header: BlobHeader) -> None:
+    def _enter(self, header: BlobHeader) -> None:
         """The store has this, under the lock. Raises ValueError when its namespace has another
         shape here."""
         descriptor, info = header
@@ -223,13 +271,13 @@ class StoreTierBase(Tier):
         )
         self._index.put(entry)
         self._index.complete(entry)
-        if len(self._index.entries) > self._most:
+        if len(self._index.entries) > self.max_entries:
             self._drop_from_index()
 
     def _drop_from_index(self) -> None:
         """Know one chunk less; it stays in the store."""
         victim = next(
-            leaving(self._index, lambda entry: not entry.pins and not entry.ref_count), None
+            eviction_order(self._index, lambda entry: not entry.pins and not entry.ref_count), None
         )
         if victim is not None:
             self._index.unlink(victim)
@@ -247,9 +295,9 @@ class StoreTierBase(Tier):
             if entry is not None:
                 self._index.unlink(entry)
             self._index.pending_deletes[key] = None
-        self.executor.enqueue(self._sweep)
+        self.executor.enqueue(self.sweep)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Remove from the store what has left the index. Raises BackendError."""
         with self._lock:
             pending_deletes = list(self._index.pending_deletes)
@@ -267,9 +315,9 @@ class StoreTierBase(Tier):
         def scan() -> None:
             begun = self._clock()
             for number, stored in enumerate(self._backend.scan()):
-                if self._closed or number >= self._most:
+                if self._closed or number >= self.max_entries:
                     break
-                self._found(stored)
+                self._enter_scanned(stored)
             logger.info(
                 "%s: %d chunks lie there, found in %.1f s",
                 self.location,
@@ -280,12 +328,28 @@ class StoreTierBase(Tier):
         self._breaker.call(scan)
         self._scanned = True
 
-    def _found(self, stored: BlobRecord) -> None:
+    def _enter_scanned(self, stored: BlobRecord) -> None:
         if self.contains(stored.key) or stored.key in self._index.pending_deletes:
             return
         try:
             header = BlobHeader.decode(stored.key, stored.meta, stored.nbytes)
             with self._lock:
-                self._learn(header)
+                self._enter(header)
         except ValueError as error:
             self.mark_corrupt(stored.key, str(error))
+
+    def replace(self, entry: Entry, header: BlobHeader, pieces: Sequence[memoryview]) -> Transcoded:
+        """Put other bytes in the place of an entry's, if they are still those of ``header``."""
+
+        def change() -> Transcoded:
+            before = entry.nbytes
+            with self._lock:
+                if not entry.linked:
+                    return Transcoded("gone")
+                if not self._pins.fits(entry, header.descriptor.nbytes):
+                    return Transcoded("failed", OVER_PIN_BUDGET)
+            if not self.write(header.descriptor, header.namespace, pieces):
+                return Transcoded("failed", "no room for it")
+            return Transcoded("done", "", before, header.descriptor.nbytes)
+
+        return self.executor.call(change)

@@ -1,25 +1,19 @@
-"""What operators can do with the chunks of one location, whatever it keeps them in."""
+"""A tier: the chunks at one location, as operators, moves and the control plane see them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.descriptors import ChunkRef, DeleteResult, NamespaceInfo
+from lmcache_kit.cache.index.chunk_index import ChunkIndex
 from lmcache_kit.cache.index.entries import PartialChunk
-from lmcache_kit.cache.index.pins import Pins
-from lmcache_kit.cache.index.references import References
-from lmcache_kit.cache.records import ChangeListener, Selected, StoredChunk
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import ChunkIndex
-    from lmcache_kit.cache.memory.transcoding import Transcoded
-    from lmcache_kit.interfaces import Codec
-    from lmcache_kit.interfaces.operations import PinInfo
-    from lmcache_kit.keys import ChunkKey
+from lmcache_kit.cache.index.holds import References
+from lmcache_kit.cache.index.state import TierState
+from lmcache_kit.cache.records import ChangeListener, Selected, StoredChunk, Transcoded
+from lmcache_kit.interfaces.codec import Codec
+from lmcache_kit.interfaces.operations import PinInfo
+from lmcache_kit.keys import ChunkKey
 
 
 class Tier(ABC):
@@ -30,22 +24,22 @@ class Tier(ABC):
     packed, and mean the chunks of their longest stored prefix, or with None all chunks.
     """
 
-    def __init__(  # noqa: PLR0917 - what its subclasses share
-        self,
-        location: str,
-        index: ChunkIndex,
-        pin_budget_bytes: int,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
-        clock: Callable[[], float],
-    ) -> None:
-        self.location = location
-        self.references = References(index, lock)
-        self._index = index
-        self._pins = Pins(pin_budget_bytes, clock)
-        self._counters = counters
-        self._lock = lock
-        self._clock = clock
+    def __init__(self, state: TierState[ChunkIndex]) -> None:
+        self._state = state
+        self._index = state.index
+        self._pins = state.pins
+        self._counters = state.counters
+        self._lock = state.lock
+
+    @property
+    def location(self) -> str:
+        """The name by which operators address the tier."""
+        return self._state.location
+
+    @property
+    def references(self) -> References:
+        """Holds for moves and lookups."""
+        return self._state.references
 
     # What the control plane follows.
 
@@ -81,7 +75,7 @@ class Tier(ABC):
         Raises ValueError when there are too many pins.
         """
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             there = self._index.select(namespaces, tokens)
             return _selected(there), _selected(self._pins.add(pin_id, owner, ttl_s, there))
 
@@ -94,14 +88,14 @@ class Tier(ABC):
         """End the pin of this id; without one, the pins that hold nothing but first tokens of
         ``tokens``, or all. Returns what they held."""
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             within = self._pins.within(namespaces, tokens)
             return _selected(self._pins.remove(within if pin_id is None else [pin_id]))
 
     def pins(self) -> list[PinInfo]:
         """All pins, the oldest first."""
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             return self._pins.infos(self.location)
 
     @property
@@ -123,12 +117,12 @@ class Tier(ABC):
         them; not one that goes on otherwise. Without tokens, stores under way are given up too.
         """
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             if tokens is None:
                 there = [partial.entry for partial in self._index.select(namespaces, None)]
                 there += self._index.pending.values() if namespaces is None else ()
             else:
-                there = self._index.holding(namespaces, tokens)
+                there = self._index.covered_by(namespaces, tokens)
             gone = [entry for entry in there if force or not entry.pins]
             kept = [entry for entry in there if entry.pins and not force]
             cleared = _selected(
@@ -221,11 +215,6 @@ class Tier(ABC):
                 if parent is not None and not self._index.followers(parent.key):
                     ends.append(parent)
             return DeleteResult(gone, len(pinned), len(free) - gone, len(in_use))
-
-    def _expire_holds(self) -> int:
-        """End pins, and what else has outlived its time; returns how many leases did."""
-        self._counters["expired_pins_total"] += self._pins.expire()
-        return 0
 
 
 def _selected(partial_chunks: Sequence[PartialChunk]) -> Selected:
