@@ -16,6 +16,6 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"LRU": LRU, "FIFO": FIFO, "
 
 @hookimpl(trylast=True)
 def make_eviction_policy(name: str) -> EvictionPolicy | None:
-    """A new policy; names count in any case."""
+    """Make a policy by its name, in any case."""
     make = POLICIES.get(name.upper())
     return make() if make else None

@@ -60,10 +60,6 @@ class TierState(Generic[IndexT_co]):
             finally:
                 self._waiting -= 1
 
-    def wait_for_change(self, version: int, timeout_s: float) -> bool:
-        """Wait until :attr:`version` differs from one that was read before."""
-        return self.wait_for(lambda: self.version != version, timeout_s)
-
     def expire_holds(self) -> int:
         """End leases and pins whose time is over; returns how many leases ended."""
         self.counters["expired_pins_total"] += self.pins.expire()

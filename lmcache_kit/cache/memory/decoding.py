@@ -1,4 +1,4 @@
-"""Raw copies of encoded chunks: for readers, as long as these need them, or to stay."""
+"""Decoding: raw copies of encoded chunks, for readers or to stay."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class Decoder:
-    """Decodes on the threads of ``loaders``, outside of the lock; all but :meth:`run` is called
-    under it."""
+    """Decodes on the threads of ``loaders``, outside of the lock.
+
+    A copy is ``new``, ``running`` once a thread has it, and then ``done`` or ``failed``. All
+    methods but :meth:`run` are called under the lock.
+    """
 
     def __init__(
         self,
@@ -30,9 +33,9 @@ class Decoder:
         self._loaders = loaders
 
     def copy_of(self, entry: Entry, evictor: Evictor) -> Decoding | None:
-        """The copy that others read or wait for already, or a new one; None without room for it.
+        """Return the copy that others read or wait for already, or a new one.
 
-        A new one is to be held by the caller before it is started.
+        None without room for a new one. The caller holds a new copy before it starts it.
         """
         copy = entry.decoding
         usable = (
@@ -51,13 +54,13 @@ class Decoder:
         return copy
 
     def start(self, copy: Decoding) -> None:
-        """Begin to decode, unless it has begun."""
+        """Submit a copy to the loaders, once."""
         if copy.state == "new":
             copy.state = "running"
             self._loaders.submit(self.run, copy)
 
     def run(self, copy: Decoding) -> None:
-        """Decode, if anybody still wants it; then tell who waits."""
+        """Decode, unless nothing holds the copy any more, and call the waiters."""
         with self._lock:
             if copy.raw.ref_count == 1:  # said here, so that nobody comes to wait for it after all
                 self._end(copy, [], corrupt=False)
@@ -76,7 +79,7 @@ class Decoder:
             self._end(copy, checksums, corrupt)
 
     def _decode(self, copy: Decoding) -> list[int]:
-        """Fill the copy; returns the checksums. Raises ValueError for a blob that is not intact."""
+        """Fill the copy and return its checksums. Raises ValueError for a damaged blob."""
         encoding = copy.encoded.encoding
         assert encoding is not None
         checksums = []

@@ -8,7 +8,7 @@ from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region
 
 
 class MemoryIndex(ChunkIndex):
-    """An index that frees the memory of what leaves it."""
+    """A chunk index whose payloads own regions of ``memory``."""
 
     def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
         super().__init__(policy)
@@ -31,13 +31,13 @@ class MemoryIndex(ChunkIndex):
         self.release_if_unused(entry.payload)
 
     def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
-        """A rank needs another size than was set aside for it."""
+        """Replace the region that was reserved for a rank by one of another size."""
         self.free(entry.payload.regions[rank])
         entry.payload.regions[rank] = region
         self._own(entry)
 
     def release_if_unused(self, payload: Payload) -> None:
-        """Free the memory of a payload that is neither kept nor in use."""
+        """Free the regions of a payload that no entry and no hold needs."""
         if not payload.attached and not payload.ref_count:
             for region in payload.regions:
                 self.free(region)
@@ -48,8 +48,10 @@ class MemoryIndex(ChunkIndex):
         self.memory.free(region)
 
     def owner_of(self, region: Region) -> Entry | None:
-        """The linked entry whose memory this is. None for memory that is just being handed out,
-        or of payloads that are used only until their readers are done."""
+        """Return the linked entry that owns a region.
+
+        None for a region that is just being allocated, and for one of a detached payload.
+        """
         return self._at.get(region.offset)
 
     def _own(self, entry: Entry) -> None:

@@ -84,6 +84,18 @@ class MemoryTier(Tier):
         with self._lock:
             return self.state.leases.release(lease, rank)
 
+    @property
+    def version(self) -> int:
+        """A number that grows when a store ends, a hold is released or memory is freed."""
+        return self.state.version
+
+    def wait_for_change(self, version: int, timeout_s: float) -> bool:
+        """Wait until :attr:`version` is another than ``version``, which was read before.
+
+        False after ``timeout_s`` seconds.
+        """
+        return self.state.wait_for(lambda: self.state.version != version, timeout_s)
+
     def wait_until_stored(self, keys: Sequence[ChunkKey], timeout_s: float) -> bool:
         """Wait until none of these chunks is being stored. False after ``timeout_s`` seconds."""
         pending = self.state.index.pending

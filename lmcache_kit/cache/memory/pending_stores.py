@@ -1,4 +1,4 @@
-"""Stores under way: memory is granted, then written and committed, or given up."""
+"""Pending stores: memory is granted, written, and then committed or abandoned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Ticket(NamedTuple):
 
 @dataclass(slots=True)
 class _Batch:
-    """Whose stores, the room made for them, and why what was refused so far was, by key."""
+    """The stores of one request, and why chunks of it were refused, by key."""
 
     namespace: NamespaceState
     rank: int
@@ -34,7 +34,7 @@ class _Batch:
 
 
 class PendingStores:
-    """The tickets of one index. Counts what happens in ``counters``."""
+    """The tickets of one memory tier. Called under the tier's lock."""
 
     def __init__(self, state: TierState[MemoryIndex]) -> None:
         self._state = state
@@ -59,7 +59,7 @@ class PendingStores:
         return [self._grant(batch, key, item) for key, item in zip(keys, items, strict=True)]
 
     def commit(self, number: int, checksum: int, owner: Hashable) -> bool:
-        """False when there is no such ticket, or its chunk was given up meanwhile."""
+        """Commit a payload. False without such a ticket, or if the chunk was given up meanwhile."""
         ticket = self._take_ticket(number, owner)
         if ticket is None:
             return False
@@ -77,7 +77,7 @@ class PendingStores:
         return True
 
     def abandon(self, number: int, owner: Hashable) -> bool:
-        """Give up a chunk; what other ranks wrote of it goes too."""
+        """Give up a chunk, with what other ranks wrote of it. False without such a ticket."""
         ticket = self._take_ticket(number, owner)
         if ticket is None:
             return False
@@ -92,9 +92,11 @@ class PendingStores:
             self.abandon(number, owner)
 
     def expire(self, stale: float) -> None:
-        """Give up chunks that nobody has written to since ``stale``: some rank stored its part
-        and another one never began. A rank that does write is waited for, because the memory
-        is its own until it says so or dies."""
+        """Give up chunks that no rank has written to since ``stale``.
+
+        One rank stored its payload and another never began. A rank that writes is waited for: the
+        memory belongs to it until it commits, abandons or dies.
+        """
         for entry in list(self._index.pending.values()):
             if not entry.payload.ref_count and entry.since <= stale:
                 self._counters["expired_pending_total"] += 1
@@ -123,7 +125,7 @@ class PendingStores:
     def _set_aside(
         self, batch: _Batch, key: ChunkKey, item: StoreItem, entry: Entry | None
     ) -> Entry | None:
-        """The entry with memory for this rank's payload, or None when there is no room."""
+        """Return the entry with memory for this rank's payload; None without room."""
         if entry is None:
             regions = batch.evictor.take_all([item.nbytes] * batch.namespace.world_size)
             if not regions:

@@ -1,4 +1,4 @@
-"""Encoding chunks where they lie, and back: the old bytes serve until the new ones are verified."""
+"""Transcoding: encode chunks where they lie, and back."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class CorruptPayload(ValueError):
-    """A raw payload is not what was stored."""
+    """A raw payload does not match its checksum."""
 
 
 class Transcoder:
-    """Called from threads of those who want it, without the lock."""
+    """Encodes and decodes chunks of memory, in the calling threads, without the lock."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Transcoder:
         self._lock = state.lock
 
     def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
-        """Encode a chunk; readers of its raw bytes keep these until they are done."""
+        """Encode a chunk. Readers of its raw bytes keep these until they are done."""
         with self._lock:
             entry = self._index.entries.get(key)
             if entry is None or not entry.complete:
@@ -75,7 +75,7 @@ class Transcoder:
             return self._end_encoding(entry, raw, encoding, blobs, checksums, why)
 
     def decode(self, key: ChunkKey, method: str) -> Transcoded:
-        """Decode a chunk for good."""
+        """Replace the encoded payload of a chunk by a raw one."""
         with self._lock:
             entry = self._index.entries.get(key)
             if entry is None or not entry.complete:
@@ -113,8 +113,7 @@ class Transcoder:
             return result
 
     def _encode(self, raw: Payload, encoding: ResolvedEncoding) -> list[bytes]:
-        """The blobs, each decoded once to see that it can be. Raises ValueError for a chunk that
-        is to stay raw."""
+        """Return verified blobs, one per rank. Raises ValueError for a chunk that stays raw."""
         blobs = []
         for extent, region, info in zip(raw.extents, raw.regions, encoding.chunks, strict=True):
             with self._index.memory.view(region) as payload:
@@ -183,13 +182,13 @@ class Transcoder:
 
 
 def check_payload(payload: memoryview, checksum: int) -> None:
-    """Raises CorruptPayload when these are not the bytes that were stored."""
+    """Raise CorruptPayload unless the bytes match the checksum."""
     if xxh3_64_intdigest(payload) != checksum:
         raise CorruptPayload("the bytes do not match their checksum")
 
 
 def encode_payload(payload: memoryview, chunk: ChunkInfo, codec: Codec) -> bytes:
-    """The blob, decoded once to see that it can be. Raises ValueError for one that is of no use."""
+    """Return the blob, verified by decoding. Raises ValueError for one that is of no use."""
     blob = codec.encode(payload, chunk)
     if len(blob) >= payload.nbytes:
         raise ValueError("it would not get smaller")
@@ -198,7 +197,7 @@ def encode_payload(payload: memoryview, chunk: ChunkInfo, codec: Codec) -> bytes
 
 
 def not_raw(encoded_with: str, method: str) -> Transcoded:
-    """What becomes of a chunk that is encoded already."""
+    """Return the result for a chunk that is encoded already."""
     if encoded_with == method:
         return Transcoded("already")
     return Transcoded("failed", f"it is encoded with {encoded_with}")

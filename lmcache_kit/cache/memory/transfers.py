@@ -1,7 +1,7 @@
-"""Chunks that leave for another cache, and chunks that come from one.
+"""Transfers: chunks that leave for another cache, and chunks that come from one.
 
-A chunk that came in is anchored until its mover lets go, so that there is a copy here while the one
-at the other end goes.
+A chunk that came in is referenced by its mover until the move ends. So there is a copy here before
+the one at the other end is deleted.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ GetCodec = Callable[[str], Codec]
 
 
 class _Incoming(NamedTuple):
-    """A chunk whose bytes are on their way, and who moves it."""
+    """A chunk whose bytes are on their way, and the owner of its move."""
 
     entry: Entry
     owner: Hashable
 
 
 class Transfers:
-    """Both ends of moves, on one index. Thread-safe; an *owner* is one move, or one peer that
-    takes. ``counted_as``: the word that what comes is counted under."""
+    """Both ends of moves, on one memory tier. Thread-safe.
+
+    An *owner* is one move, or one peer that reads. ``counted_as``: the stem of the counters of
+    chunks that come in.
+    """
 
     def __init__(self, state: TierState[MemoryIndex], counted_as: str = "moved_in") -> None:
         self._counted_as = counted_as
@@ -52,8 +55,10 @@ class Transfers:
     # The end that gives.
 
     def lease(self, keys: Sequence[ChunkKey], owner: Hashable) -> tuple[int, list[ChunkDescriptor]]:
-        """Lease those of these chunks that are still here. The lease, 0 for none of them, ends as
-        one of a lookup does."""
+        """Lease those of these chunks that are still here, and describe them.
+
+        The lease is 0 if there are none; it ends as one of a lookup does.
+        """
         with self._lock:
             entries = [self._index.entries.get(key) for key in keys]
             there = [entry for entry in entries if entry is not None and entry.complete]
@@ -63,7 +68,7 @@ class Transfers:
             return lease, [_descriptor(entry) for entry in there]
 
     def recheck(self, keys: Sequence[ChunkKey]) -> int:
-        """Drop those of these chunks whose bytes are not what was stored; returns how many."""
+        """Drop those of these chunks whose bytes are damaged; returns how many."""
         dropped = 0
         for key in keys:
             with self._lock:
@@ -226,7 +231,7 @@ def _descriptor(entry: Entry) -> ChunkDescriptor:
 def _codec(
     descriptor: ChunkDescriptor, namespaces: Mapping[bytes, NamespaceInfo], get_codec: GetCodec
 ) -> Codec | str | None:
-    """The codec that a descriptor needs, None for a raw one; or why it cannot be kept here."""
+    """Return the codec of a descriptor, None for a raw one, or why it cannot be kept here."""
     info = namespaces.get(descriptor.namespace)
     if info is None or not descriptor.is_sound(info):
         return "it is not what its key says"
@@ -260,7 +265,7 @@ def _unlike_its_layout(descriptor: ChunkDescriptor, info: NamespaceInfo) -> str:
 
 
 def check_blob(codec: Codec, blob: memoryview) -> str:
-    """Why these encoded bytes cannot be decoded here; empty if their header says they can."""
+    """Return why these encoded bytes cannot be decoded here; empty if they can."""
     try:
         codec.describe(blob)
     except CodecError as error:

@@ -98,8 +98,10 @@ class BlobStore:
     # Reading.
 
     def match_index(self, query: Query, start: int, parent: ChunkKey) -> list[tuple[ChunkKey, int]]:
-        """Chunks here that go on with the tokens from number ``start`` on, which follows the chunk
-        ``parent``: each with how many of its tokens agree."""
+        """Return the chunks of the index that go on with the tokens from ``start`` on.
+
+        ``start`` follows the chunk ``parent``. Each key comes with how many of its tokens agree.
+        """
         with self._lock:
             namespace = self._index.namespaces.get(query.namespace)
             shape = (query.chunk_size, query.world_size)
@@ -110,7 +112,7 @@ class BlobStore:
             return [(located.key, located.usable) for located, _ in walk]
 
     def match_store(self, query: Query, start: int, parent: ChunkKey) -> list[tuple[ChunkKey, int]]:
-        """The same by asking the store, and for whole chunks only. Raises BackendError."""
+        """Do the same by asking the store, for whole chunks only. Raises BackendError."""
         links = list(
             chain(query.namespace, query.tokens, query.chunk_size, start=start, parent=parent)
         )
@@ -119,8 +121,10 @@ class BlobStore:
         return [(link.key, link.end - link.start) for link in links[:missing]]
 
     def open(self, key: ChunkKey) -> tuple[BlobHeader, BlobReader] | None:
-        """What lies there, its header verified and its bytes not yet; None where there is nothing
-        that can be used. The reader is the caller's to close. Raises BackendError."""
+        """Open a blob. Its header is verified, its data is not.
+
+        None if there is no usable blob. The caller closes the reader. Raises BackendError.
+        """
         if key in self._index.pending_deletes:
             return None
         blob = self._breaker.call(self._backend.get, key)
@@ -144,7 +148,7 @@ class BlobStore:
         return header, reader
 
     def read(self, key: ChunkKey) -> tuple[BlobHeader, list[memoryview]] | None:
-        """The same, with the bytes of each rank."""
+        """Read a blob, with the bytes of each rank; see :meth:`open`."""
         opened = self.open(key)
         if opened is None:
             return None
@@ -159,11 +163,11 @@ class BlobStore:
         return header, payloads(header.descriptor, data)
 
     def late(self) -> None:
-        """It has kept a lookup waiting in vain: leave it alone for a while."""
+        """Let the store rest, because a lookup has waited for it in vain."""
         self._breaker.late()
 
     def entry(self, key: ChunkKey) -> tuple[Entry | None, Encoding | None]:
-        """What the index knows of a chunk, and how it is encoded."""
+        """Return a chunk's entry, and how the chunk is encoded."""
         with self._lock:
             entry = self._index.entries.get(key)
             payload = entry.payload if entry else None
@@ -177,7 +181,7 @@ class BlobStore:
         namespace: NamespaceInfo,
         pieces: Sequence[memoryview],
     ) -> bool:
-        """:meth:`write`, unless somebody else has put it there already."""
+        """Write a blob unless another process has put it there already."""
         if self.shared and all(self._breaker.call(self._backend.contains, [descriptor.key])):
             with self._lock:
                 self._enter(BlobHeader(packed_tight(descriptor), namespace))
@@ -190,8 +194,10 @@ class BlobStore:
         namespace: NamespaceInfo,
         pieces: Sequence[memoryview],
     ) -> bool:
-        """Put a chunk there; others leave for it. False when it does not fit. To be called in
-        turn. Raises BackendError."""
+        """Put a blob, and evict others for it. False when it does not fit.
+
+        Called on ``executor``. Raises BackendError.
+        """
         header = BlobHeader(packed_tight(descriptor), namespace)
         put = False
         try:
@@ -217,14 +223,14 @@ class BlobStore:
         return False
 
     def _is_findable(self, header: BlobHeader) -> bool:
-        """Whether what it follows is here: if not, nothing should leave for it."""
+        """Whether a chunk's parent is here: if not, no chunk should leave for it."""
         descriptor = header.descriptor
         return descriptor.parent == descriptor.namespace[:KEY_BYTES] or self.contains(
             descriptor.parent
         )
 
     def _evict(self, descriptor: ChunkDescriptor) -> bool:
-        """Have chunks of as many bytes leave, or none at all."""
+        """Evict chunks of as many bytes, or none at all."""
         if self.shared:
             return False
 
@@ -249,8 +255,10 @@ class BlobStore:
         return True
 
     def _enter(self, header: BlobHeader) -> None:
-        """The store has this, under the lock. Raises ValueError when its namespace has another
-        shape here."""
+        """Enter a blob into the index. Called under the lock.
+
+        Raises ValueError for another shape.
+        """
         descriptor, info = header
         payload = StoredPayload([], extents=descriptor.extents, blob_encoding=descriptor.encoding)
         entry = self._index.entries.get(descriptor.key)
@@ -275,7 +283,7 @@ class BlobStore:
             self._drop_from_index()
 
     def _drop_from_index(self) -> None:
-        """Know one chunk less; it stays in the store."""
+        """Drop one chunk from the index that stays in the store."""
         victim = next(
             eviction_order(self._index, lambda entry: not entry.pins and not entry.ref_count), None
         )
@@ -284,7 +292,7 @@ class BlobStore:
             del self._index.pending_deletes[victim.key]
 
     def mark_corrupt(self, key: ChunkKey, why: str) -> None:
-        """What lies there is not what was put there: it goes."""
+        """Delete a blob that is not what was put there."""
         logger.warning("%s: dropped chunk %s: %s", self.location, key.hex(), why)
         self._counters["corrupt_total"] += 1
         self._drop(key)
@@ -308,7 +316,7 @@ class BlobStore:
                     del self._index.pending_deletes[key]
 
     def _scan(self) -> None:
-        """Learn what lies there, once. Raises BackendError."""
+        """Enter all blobs of the store into the index, once. Raises BackendError."""
         if self._scanned:
             return
 
@@ -339,7 +347,7 @@ class BlobStore:
             self.mark_corrupt(stored.key, str(error))
 
     def replace(self, entry: Entry, header: BlobHeader, pieces: Sequence[memoryview]) -> Transcoded:
-        """Put other bytes in the place of an entry's, if they are still those of ``header``."""
+        """Replace the blob of an entry that is still linked."""
 
         def change() -> Transcoded:
             before = entry.nbytes

@@ -1,4 +1,4 @@
-"""What the index of a tier knows of its chunks."""
+"""The index of a store tier: each payload stands for the data of a blob."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lmcache_kit.keys import ChunkKey
 
 @dataclass(slots=True, eq=False)
 class StoredPayload(Payload):
-    """Bytes of a chunk in a store; ``extents`` count from the start of the blob's data."""
+    """A chunk's bytes in a store; ``extents`` count from the start of the blob's data."""
 
     blob_encoding: Encoding | None = None
 

@@ -1,4 +1,4 @@
-"""Chunks of one tier on their way into memory, several at a time."""
+"""The tier reader: chunks of one store on their way into memory, several at a time."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ _Opening: TypeAlias = Future[_Opened]
 
 @dataclass(frozen=True, slots=True)
 class PromotionTarget:
-    """Whom chunks are brought for: they are anchored for ``owner``, and must fit ``query``, if it
-    has one. ``gone`` tells whether nobody waits for them any longer."""
+    """The owner that references promoted chunks.
+
+    The chunks must fit ``query``, if there is one. ``gone`` tells whether the owner waits no
+    longer.
+    """
 
     owner: Hashable
     query: Query | None = None
@@ -47,7 +50,7 @@ class PromotionTarget:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A chunk that is being copied; ``why`` will tell what is wrong with it, or nothing."""
+    """A chunk that is being copied. ``why`` becomes the reason it is unusable, or empty."""
 
     key: ChunkKey
     ticket: int
@@ -60,7 +63,7 @@ _Begun: TypeAlias = _Copy | bool | BackendError
 
 
 class TierReader:
-    """Reads from ``tier`` into memory; ``transfers`` lands the chunks."""
+    """Reads chunks of ``store`` into memory; ``transfers`` reserves and commits them."""
 
     def __init__(
         self, store: BlobStore, memory: MemoryTier, transfers: Transfers, get_codec: GetCodec
@@ -74,10 +77,10 @@ class TierReader:
     def fetch(
         self, keys: Sequence[ChunkKey], target: PromotionTarget
     ) -> Generator[bool, None, None]:
-        """Have these chunks in memory: whether each has come, in order. Each gets its room, and is
-        found, after those before it; those after the last one that was asked for do not come.
+        """Promote these chunks, in order; yields whether each has come.
 
-        Raises BackendError in the turn of the chunk that it is about.
+        A chunk gets its room, and is found, after those before it. Chunks after the last one that
+        was asked for do not come. Raises BackendError in the turn of the chunk that it is about.
         """
         begun: deque[_Begun] = deque()
         try:
@@ -95,7 +98,7 @@ class TierReader:
                     self._give_up(each)
 
     def close(self) -> None:
-        """Wait for what is at work."""
+        """Wait for the chunks at work."""
         self._threads.shutdown(cancel_futures=True)
 
     def _open(self, keys: Sequence[ChunkKey]) -> Generator[tuple[ChunkKey, _Opening], None, None]:
@@ -115,7 +118,7 @@ class TierReader:
                 opening.add_done_callback(_close)
 
     def _begin(self, key: ChunkKey, opening: _Opening, target: PromotionTarget) -> _Begun:
-        """Room for what was found, and a thread that copies it there."""
+        """Reserve room for a chunk, and start a thread that copies it there."""
         try:
             opened = opening.result()
         except BackendError as error:
@@ -178,7 +181,7 @@ class TierReader:
     def _fill(
         self, descriptor: ChunkDescriptor, reservation: Reservation, reader: BlobReader
     ) -> str:
-        """Copy it; why it cannot be used, or nothing. Raises BackendError."""
+        """Copy a chunk; returns why it is unusable, or empty. Raises BackendError."""
         with closing(reader):
             for region, extent in zip(reservation.regions, descriptor.extents, strict=True):
                 with self._memory.backend.view(region) as view:
@@ -199,8 +202,11 @@ def _close(opening: _Opening) -> None:
 
 
 def _copied(reader: BlobReader, target: memoryview) -> int:
-    """The checksum of what is in ``target`` afterwards. Each piece is hashed while the processor's
-    cache has it, which is faster than to hash all of it in the end."""
+    """Fill ``target`` and return the checksum of its bytes.
+
+    Each piece is hashed while it is in the cache of the processor, which is faster than to hash all
+    of it afterwards.
+    """
     hashed = xxh3_64()
     for start in range(0, len(target), _PIECE_BYTES):
         piece = target[start : start + _PIECE_BYTES]

@@ -1,4 +1,4 @@
-"""Encoding and decoding what lies in a store."""
+"""Transcoding of blobs: read, convert, verify and replace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode_stored(store: BlobStore, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
-    """Encode a chunk with ``codec``."""
+    """Encode a chunk of a store with ``codec``."""
     entry, encoding = store.entry(key)
     if entry is None:
         return Transcoded("gone")
@@ -48,7 +48,7 @@ def encode_stored(store: BlobStore, key: ChunkKey, method: str, codec: Codec) ->
 
 
 def decode_stored(store: BlobStore, key: ChunkKey, method: str, get_codec: GetCodec) -> Transcoded:
-    """Decode a chunk that ``method`` has encoded."""
+    """Decode a chunk of a store that ``method`` has encoded."""
     entry, encoding = store.entry(key)
     if entry is None:
         return Transcoded("gone")
@@ -73,7 +73,7 @@ def _transcode(
     encoding: Encoding | None,
     convert: Convert,
 ) -> Transcoded:
-    """Read it, convert each rank's bytes, and write them with ``encoding`` for their header."""
+    """Read a blob, convert each rank's bytes, and replace it by one with ``encoding``."""
     try:
         found = store.read(entry.key)
         if found is None:
