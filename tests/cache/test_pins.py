@@ -12,7 +12,7 @@ from lmcache_kit.cache.index import holds
 from lmcache_kit.cache.records import Selected, StoreItem
 from lmcache_kit.keys import chain, pack_tokens
 
-SPACE = bytes(range(32))
+NAMESPACE = bytes(range(32))
 OTHER = bytes(32)
 CHUNK = 4
 
@@ -24,7 +24,7 @@ class Time(Protocol):
 
 
 def store(
-    engine: CacheEngine, tokens: Sequence[int], nbytes: int = 100, space: bytes = SPACE
+    engine: CacheEngine, tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE
 ) -> None:
     packed = pack_tokens(tokens)
     items = [
@@ -36,7 +36,7 @@ def store(
     assert engine.commit(written, "worker") == len(written)
 
 
-def hit(engine: CacheEngine, tokens: Sequence[int], space: bytes = SPACE) -> int:
+def hit(engine: CacheEngine, tokens: Sequence[int], space: bytes = NAMESPACE) -> int:
     match = engine.lookup(space, pack_tokens(tokens), CHUNK, 1, "scheduler")
     engine.release(match.lease, None)
     return match.chunks[-1].end if match.chunks else 0
@@ -45,15 +45,15 @@ def hit(engine: CacheEngine, tokens: Sequence[int], space: bytes = SPACE) -> int
 def pin(
     engine: CacheEngine, tokens: Sequence[int], pin_id: str = "p", ttl_s: float | None = None
 ) -> Selected:
-    return engine.memory_tier.pin([SPACE], pack_tokens(tokens), pin_id, ttl_s=ttl_s)[1]
+    return engine.memory_tier.pin([NAMESPACE], pack_tokens(tokens), pin_id, ttl_s=ttl_s)[1]
 
 
 def unpin(engine: CacheEngine, tokens: Sequence[int]) -> Selected:
-    return engine.memory_tier.unpin([SPACE], pack_tokens(tokens))
+    return engine.memory_tier.unpin([NAMESPACE], pack_tokens(tokens))
 
 
 def clear(engine: CacheEngine, tokens: Sequence[int], force: bool = False) -> Selected:
-    return engine.memory_tier.clear([SPACE], pack_tokens(tokens), force=force)[0]
+    return engine.memory_tier.clear([NAMESPACE], pack_tokens(tokens), force=force)[0]
 
 
 def crowd(engine: CacheEngine, chunks: int = 30) -> None:
@@ -122,7 +122,7 @@ def test_a_pin_of_nothing_is_no_pin(make_engine: MakeEngine) -> None:
 def test_over_the_budget_the_longest_prefix_that_fits_is_pinned(make_engine: MakeEngine) -> None:
     engine = make_engine(1000)
     store(engine, range(32))
-    there, pinned = engine.memory_tier.pin([SPACE], pack_tokens(range(32)), "p")
+    there, pinned = engine.memory_tier.pin([NAMESPACE], pack_tokens(range(32)), "p")
     assert there == Selected(32, 8, 800)
     assert pinned == Selected(20, 5, 500)
     assert engine.stats()["pinned_bytes"] == engine.memory_tier.pin_budget_bytes == 500
@@ -188,7 +188,7 @@ def test_a_corrupt_chunk_goes_although_it_is_pinned(make_engine: MakeEngine) -> 
     engine = make_engine(1000)
     store(engine, range(8))
     pin(engine, range(8))
-    keys = [link.key for link in chain(SPACE, pack_tokens(range(8)), CHUNK)]
+    keys = [link.key for link in chain(NAMESPACE, pack_tokens(range(8)), CHUNK)]
     assert engine.drop_corrupt(keys[1])
     [info] = engine.memory_tier.pins()
     assert (info.tokens, info.nbytes) == (4, 100)
@@ -203,10 +203,10 @@ def test_stores_are_refused_when_nothing_but_pinned_chunks_could_leave(
     store(engine, range(20))
     pin(engine, range(20))
     engine.memory_tier.clear()
-    item = StoreItem(SPACE[:16], pack_tokens([77]), 501)
-    assert engine.allocate(SPACE, 0, 1, CHUNK, [item], "w")[0].status == "refused"
-    item = StoreItem(SPACE[:16], pack_tokens([77]), 500)
-    assert engine.allocate(SPACE, 0, 1, CHUNK, [item], "w")[0].status == "granted"
+    item = StoreItem(NAMESPACE[:16], pack_tokens([77]), 501)
+    assert engine.allocate(NAMESPACE, 0, 1, CHUNK, [item], "w")[0].status == "refused"
+    item = StoreItem(NAMESPACE[:16], pack_tokens([77]), 500)
+    assert engine.allocate(NAMESPACE, 0, 1, CHUNK, [item], "w")[0].status == "granted"
 
 
 def test_there_may_not_be_more_pins_than_anybody_needs(
@@ -263,7 +263,7 @@ def test_pinned_chunks_are_cleared_only_by_force(make_engine: MakeEngine) -> Non
     engine = make_engine()
     store(engine, range(12))
     pin(engine, range(8))
-    gone, kept = engine.memory_tier.clear([SPACE], pack_tokens(range(12)))
+    gone, kept = engine.memory_tier.clear([NAMESPACE], pack_tokens(range(12)))
     assert (gone, kept) == (Selected(4, 1, 100), Selected(8, 2, 200))
     assert engine.memory_tier.clear() == (Selected(), Selected(8, 2, 200))
     assert hit(engine, range(12)) == 8
@@ -284,7 +284,7 @@ def test_memory_of_a_cleared_chunk_is_freed_when_its_reader_is_done(
 ) -> None:
     engine = make_engine()
     store(engine, range(4))
-    match = engine.lookup(SPACE, pack_tokens(range(4)), CHUNK, 1, "reader")
+    match = engine.lookup(NAMESPACE, pack_tokens(range(4)), CHUNK, 1, "reader")
     assert clear(engine, range(4)).chunks == 1
     assert engine.stats()["allocated_bytes"] == 100
     engine.release(match.lease, None)

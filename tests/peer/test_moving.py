@@ -413,7 +413,7 @@ def test_a_defect_at_either_end_ends_the_move_and_loses_nothing(
 ) -> None:
     source.store(range(40))
     engine = (goal if step == "reserve" else source).engine
-    part = engine if step == "delete" else engine.transfers
+    part = engine.memory_tier if step == "delete" else engine.transfers
 
     def fail(*_: object) -> None:
         raise RuntimeError("broken on purpose")

@@ -45,11 +45,10 @@ class TierState(Generic[IndexT_co]):
         index.notify = self.notify
 
     def notify(self) -> None:
-        """Wake the threads in :meth:`wait_for`."""
-        with self.lock:
-            self.version += 1
-            if self._waiting:
-                self._changed.notify_all()
+        """Wake the threads in :meth:`wait_for`. Called under the lock."""
+        self.version += 1
+        if self._waiting:
+            self._changed.notify_all()
 
     def wait_for(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until ``predicate``, called under the lock, is true. False after ``timeout_s``."""
