@@ -25,8 +25,9 @@ from typing import Any
 
 import lmcache_baseline
 
+from lmcache_kit.controller.commands import Commands
+from lmcache_kit.controller.instances import Instances, pack
 from lmcache_kit.controller.key_index import KeyIndex, Owner
-from lmcache_kit.controller.lookup import lookup, pack
 from lmcache_kit.controller.prefix_match import match
 from lmcache_kit.controller.registry import Registry
 from lmcache_kit.interfaces.frontend import LookupQuery
@@ -61,6 +62,8 @@ class World:
 
     def __init__(self, namespace: Namespace, instances: int) -> None:
         self.registry = Registry()
+        commands = Commands(self.registry.counts, lambda connection, message: None)
+        self.instances = Instances(self.registry, commands)
         self.names = [f"instance{number:05}" for number in range(instances)]
         self._seqs = dict.fromkeys(self.names, 0)
         for number, name in enumerate(self.names):
@@ -87,8 +90,8 @@ class World:
     def die(self, names: list[str]) -> None:
         """Their heartbeats stop, as far as the index can tell."""
         for name in names:
-            for follower in self.registry.find(name).followers.values():
-                self.registry.index.hide(follower.holder)
+            for replica in self.registry.find(name).replicas.values():
+                self.registry.index.hide(replica.holder)
 
 
 def measure_fill(keys: int, instances: int) -> tuple[World, Namespace, dict[str, float]]:
@@ -124,13 +127,13 @@ def measure_lookup(world: World, chunk_size: int, chunks: int) -> dict[str, Any]
     index, digest = world.registry.index, namespace.digest
     plain = LookupQuery(tokens, model=namespace.model)
     quick = LookupQuery(array("I", tokens), model=namespace.model)
-    (found,) = lookup(world.registry, plain).instances
+    (found,) = world.instances.lookup(plain).instances
     assert (found.instance_id, found.best.tokens) == (last, len(tokens))
     return {
         "chunk_tokens": chunk_size,
         "tokens": len(tokens),
-        "lookup_us": median_us(lambda: lookup(world.registry, plain)),
-        "lookup_of_array_us": median_us(lambda: lookup(world.registry, quick)),
+        "lookup_us": median_us(lambda: world.instances.lookup(plain)),
+        "lookup_of_array_us": median_us(lambda: world.instances.lookup(quick)),
         "pack_list_us": median_us(lambda: pack(tokens)),
         "match_us": median_us(lambda: match(index, digest, packed, chunk_size, -1)),
         "hash_us": median_us(lambda: [None for _ in chain(digest, packed, chunk_size)]),

@@ -45,6 +45,10 @@ async def _serve(pipe: Connection) -> None:
     answer = LookupAnswer("0" * 32, (InstanceMatch("lmcache_default_instance", (held,)),))
 
     class Constant:
+        @property
+        def instances(self) -> Constant:
+            return self
+
         def lookup(self, query: object) -> LookupAnswer:
             return answer
 

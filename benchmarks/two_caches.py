@@ -34,7 +34,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.config import KitConfig
 from lmcache_kit.errors import CodecError
 from lmcache_kit.interfaces import Codec, Link, ReadableRegion, Region, Transport
-from lmcache_kit.interfaces.operations import Move, Outcome, Peer
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer, Progress, Scope
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.peer.service import PeerService
 from lmcache_kit.peer.sockets import Listener, dial
@@ -209,11 +209,23 @@ def channels() -> list[str]:
 # Who takes.
 
 
-class Ended(NamedTuple):
-    """A move: when it ended, and for how long bytes were under way."""
+class MoveListener:
+    """Waits for the end of a move, and notes its time."""
 
-    at: float
-    outcome: Outcome
+    def __init__(self) -> None:
+        self.ended_at = 0.0
+        self.status = OperationStatus("running")
+        self.over = threading.Event()
+
+    def accepted(self, scope: Scope) -> None:
+        """Not measured."""
+
+    def progressed(self, progress: Progress) -> None:
+        """Not measured."""
+
+    def ended(self, status: OperationStatus) -> None:
+        self.ended_at, self.status = time.perf_counter(), status
+        self.over.set()
 
 
 class Taker:
@@ -262,9 +274,8 @@ class Taker:
     def move(self, name: str, number: int) -> tuple[float, float]:
         """A whole move, and the part of it in which bytes were under way."""
         lender, payload = self.lender, PAYLOADS[number]
-        event_id, ended = secrets.token_hex(16), list[Ended]()
-        over = threading.Event()
-        order = Move(
+        operation_id, listener = secrets.token_hex(16), MoveListener()
+        request = Move(
             location=PLACE,
             tokens=pack_tokens(payload.tokens),
             model=payload.base.model,
@@ -272,29 +283,22 @@ class Taker:
             source_location=PLACE,
             copy=True,
         )
-        seal = Capability.of(order, event_id, f"taker-{name}").seal(lender.key)
-        fields = {field: getattr(order, field) for field in order.__struct_fields__}
-        peer = Peer(event_id, lender.url, lender.incarnation, seal)
-
-        def finish(outcome: Outcome) -> None:
-            ended.append(Ended(time.perf_counter(), outcome))
-            over.set()
+        seal = Capability.of(request, operation_id, f"taker-{name}").seal(lender.key)
+        fields = {field: getattr(request, field) for field in request.__struct_fields__}
+        peer = Peer(operation_id, lender.url, lender.incarnation, seal)
 
         begun = time.perf_counter()
-        self._nodes[name].mover.begin(
-            Move(**{**fields, "peer": peer}),
-            deadline_s=WAIT_S,
-            report=lambda _: None,
-            finish=finish,
+        self._nodes[name].mover.start(
+            Move(**{**fields, "peer": peer}), deadline_s=WAIT_S, listener=listener
         )
-        over.wait(WAIT_S)
-        [(at, outcome)] = ended
-        transfer = outcome.progress.transfer
-        if outcome.state != "done" or not transfer or transfer.transport != name:
-            raise RuntimeError(f"a move by {name} ended so: {outcome}")
-        assert outcome.tokens == len(payload.tokens)
+        listener.over.wait(WAIT_S)
+        status = listener.status
+        transfer = status.progress.transfer
+        if status.state != "done" or not transfer or transfer.transport != name:
+            raise RuntimeError(f"a move by {name} ended so: {status}")
+        assert status.tokens == len(payload.tokens)
         self._cache.engine.memory_tier.clear()
-        return at - begun, transfer.seconds
+        return listener.ended_at - begun, transfer.seconds
 
     def close(self) -> None:
         for link in self._links.values():

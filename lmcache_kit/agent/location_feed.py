@@ -1,4 +1,4 @@
-"""What one location of a cache process announces, and who waits for it to be known."""
+"""The event log and the barriers of one location."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lmcache_kit.cache.records import ChangeListener, StoredChunk
 from lmcache_kit.keys import ChunkKey
 
 
-class Announced(Protocol):
-    """What is needed of an :class:`~lmcache_kit.cache.tier.Tier`."""
+class ChunkSource(Protocol):
+    """The part of a :class:`~lmcache_kit.cache.tier.Tier` that the agent uses."""
 
     @property
     def location(self) -> str: ...
@@ -26,42 +26,44 @@ class Announced(Protocol):
 
 
 class LocationFeed:
-    """A :class:`~lmcache_kit.cache.records.ChangeListener` of ``inventory``; ``ring`` wakes whoever
-    sends what was noted."""
+    """A :class:`~lmcache_kit.cache.records.ChangeListener` that fills the log of one location.
+
+    ``wake`` is called after each change, from the engine's threads.
+    """
 
     def __init__(
         self,
-        inventory: Announced,
-        announcer: EventLog | None = None,
+        source: ChunkSource,
+        log: EventLog | None = None,
         *,
-        ring: Callable[[], None] = lambda: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self.location = inventory.location
-        self.announcer = announcer or EventLog(inventory.location)
-        self.confirmations = SyncBarrier()
-        self._inventory = inventory
-        self._ring = ring
+        self.location = source.location
+        self.log = log or EventLog(source.location)
+        self.sync = SyncBarrier()
+        self._source = source
+        self._wake = wake
 
-    def begin(self) -> None:
-        """Listen, from now on."""
-        self.announcer.begin_with(self._inventory.subscribe(self))
+    def start(self) -> None:
+        """Load the chunks that are there, and listen to changes."""
+        self.log.preload(self._source.subscribe(self))
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Listen no longer."""
-        with contextlib.suppress(ValueError):  # one that is closed has forgotten us
-            self._inventory.unsubscribe(self)
+        with contextlib.suppress(ValueError):  # a closed tier has dropped its listeners
+            self._source.unsubscribe(self)
 
     def added(self, chunk: StoredChunk) -> None:
-        """Take a note."""
-        self.announcer.added(chunk)
-        self._ring()
+        """Append a stored chunk to the log."""
+        self.log.added(chunk)
+        self._wake()
 
     def removed(self, key: ChunkKey) -> None:
-        """Take a note."""
-        self.announcer.removed(key)
-        self._ring()
+        """Append the removal of a chunk to the log."""
+        self.log.removed(key)
+        self._wake()
 
     def take_snapshot(self) -> None:
-        """All there is, instead of the changes that led to it."""
-        self._inventory.snapshot(self.announcer.snapshot_is)
-        self.announcer.start_snapshot()
+        """Load everything at the location into the log, and send it next."""
+        self._source.snapshot(self.log.load_snapshot)
+        self.log.start_snapshot()

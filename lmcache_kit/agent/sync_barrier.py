@@ -1,8 +1,12 @@
-"""Who waits until the controller's index holds what was noted.
+"""Barriers: wait until the controller's index holds everything up to now.
 
-No sockets. :meth:`SyncBarrier.ask` may be called from any thread and so may
-:meth:`Barrier.until`; all else belongs to the agent's thread. The other end is
+No sockets. :meth:`SyncBarrier.open` and :meth:`Barrier.wait` may be called from any thread; all
+else belongs to the agent's thread. The other end is
 :meth:`lmcache_kit.controller.replica.Replica.confirm`.
+
+A barrier is pending until the changes before it have a sequence number. Then it waits for the
+controller to confirm this number. The question is repeated until it is answered, or until no
+barrier waits.
 """
 
 from __future__ import annotations
@@ -10,100 +14,101 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-AGAIN_S = 0.25
+ASK_AGAIN_S = 0.25
 
 
 class Barrier:
-    """For the index to hold what was noted before this was made. ``seq`` is the number that the
-    last of it got, None until it has one."""
+    """Waits for the index to hold every change before it. ``seq`` is None while pending."""
 
     def __init__(self, drop: Callable[[Barrier], None]) -> None:
         self.seq: int | None = None
         self.confirmed = False
-        self._over = threading.Event()
+        self._completed = threading.Event()
         self._drop = drop
 
-    def until(self, timeout_s: float) -> bool:
-        """Whether it does; False after ``timeout_s`` seconds, or when nobody will tell."""
+    def wait(self, timeout_s: float) -> bool:
+        """Return whether the index holds it. False after ``timeout_s`` seconds or a close."""
         try:
-            self._over.wait(timeout_s)
+            self._completed.wait(timeout_s)
         finally:
             self._drop(self)
         return self.confirmed
 
-    def end(self, *, confirmed: bool) -> None:
-        """Let go of who waits."""
+    def complete(self, *, confirmed: bool) -> None:
+        """Release the waiting thread."""
         self.confirmed = confirmed
-        self._over.set()
+        self._completed.set()
 
 
 class SyncBarrier:
-    """All who wait. A question is said again until it is answered or nobody waits any more."""
+    """The barriers of one location."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waits: list[Barrier] = []
+        self._barriers: list[Barrier] = []
         self._closed = False
-        self._next = 0.0
+        self._due = 0.0
 
-    def ask(self) -> Barrier:
-        """Of all that was noted up to now."""
-        wait = Barrier(self._forget)
+    def open(self) -> Barrier:
+        """Return a barrier for all changes up to now."""
+        barrier = Barrier(self._drop)
         with self._lock:
             closed = self._closed
             if not closed:
-                self._waits.append(wait)
+                self._barriers.append(barrier)
         if closed:
-            wait.end(confirmed=False)
-        return wait
+            barrier.complete(confirmed=False)
+        return barrier
 
-    def fresh(self) -> list[Barrier]:
-        """Those without a number: what was noted before them must get one now."""
+    def pending(self) -> list[Barrier]:
+        """Return the barriers whose changes need a sequence number."""
         with self._lock:
-            return [wait for wait in self._waits if wait.seq is None]
+            return [barrier for barrier in self._barriers if barrier.seq is None]
 
-    def number(self, waits: Sequence[Barrier], seq: int) -> None:
-        """All that was noted before these is in ``seq``; ask at once."""
-        for wait in waits:
-            wait.seq = seq
-        if waits:
-            self._next = 0.0
+    def assign(self, barriers: Sequence[Barrier], seq: int) -> None:
+        """Give ``seq`` to barriers whose changes are all numbered, and ask at once."""
+        for barrier in barriers:
+            barrier.seq = seq
+        if barriers:
+            self._due = 0.0
 
     @property
-    def wanted(self) -> int | None:
-        """The number to ask about; None: nobody waits for one."""
+    def wanted_seq(self) -> int | None:
+        """The number to ask about; None when no barrier waits for one."""
         with self._lock:
-            return max((wait.seq for wait in self._waits if wait.seq is not None), default=None)
+            numbered = (barrier.seq for barrier in self._barriers if barrier.seq is not None)
+            return max(numbered, default=None)
 
+    @property
     def due(self) -> float:
         """When to ask, on the clock."""
-        return self._next
+        return self._due
 
-    def said(self, now: float) -> None:
-        """It was asked."""
-        self._next = now + AGAIN_S
+    def mark_asked(self, now: float) -> None:
+        """Ask again after a while."""
+        self._due = now + ASK_AGAIN_S
 
     def restart(self) -> None:
-        """A new connection: ask at once."""
-        self._next = 0.0
+        """Ask at once on a new connection."""
+        self._due = 0.0
 
-    def answered(self, seq: int) -> None:
-        """The index holds everything up to ``seq``."""
+    def complete(self, seq: int) -> None:
+        """Release the barriers up to ``seq``: the index holds everything before them."""
         with self._lock:
-            held = [wait for wait in self._waits if wait.seq is not None and wait.seq <= seq]
-            self._waits = [wait for wait in self._waits if wait not in held]
-        for wait in held:
-            wait.end(confirmed=True)
+            held = [each for each in self._barriers if each.seq is not None and each.seq <= seq]
+            self._barriers = [each for each in self._barriers if each not in held]
+        for barrier in held:
+            barrier.complete(confirmed=True)
 
     def close(self) -> None:
-        """Nobody will tell any more."""
+        """Release all barriers unconfirmed, now and later."""
         with self._lock:
             self._closed = True
-            waits, self._waits = self._waits, []
-        for wait in waits:
-            wait.end(confirmed=False)
+            barriers, self._barriers = self._barriers, []
+        for barrier in barriers:
+            barrier.complete(confirmed=False)
 
-    def _forget(self, wait: Barrier) -> None:
+    def _drop(self, barrier: Barrier) -> None:
         with self._lock:
-            if wait in self._waits:
-                self._waits.remove(wait)
+            if barrier in self._barriers:
+                self._barriers.remove(barrier)

@@ -1,4 +1,4 @@
-"""Events and pins as the controller tells them, and in words."""
+"""Read the controller's replies on events and pins, and describe these in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _S = TypeVar("_S", bound=msgspec.Struct)
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """How the bytes of a move come. ``how``: over what, and why not otherwise."""
+    """How the bytes of a move come: the transport, and in ``how`` the way that it takes."""
 
     transport: str
     how: str
@@ -22,7 +22,7 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Progress at one location; or the sum of some. ``transfer``: of moves."""
+    """Progress at one location, or the sum over some. ``transfer`` is set for moves."""
 
     chunks_done: int
     chunks: int
@@ -32,8 +32,10 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One operation; ``ended`` is None while it goes on. ``old_position``: instance and location
-    that a move takes from."""
+    """One operation. ``ended`` is None while it goes on.
+
+    ``old_position`` is the instance and location that a move takes from.
+    """
 
     event_id: str
     operation: str
@@ -50,7 +52,7 @@ class Event(msgspec.Struct, frozen=True):
 
     @property
     def done(self) -> Part:
-        """All of it."""
+        """The sum over all locations."""
         done, chunks, before, after = (
             sum(getattr(part, name) for part in self.progress) for name in _SUMMED
         )
@@ -74,33 +76,33 @@ _SUMMED = ("chunks_done", "chunks", "bytes_before", "bytes_after")
 
 
 def read(kind: type[_S], answer: Any) -> _S:
-    """Raises ControlError for an answer that is none of ours."""
+    """Convert a reply. Raise ControlError for one that does not come from a controller."""
     try:
         return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:
         raise ControlError(f"what answered is no controller: {error}") from error
 
 
-def told(event: Event) -> str:
-    """How far it has come or how it ended, in a line."""
+def describe(event: Event) -> str:
+    """Describe the progress or the end of an operation in one line."""
     done = event.done
     if event.ended is None:
         line = f"{event.state}: {done.chunks_done} of {done.chunks} chunks"
-        return f"{line}; {size}" if (size := came(done.transfer)) else line
+        return f"{line}; {size}" if (size := describe_transfer(done.transfer)) else line
     words = [f"{event.state}: {_counted(event.num_tokens, 'token')}"]
     if done.chunks:
         words.append(f"{done.chunks_done} of {_counted(done.chunks, 'chunk')}")
     if event.ratio is not None and done.bytes_before != done.bytes_after:
-        words.append(f"{changed(done)}, ratio {event.ratio:.2f}")
-    if size := came(done.transfer, with_how=True):
+        words.append(f"{describe_sizes(done)}, ratio {event.ratio:.2f}")
+    if size := describe_transfer(done.transfer, with_how=True):
         words.append(size)
     if event.message:
         words.append(event.message)
     return "; ".join(words)
 
 
-def came(transfer: Transfer | None, *, with_how: bool = False) -> str:
-    """``270.0 KiB by NIXL (CMA on one host), 1.2 GB/s``; empty before anything has come."""
+def describe_transfer(transfer: Transfer | None, *, with_how: bool = False) -> str:
+    """``270.0 KiB by nixl (CMA on one host), 1.2 GB/s``; empty before anything has come."""
     if transfer is None or not transfer.bytes:
         return ""
     how = f" ({transfer.how})" if with_how and transfer.how else ""
@@ -108,7 +110,7 @@ def came(transfer: Transfer | None, *, with_how: bool = False) -> str:
     return f"{shown_bytes(transfer.bytes)} by {transfer.transport}{how}{speed}"
 
 
-def changed(done: Part) -> str:
+def describe_sizes(done: Part) -> str:
     """``5.8 MiB became 1.0 MiB``."""
     return f"{shown_bytes(done.bytes_before)} became {shown_bytes(done.bytes_after)}"
 

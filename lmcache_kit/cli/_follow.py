@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmcache_kit.cli._events import Event, came, changed, read, told
+from lmcache_kit.cli._events import Event, describe, describe_sizes, describe_transfer, read
 from lmcache_kit.cli._rest import get
 from lmcache_kit.cli.output import print_json
 
@@ -21,7 +21,7 @@ ENDED_WELL = ("done", "partial")
 
 
 def follow(url: str, event_id: str, *, as_json: bool) -> None:
-    """Wait for the end and print how it was; exit with 1 if it did not end well."""
+    """Wait for the end and print it. Exit with 1 unless all or a part was done."""
     show = _bar if Console(stderr=True).is_terminal else _lines
     try:
         (answer,) = deque(show(_poll(url, event_id)), maxlen=1)
@@ -34,13 +34,13 @@ def follow(url: str, event_id: str, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        click.echo(told(event))
+        click.echo(describe(event))
     if event.state not in ENDED_WELL:
         raise SystemExit(1)
 
 
 def _poll(url: str, event_id: str) -> Iterator[dict[str, Any]]:
-    """The event again and again, until it has ended."""
+    """Ask for the event until it has ended, because REST has no way to wait for it."""
     while True:
         answer = get(f"{url}/events/{event_id}", {})
         yield answer
@@ -53,7 +53,7 @@ def _lines(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     shown, shown_at = "", 0.0
     for answer in answers:
         event = read(Event, answer)
-        line = told(event)
+        line = describe(event)
         if event.ended is None and line != shown and time.monotonic() - shown_at >= LINE_S:
             click.echo(line, err=True)
             shown, shown_at = line, time.monotonic()
@@ -77,11 +77,11 @@ def _bar(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 description=f"{event.operation}, {event.state}",
                 completed=done.chunks_done,
                 total=done.chunks,
-                size=came(done.transfer) or _changed(event),
+                size=describe_transfer(done.transfer) or _sizes(event),
             )
             yield answer
 
 
-def _changed(event: Event) -> str:
-    """Empty where no bytes were changed."""
-    return changed(event.done) if event.ratio is not None else ""
+def _sizes(event: Event) -> str:
+    """Describe how the sizes changed; empty for an operation that changes no bytes."""
+    return describe_sizes(event.done) if event.ratio is not None else ""

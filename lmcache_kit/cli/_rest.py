@@ -21,7 +21,7 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A controller does not redirect, and the token must not go elsewhere."""
+    """Refuse redirects: a controller sends none, and the token must not go elsewhere."""
 
     def redirect_request(self, *args: Any) -> None:
         return None
@@ -45,7 +45,7 @@ def _ask(url: str, body: bytes | None, timeout_s: float) -> dict[str, Any]:
     if token := os.environ.get("LMCACHE_KIT_TOKEN"):
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, body, headers)  # noqa: S310
-    # A proxy that the environment names is for the world outside, not for a controller.
+    # Proxies of the environment are for other networks, not for a controller.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
     try:
         with opener.open(request, timeout=timeout_s) as reply:
@@ -66,7 +66,7 @@ def _ask(url: str, body: bytes | None, timeout_s: float) -> dict[str, Any]:
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> ControlError:
-    """The controller's own words, if it is ours."""
+    """Build the error from the controller's reply, if it is in the controller's shape."""
     try:
         problem = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
         return ControlError(str(problem["message"]), hint=str(problem.get("hint") or ""))

@@ -121,7 +121,7 @@ def _event(event: Event) -> tuple[str, ...]:
 
 
 def _from_to(source: str | None, name: str) -> str:
-    """Both ends of a move, where they differ."""
+    """Show both ends of a move where they differ."""
     return name if source in (None, name) else f"{source} -> {name}"
 
 
@@ -138,5 +138,5 @@ def _pin(pin: Pin) -> tuple[str, ...]:
 
 
 def _is_id(text: str) -> bool:
-    """It becomes a part of a URL."""
+    """Whether a text can be an id and a part of a URL."""
     return text.replace("-", "").replace("_", "").isalnum() and text.isascii()

@@ -53,9 +53,9 @@ def lookup(
 
 
 def _matches(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str]]:
-    """Instance, location, tokens and why the match stopped; LMCache's controller does not say why.
+    """Iterate over instance, location, tokens and why the match stopped.
 
-    Raises ControlError when this is no answer to a lookup.
+    LMCache's controller does not tell why. Raise ControlError for any other reply.
     """
     try:
         if "detail" not in answer:

@@ -9,8 +9,8 @@ import click
 from lmcache_kit.cli._tokens import tokens_or_all
 from lmcache_kit.cli.operations import (
     everything_option,
-    order,
     shared,
+    submit,
     wait_option,
 )
 from lmcache_kit.plugins.first_party import DEFAULT_MEMORY_BACKEND
@@ -47,7 +47,7 @@ def move(
     """Bring what is stored of these tokens, or everything, from one instance or location to
     another.
 
-    The source forgets it once the destination has it and lookups find it there; whatever goes
+    The source deletes it once the destination has it and lookups find it there; whatever goes
     wrong before that, the source keeps it. Two instances need enable_p2p; from one location of an
     instance to another it goes without. TOKENS are ids, given as to `lmcache-kit lookup`.
 
@@ -65,4 +65,4 @@ def move(
         **options,
     }
     word = "Copying" if copy else "Moving"
-    order("move", word, tokens_or_all(tokens, file, everything), asked, wait=wait)
+    submit("move", word, tokens_or_all(tokens, file, everything), asked, wait=wait)

@@ -41,14 +41,14 @@ _method = click.option("--method", default=DEFAULT_CODEC, show_default=True, hel
 
 
 def shared(command: _C) -> _C:
-    """What all of them take."""
+    """Add the options that all operations take."""
     for option in reversed(_SHARED):
         command = option(command)
     return command
 
 
 def at_place(command: _C) -> _C:
-    """Where it is to be done."""
+    """Add the options that name an instance and a location."""
     for option in reversed(_PLACE):
         command = option(command)
     return command
@@ -68,7 +68,7 @@ def pin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
     Example:
       lmcache-kit pin 128000 849 21435 --ttl 3600
     """
-    order("pin", "Pinned", given_tokens(tokens, file), options)
+    submit("pin", "Pinned", given_tokens(tokens, file), options)
 
 
 @click.command()
@@ -84,7 +84,7 @@ def unpin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
       lmcache-kit unpin --pin 0d5f3c...
     """
     by_name = options["pin_id"] is not None and not tokens and file is None
-    order("unpin", "Unpinned", None if by_name else given_tokens(tokens, file), options)
+    submit("unpin", "Unpinned", None if by_name else given_tokens(tokens, file), options)
 
 
 @click.command()
@@ -93,14 +93,14 @@ def unpin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
 @everything_option
 @click.option("--force", is_flag=True, default=None, help="Pinned KV as well.")
 def clear(tokens: tuple[int, ...], file: str | None, everything: bool, **options: Any) -> None:
-    """Forget what is stored of these tokens, or everything.
+    """Delete what is stored of these tokens, or everything.
 
     \b
     Examples:
       lmcache-kit clear 128000 849 21435
       lmcache-kit clear --all
     """
-    order("clear", "Cleared", tokens_or_all(tokens, file, everything), options)
+    submit("clear", "Cleared", tokens_or_all(tokens, file, everything), options)
 
 
 @click.command()
@@ -119,7 +119,7 @@ def compress(
       lmcache-kit compress 128000 849 21435
       lmcache-kit compress --all --wait
     """
-    order("compress", "Compressing", tokens_or_all(tokens, file, everything), options, wait=wait)
+    submit("compress", "Compressing", tokens_or_all(tokens, file, everything), options, wait=wait)
 
 
 @click.command()
@@ -137,12 +137,12 @@ def decompress(
     Example:
       lmcache-kit decompress --all --wait
     """
-    order(
+    submit(
         "decompress", "Decompressing", tokens_or_all(tokens, file, everything), options, wait=wait
     )
 
 
-def order(
+def submit(
     verb: str,
     word: str,
     tokens: list[int] | None,
@@ -150,8 +150,10 @@ def order(
     *,
     wait: bool | None = None,
 ) -> None:
-    """POST it with these options, and tell the answer; ``word`` is the verb of that. ``wait`` is
-    None for an order that has ended when it is answered."""
+    """POST a request with these options, and print the answer, which begins with ``word``.
+
+    ``wait`` is None for an operation that has ended when the answer comes.
+    """
     given = dict(options)
     url, as_json = given.pop("url").rstrip("/"), given.pop("as_json")
     body = {key: value for key, value in given.items() if value is not None}

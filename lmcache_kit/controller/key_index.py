@@ -1,10 +1,11 @@
 """The inverted index: chunk key to the set of its holders, as the bits of an integer.
 
-A holder is one location of one cache process in one life. It owns a bit until it is closed;
-closing only takes the bit out of the visible ones, and :meth:`KeyIndex.sweep` clears it from the
-keys piece by piece before another holder may have it. So a lookup costs the same however many
-holders there are, dead or alive, and no operation stops the event loop for long: keys lie in 256
-dictionaries by their first byte, which bounds both a sweep's step and a dictionary's growth.
+A holder is one location of one incarnation of a cache process. A holder owns a bit until it is
+closed. Closing only takes the bit out of the visible ones, and :meth:`KeyIndex.sweep` clears the
+bit from the keys piece by piece before another holder may own it. So a lookup costs the same
+however many holders there are, dead or alive, and nothing stops the event loop for long: keys lie
+in 256 dictionaries by their first byte, which bounds both a step of a sweep and the growth of a
+dictionary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from lmcache_kit.keys import ChunkKey
-from lmcache_kit.protocol.control import Tail
+from lmcache_kit.protocol.control import PartialChunkEntry
 
 _SHARDS = 256
 _LOW_64 = (1 << 64) - 1
@@ -22,14 +23,14 @@ _SHARED_MASKS = 65_536
 
 
 class Owner(NamedTuple):
-    """Whom a holder stands for."""
+    """The instance and location of a holder."""
 
     instance_id: str
     location: str
 
 
 class Holder:
-    """One bit of the index, and the digest of the keys that carry it."""
+    """One bit of the index, and a digest of the keys that carry the bit."""
 
     __slots__ = ("bit", "keys", "mask", "owner", "xor")
 
@@ -42,7 +43,7 @@ class Holder:
 
 
 class KeyIndex:
-    """Not thread-safe; belongs to the controller's event loop."""
+    """Keys and their holders. Not thread-safe; belongs to the controller's event loop."""
 
     def __init__(self) -> None:
         self.visible = 0
@@ -53,27 +54,27 @@ class KeyIndex:
         self._dead = 0
         self._sweeping = 0
         self._next_shard = 0
-        self._tail_of: dict[ChunkKey, tuple[ChunkKey, int]] = {}
-        self._tails: dict[ChunkKey, dict[int, int]] = {}
+        self._partial: dict[ChunkKey, tuple[ChunkKey, int]] = {}
+        self._partial_lengths: dict[ChunkKey, dict[int, int]] = {}
 
     def __len__(self) -> int:
-        """Distinct keys, those of dead holders included until they are swept."""
+        """Count distinct keys, those of dead holders included until these are swept."""
         return sum(map(len, self._shards))
 
     @property
     def holders(self) -> int:
-        """Holders that are open, visible or not."""
+        """Number of open holders, visible or not."""
         return len(self._owners) - len(self._free) - self._dead.bit_count()
 
     @property
     def dead(self) -> int:
-        """Closed holders that are not swept yet."""
+        """Number of closed holders that are not swept yet."""
         return self._dead.bit_count()
 
     # Holders.
 
     def open(self, owner: Owner) -> Holder:
-        """A new holder of nothing, not visible yet."""
+        """Make a holder without keys, not visible yet."""
         if self._free:
             bit = heappop(self._free)
             self._owners[bit] = owner
@@ -83,19 +84,19 @@ class KeyIndex:
         return Holder(bit, owner)
 
     def owner(self, bit: int) -> Owner:
-        """Whom an open holder stands for."""
+        """Return the owner of an open holder."""
         return self._owners[bit]
 
     def show(self, holder: Holder) -> None:
-        """Let lookups see it."""
+        """Make a holder visible to lookups."""
         self.visible |= holder.mask
 
     def hide(self, holder: Holder) -> None:
-        """Let lookups not see it, and keep what it holds."""
+        """Hide a holder from lookups, and keep its keys."""
         self.visible &= ~holder.mask
 
     def close(self, holder: Holder) -> None:
-        """It holds nothing any more, at once; close a holder only once."""
+        """Hide a holder for good; its keys are swept later. Close each holder once."""
         self.hide(holder)
         if holder.keys:
             self._dead |= holder.mask
@@ -103,15 +104,20 @@ class KeyIndex:
             heappush(self._free, holder.bit)
 
     def replace(self, old: Holder, new: Holder) -> None:
-        """``new`` takes the place of ``old``, seen or unseen as that was."""
+        """Close ``old``, and make ``new`` visible if ``old`` was."""
         if self.visible & old.mask:
             self.show(new)
         self.close(old)
 
     # Keys.
 
-    def add(self, holder: Holder, keys: Iterable[ChunkKey], tails: Iterable[Tail] = ()) -> None:
-        """Keys that it holds already are passed over. ``tails`` tell of keys among them."""
+    def add(
+        self,
+        holder: Holder,
+        keys: Iterable[ChunkKey],
+        partial_chunks: Iterable[PartialChunkEntry] = (),
+    ) -> None:
+        """Add keys to a holder; skip those that it has. ``partial_chunks`` are among them."""
         mask, shards = holder.mask, self._shards
         count = xor = 0
         for key in keys:
@@ -127,11 +133,11 @@ class KeyIndex:
             xor ^= int.from_bytes(key, "little")
         holder.keys += count
         holder.xor ^= xor & _LOW_64
-        for tail in tails:
-            self._note_tail(tail)
+        for entry in partial_chunks:
+            self._add_partial(entry)
 
     def remove(self, holder: Holder, keys: Iterable[ChunkKey]) -> None:
-        """Keys that it does not hold are passed over."""
+        """Remove keys from a holder; skip those that it lacks."""
         mask, shards = holder.mask, self._shards
         count = xor = 0
         for key in keys:
@@ -146,15 +152,15 @@ class KeyIndex:
         holder.xor ^= xor & _LOW_64
 
     def held(self, key: ChunkKey) -> int:
-        """The visible holders of a key, as a mask."""
+        """Return the visible holders of a key, as a mask."""
         return self._shards[key[0]].get(key, 0) & self.visible
 
-    def tail_lengths(self, parent: ChunkKey) -> Iterable[int]:
-        """Token counts of the partial chunks stored after ``parent``."""
-        return self._tails.get(parent, ())
+    def partial_lengths(self, parent: ChunkKey) -> Iterable[int]:
+        """Return the token counts of the partial chunks stored after ``parent``."""
+        return self._partial_lengths.get(parent, ())
 
     def keys_of(self, holder: Holder) -> Iterator[ChunkKey]:
-        """Everything that it holds; walks the whole index, for tests and tools."""
+        """Iterate over the keys of a holder. Walks the whole index: for tests and tools."""
         for shard in self._shards:
             for key, held in shard.items():
                 if held & holder.mask:
@@ -163,7 +169,7 @@ class KeyIndex:
     # Dead holders.
 
     def sweep(self) -> bool:
-        """Clear dead holders from one part of the index; False when none is left."""
+        """Clear dead holders from one part of the index. Return False when none is left."""
         if not self._sweeping:
             if not self._dead:
                 return False
@@ -180,7 +186,7 @@ class KeyIndex:
         return bool(self._dead)
 
     def _without(self, gone: int, shard: dict[ChunkKey, int]) -> dict[ChunkKey, int]:
-        """A new dictionary: one that only loses keys keeps its memory."""
+        """Build a new dictionary, because one that only loses keys keeps its memory."""
         kept = {key: held for key, held in shard.items() if not held & gone}
         if len(kept) == len(shard):
             return shard
@@ -188,8 +194,8 @@ class KeyIndex:
             if held & gone:
                 if rest := held & ~gone:
                     kept[key] = self._share(rest)
-                elif key in self._tail_of:
-                    self._forget_tail(key)
+                elif key in self._partial:
+                    self._remove_partial(key)
         return kept
 
     def _put(self, shard: dict[ChunkKey, int], key: ChunkKey, held: int) -> None:
@@ -197,36 +203,36 @@ class KeyIndex:
             shard[key] = self._share(held)
         else:
             del shard[key]
-            self._forget_tail(key)
+            self._remove_partial(key)
 
     def _share(self, mask: int) -> int:
-        """Masks of many bits are large, and the same few are everywhere: keep one object each."""
+        """Keep one object for equal masks: masks of many bits are large, and few differ."""
         if len(self._shared) >= _SHARED_MASKS:
             self._shared.clear()
         return self._shared.setdefault(mask, mask)
 
-    def _note_tail(self, tail: Tail) -> None:
-        if tail.key in self._tail_of or tail.key not in self._shards[tail.key[0]]:
+    def _add_partial(self, entry: PartialChunkEntry) -> None:
+        if entry.key in self._partial or entry.key not in self._shards[entry.key[0]]:
             return
-        self._tail_of[tail.key] = (tail.parent, tail.tokens)
-        lengths = self._tails.setdefault(tail.parent, {})
-        lengths[tail.tokens] = lengths.get(tail.tokens, 0) + 1
+        self._partial[entry.key] = (entry.parent, entry.tokens)
+        lengths = self._partial_lengths.setdefault(entry.parent, {})
+        lengths[entry.tokens] = lengths.get(entry.tokens, 0) + 1
 
-    def _forget_tail(self, key: ChunkKey) -> None:
-        known = self._tail_of.pop(key, None)
+    def _remove_partial(self, key: ChunkKey) -> None:
+        known = self._partial.pop(key, None)
         if known is None:
             return
         parent, tokens = known
-        lengths = self._tails[parent]
+        lengths = self._partial_lengths[parent]
         lengths[tokens] -= 1
         if not lengths[tokens]:
             del lengths[tokens]
             if not lengths:
-                del self._tails[parent]
+                del self._partial_lengths[parent]
 
 
 def bits(mask: int) -> Iterator[int]:
-    """Numbers of the bits that are set, lowest first."""
+    """Iterate over the numbers of the bits that are set, lowest first."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1

@@ -1,7 +1,15 @@
-"""What was ordered, how far it has come, and how it ended: each event in exactly one way, by its
-deadline.
+"""The log of operations: each has exactly one end, by its deadline.
 
-No sockets. Finished events stay readable for ``keep_s`` seconds, up to ``keep`` of them.
+No sockets. The log is the one place that gives a request its operation id, its deadline and its
+idempotency key. Ended operations stay readable for ``keep_s`` seconds, up to ``keep`` of them.
+
+An operation is queued until the cache process has accepted its request or ``accept_by`` has come,
+and running until it ends or ``deadline`` has come::
+
+    queued --accept--> running --finish--> done | partial | failed | cancelled | expired
+       \\--refuse, finish, expire--------> failed | cancelled | expired
+
+The first end counts; whatever arrives later changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 from blake3 import blake3
@@ -26,131 +34,131 @@ from lmcache_kit.errors import (
     OperationFailed,
     UnknownName,
 )
-from lmcache_kit.interfaces.frontend import EventInfo, EventPart, EventState, Operation
+from lmcache_kit.interfaces.frontend import OperationInfo
 from lmcache_kit.interfaces.operations import (
-    Accepted,
     ListPins,
     Move,
-    Order,
-    Outcome,
+    OperationRequest,
+    OperationState,
+    OperationStatus,
     Pin,
-    PinInfo,
     Progress,
+    Scope,
+    kind,
 )
-from lmcache_kit.protocol.control import MAX_TEXT, Begin
+from lmcache_kit.protocol.control import MAX_TEXT, StartOperation
 
 KEEP = 1000
 KEEP_S = 3600.0
 MAX_ACTIVE = 1000
 MAX_WAITING_BYTES = 64 * 1024 * 1024
-TAKE_S = 10.0
-QUICK_S = 10.0
+ACCEPT_S = 10.0
+SHORT_S = 10.0
 LONG_S = 600.0
 _LONG = {"compress", "decompress", "move"}
 _MAX_KNOWN = 20
-_UNDONE: dict[str, type[ControlError]] = {"failed": OperationFailed, "expired": DeadlineExceeded}
-"""How an order that ended so before it was accepted is refused."""
+_REFUSALS: dict[str, type[ControlError]] = {
+    "failed": OperationFailed,
+    "expired": DeadlineExceeded,
+}
+"""The error of an operation that ended in this state before it was accepted."""
 
 
-def default_deadline_s(operation: str) -> float:
-    """For orders that come without one."""
-    return LONG_S if operation in _LONG else QUICK_S
+def default_deadline_s(kind: str) -> float:
+    """Return the deadline of requests that come without one."""
+    return LONG_S if kind in _LONG else SHORT_S
 
 
-class Event:
-    """One order given to one life of a cache process. Only the ledger changes it. ``source``: that
-    which a move takes from.
+class Operation:
+    """One request to one incarnation of a cache process. Only the log changes it.
 
-    ``begin`` is there until the order was answered. ``answered`` and ``ended`` are set once that
-    is so; ``refusal`` is why it never began. On the ledger's clock it is to be taken on by
-    ``take_by``, and has ended by ``deadline``.
+    ``start`` is the message to send until it is answered, then None. ``answered`` is set with the
+    answer, ``ended`` with the end; ``refusal`` is the reason why it was not accepted. The log's
+    clock counts ``accept_by`` and ``deadline``.
     """
 
     def __init__(
         self,
-        operation: Operation,
+        request: OperationRequest,
         process: Process,
-        source: Process | None = None,
+        source: Process | None,
         *,
+        deadline_s: float | None,
+        idempotency_key: str | None,
         now: float,
         wall: float,
     ) -> None:
-        order = operation.order
-        self.event_id = uuid.uuid4().hex
-        self.operation = str(type(order).__struct_config__.tag)
-        self.location = order.location
+        self.operation_id = uuid.uuid4().hex
+        self.kind = kind(request)
+        self.location = request.location
         self.process = process
-        self.source = (order.source, order.source_location) if isinstance(order, Move) else None
-        self.idempotency_key = operation.idempotency_key
-        self.fingerprint = _fingerprint(operation) if operation.idempotency_key else b""
-        self.deadline_s = operation.deadline_s or default_deadline_s(self.operation)
-        self.begin: Begin | None = Begin(
-            self.event_id, self.deadline_s, _filled_in(order, self, source)
+        self.source = (
+            (request.source, request.source_location) if isinstance(request, Move) else None
         )
-        self.take_by = now + min(TAKE_S, self.deadline_s)
+        self.idempotency_key = idempotency_key
+        self.fingerprint = b""
+        if idempotency_key is not None:
+            self.fingerprint = _fingerprint(process.instance_id, request, deadline_s)
+        self.deadline_s = deadline_s or default_deadline_s(self.kind)
+        self.start: StartOperation | None = StartOperation(
+            self.operation_id, self.deadline_s, _completed(request, self, source)
+        )
+        self.accept_by = now + min(ACCEPT_S, self.deadline_s)
         self.deadline = now + self.deadline_s
         self.created = wall
-        self.ends_by = wall + self.deadline_s
         self.started_at: float | None = None
         self.ended_at: float | None = None
         self.ended_on_clock = 0.0
-        self.state: EventState = "queued"
-        self.tokens = 0
-        self.progress = Progress()
-        self.message = ""
-        self.pins: tuple[PinInfo, ...] = ()
+        self.status = OperationStatus("queued")
         self.refusal: KitError | None = None
         self.cancelling = False
-        self.said = 0.0
+        self.sent_at = 0.0
         self.answered = asyncio.Event()
         self.ended = asyncio.Event()
 
     @property
     def listed(self) -> bool:
-        """Whether it is an event that people see; asking for pins is none."""
-        return self.operation != ListPins.__struct_config__.tag
+        """Whether operators see it; listing pins is not an operation to them."""
+        return self.kind != ListPins.__struct_config__.tag
 
     @property
     def due(self) -> float:
-        """It expires here, on the ledger's clock, unless something comes first."""
-        return self.take_by if self.state == "queued" else self.deadline
+        """When it expires unless something comes first, on the log's clock."""
+        return self.accept_by if self.status.state == "queued" else self.deadline
 
     @property
     def waiting_bytes(self) -> int:
-        return len(self.begin.order.tokens or b"") if self.begin else 0
+        return len(self.start.request.tokens or b"") if self.start else 0
 
-    def info(self) -> EventInfo:
-        """What is known of it now."""
-        before, after = self.progress.bytes_before, self.progress.bytes_after
-        changed = before and after and self.source is None
-        part = EventPart(
-            self.process.instance_id,
-            self.location,
-            tuple(sorted(worker.rank for worker in self.process.said.workers)),
-            self.progress,
-        )
-        return EventInfo(
-            event_id=self.event_id,
-            operation=self.operation,
+    async def accepted(self) -> None:
+        """Wait for the answer of the cache process. Raise the refusal."""
+        await self.answered.wait()
+        if self.refusal is not None:
+            raise self.refusal
+
+    def info(self) -> OperationInfo:
+        """Return its status and identity for frontends."""
+        return OperationInfo(
+            **msgspec.structs.asdict(self.status),
+            operation_id=self.operation_id,
+            kind=self.kind,
             instance_id=self.process.instance_id,
             location=self.location,
-            state=self.state,
-            tokens=self.tokens,
-            parts=(part,),
-            ratio=before / after if changed else None,
-            message=self.message,
+            worker_ids=tuple(sorted(worker.rank for worker in self.process.registration.workers)),
             created=self.created,
-            started=self.started_at,
-            ended=self.ended_at,
-            deadline=self.ends_by,
+            deadline=self.created + self.deadline_s,
+            started_at=self.started_at,
+            ended_at=self.ended_at,
             idempotency_key=self.idempotency_key,
             source=self.source,
         )
 
 
 class OperationLog:
-    """All events. ``clock`` is monotonic and ``wall`` is seconds since the epoch; ``counts`` takes
-    ``operations_total`` and one total for each final state."""
+    """All operations. ``clock`` is monotonic; ``wall`` is in seconds since the epoch.
+
+    ``counts`` receives ``operations_total`` and one total per final state.
+    """
 
     def __init__(
         self,
@@ -161,6 +169,7 @@ class OperationLog:
         keep: int = KEEP,
         keep_s: float = KEEP_S,
         max_active: int = MAX_ACTIVE,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
     ) -> None:
         self._counts = counts
         self._clock = clock
@@ -168,167 +177,199 @@ class OperationLog:
         self._keep = keep
         self._keep_s = keep_s
         self._max_active = max_active
-        self._events: dict[str, Event] = {}
-        self._active: dict[str, Event] = {}
-        self._finished: dict[str, Event] = {}
-        self._keys: dict[str, Event] = {}
-        for state in get_args(EventState):
-            if state not in ("queued", "running"):
+        self._max_waiting_bytes = max_waiting_bytes
+        self._operations: dict[str, Operation] = {}
+        self._active: dict[str, Operation] = {}
+        self._ended: dict[str, Operation] = {}
+        self._keys: dict[str, Operation] = {}
+        for state in get_args(OperationState):
+            if OperationStatus(state).ended:
                 counts[f"operations_{state}_total"] += 0
 
-    def open(self, operation: Operation, process: Process, source: Process | None = None) -> Event:
-        """A new event. Raises ControlError when too much is under way."""
-        event = Event(operation, process, source, now=self._clock(), wall=self._wall())
+    def open(
+        self,
+        request: OperationRequest,
+        process: Process,
+        source: Process | None = None,
+        *,
+        deadline_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Operation:
+        """Log a new operation. Raise ControlError when too many are under way."""
+        operation = Operation(
+            request,
+            process,
+            source,
+            deadline_s=deadline_s,
+            idempotency_key=idempotency_key,
+            now=self._clock(),
+            wall=self._wall(),
+        )
         waiting = sum(each.waiting_bytes for each in self._active.values())
         if len(self._active) >= self._max_active or (
-            waiting + event.waiting_bytes > MAX_WAITING_BYTES
+            waiting + operation.waiting_bytes > self._max_waiting_bytes
         ):
             raise ControlError(
                 f"{len(self._active)} operations are under way", hint="Wait for some of them to end"
             )
-        self._active[event.event_id] = event
-        if event.listed:
-            self._events[event.event_id] = event
+        self._active[operation.operation_id] = operation
+        if operation.listed:
+            self._operations[operation.operation_id] = operation
             self._counts["operations_total"] += 1
-            if event.idempotency_key is not None:
-                self._keys[event.idempotency_key] = event
-        return event
+            if idempotency_key is not None:
+                self._keys[idempotency_key] = operation
+        return operation
 
-    def same(self, operation: Operation) -> Event | None:
-        """The event that this operation's idempotency key stands for.
+    def same(
+        self,
+        idempotency_key: str | None,
+        instance_id: str,
+        request: OperationRequest,
+        deadline_s: float | None = None,
+    ) -> Operation | None:
+        """Return the operation that an idempotency key stands for.
 
-        Raises ControlError when that was another operation.
+        Raise ControlError when the key came with another request.
         """
-        if operation.idempotency_key is None:
+        operation = self._keys.get(idempotency_key) if idempotency_key is not None else None
+        if operation is None:
             return None
-        event = self._keys.get(operation.idempotency_key)
-        if event is not None and event.fingerprint != _fingerprint(operation):
+        if operation.fingerprint != _fingerprint(instance_id, request, deadline_s):
             raise ControlError(
-                f"idempotency_key {operation.idempotency_key!r:.100} stands for another operation: "
-                f"event {event.event_id}",
+                f"idempotency_key {idempotency_key!r:.100} stands for another operation: "
+                f"event {operation.operation_id}",
                 hint="Use a new key for a new operation",
             )
-        return event
+        return operation
 
-    def find(self, event_id: str) -> Event:
-        """Raises UnknownName, listing the latest ones."""
-        event = self._events.get(event_id)
-        if event is None:
-            latest = itertools.islice(reversed(self._events), _MAX_KNOWN)
-            raise UnknownName("event", event_id, list(latest))
-        return event
+    def find(self, operation_id: str) -> Operation:
+        """Return an operation. Raise UnknownName, which lists the latest ones."""
+        operation = self._operations.get(operation_id)
+        if operation is None:
+            latest = itertools.islice(reversed(self._operations), _MAX_KNOWN)
+            raise UnknownName("event", operation_id, list(latest))
+        return operation
 
-    def active(self, event_id: str) -> Event | None:
-        """One that has not ended, also if it is not listed."""
-        return self._active.get(event_id)
+    def active(self, operation_id: str) -> Operation | None:
+        """Return an operation that has not ended, even one that is not listed."""
+        return self._active.get(operation_id)
 
-    def all_active(self) -> list[Event]:
-        """Those that have not ended, in the order they came."""
+    def all_active(self) -> list[Operation]:
+        """Return all that have not ended, the oldest first."""
         return list(self._active.values())
 
-    def all(self) -> list[Event]:
-        """All that people see, the latest first."""
-        return list(reversed(self._events.values()))
+    def all(self) -> list[Operation]:
+        """Return all that are listed, the latest first."""
+        return list(reversed(self._operations.values()))
 
-    def accept(self, event: Event, accepted: Accepted) -> None:
-        """The cache process has taken it on."""
-        if event.state != "queued":
+    def accept(self, operation: Operation, scope: Scope) -> None:
+        """Log that the cache process has accepted the request."""
+        if operation.status.state != "queued":
             return
-        event.state = "running"
-        event.tokens = accepted.tokens
-        event.progress = Progress(chunks=accepted.chunks)
-        event.started_at = self._wall()
-        event.begin = None
-        event.answered.set()
+        operation.status = OperationStatus("running", scope.tokens, Progress(chunks=scope.chunks))
+        operation.started_at = self._wall()
+        operation.start = None
+        operation.answered.set()
 
-    def refuse(self, event: Event, error: KitError) -> None:
-        """It was not begun."""
-        self._free_key(event)
-        self._end_untold(event, "failed", error)
+    def progress(self, operation: Operation, progress: Progress) -> None:
+        """Log the progress of a running operation."""
+        if operation.status.state == "running":
+            operation.status = msgspec.structs.replace(operation.status, progress=progress)
 
-    def fail(self, event: Event, error: KitError) -> None:
-        """Nobody will tell how it ended."""
-        if event.state == "queued":
-            self.refuse(event, error)
+    def refuse(self, operation: Operation, error: KitError) -> None:
+        """Log that the cache process has refused the request. Its key may be used again."""
+        self._free_key(operation)
+        self._end_without_report(operation, "failed", error)
+
+    def fail(self, operation: Operation, error: KitError) -> None:
+        """Log the end of an operation that no cache process will report."""
+        if operation.status.state == "queued":
+            self.refuse(operation, error)
         else:
-            self._end_untold(event, "failed", error)
+            self._end_without_report(operation, "failed", error)
 
-    def finish(self, event: Event, outcome: Outcome) -> None:
-        """It has ended; only the first end counts."""
-        if event.event_id in self._active:
-            if event.state == "queued" and outcome.state in _UNDONE:
-                event.refusal = _UNDONE[outcome.state](
-                    f"event {event.event_id}: {outcome.message[:MAX_TEXT] or outcome.state}"
-                )
-                self._free_key(event)
-            event.tokens = outcome.tokens
-            event.progress = outcome.progress
-            event.pins = () if event.listed else outcome.pins
-            self._end(event, outcome.state, outcome.message)
+    def finish(self, operation: Operation, status: OperationStatus) -> None:
+        """Log the end that the cache process reports."""
+        if operation.operation_id not in self._active:
+            return
+        if operation.status.state == "queued" and status.state in _REFUSALS:
+            operation.refusal = _REFUSALS[status.state](
+                f"event {operation.operation_id}: {status.message[:MAX_TEXT] or status.state}"
+            )
+            self._free_key(operation)
+        if operation.listed:
+            status = msgspec.structs.replace(status, pins=())
+        self._end(operation, status)
 
-    def expire(self) -> list[Event]:
-        """End what has come to its deadline, and forget old ones. Returns the former."""
+    def expire(self) -> list[Operation]:
+        """End and return the operations whose deadline has come, and forget old ones."""
         now = self._clock()
-        late = [event for event in self._active.values() if now >= event.due]
-        for event in late:
-            self._end_untold(event, "expired", _too_late(event))
-        for event in list(self._finished.values()):
-            if len(self._finished) <= self._keep and now - event.ended_on_clock < self._keep_s:
+        late = [operation for operation in self._active.values() if now >= operation.due]
+        for operation in late:
+            self._end_without_report(operation, "expired", _too_late(operation))
+        for operation in list(self._ended.values()):
+            if len(self._ended) <= self._keep and now - operation.ended_on_clock < self._keep_s:
                 break
-            self._forget(event)
+            self._forget(operation)
         return late
 
-    def _free_key(self, event: Event) -> None:
-        """Nothing was done, so that another try is one."""
-        if event.idempotency_key is not None:
-            self._keys.pop(event.idempotency_key, None)
+    def _free_key(self, operation: Operation) -> None:
+        """Nothing was done, so that another try with this key is a new operation."""
+        if operation.idempotency_key is not None:
+            self._keys.pop(operation.idempotency_key, None)
 
-    def _end_untold(self, event: Event, state: EventState, error: KitError) -> None:
-        if event.event_id in self._active:
-            event.tokens = 0
-            event.refusal = error if event.state == "queued" else None
-            self._end(event, state, error.message)
+    def _end_without_report(
+        self, operation: Operation, state: Literal["failed", "expired"], error: KitError
+    ) -> None:
+        if operation.operation_id in self._active:
+            if operation.status.state == "queued":
+                operation.refusal = error
+            status = msgspec.structs.replace(
+                operation.status, state=state, tokens=0, message=error.message
+            )
+            self._end(operation, status)
 
-    def _end(self, event: Event, state: EventState, message: str) -> None:
-        del self._active[event.event_id]
-        event.state = state
-        event.message = message[:MAX_TEXT]
-        event.ended_at = self._wall()
-        event.ended_on_clock = self._clock()
-        event.begin = None
-        event.answered.set()
-        event.ended.set()
-        if event.listed:
-            self._finished[event.event_id] = event
-            self._counts[f"operations_{state}_total"] += 1
+    def _end(self, operation: Operation, status: OperationStatus) -> None:
+        del self._active[operation.operation_id]
+        operation.status = msgspec.structs.replace(status, message=status.message[:MAX_TEXT])
+        operation.ended_at = self._wall()
+        operation.ended_on_clock = self._clock()
+        operation.start = None
+        operation.answered.set()
+        operation.ended.set()
+        if operation.listed:
+            self._ended[operation.operation_id] = operation
+            self._counts[f"operations_{status.state}_total"] += 1
 
-    def _forget(self, event: Event) -> None:
-        del self._finished[event.event_id], self._events[event.event_id]
-        key = event.idempotency_key
-        if key is not None and self._keys.get(key) is event:
+    def _forget(self, operation: Operation) -> None:
+        del self._ended[operation.operation_id], self._operations[operation.operation_id]
+        key = operation.idempotency_key
+        if key is not None and self._keys.get(key) is operation:
             del self._keys[key]
 
 
-def _too_late(event: Event) -> DeadlineExceeded:
-    did, within_s = "finish", event.deadline_s
-    if event.state == "queued":
-        did, within_s = "take on", min(TAKE_S, event.deadline_s)
+def _too_late(operation: Operation) -> DeadlineExceeded:
+    did, within_s = "finish", operation.deadline_s
+    if operation.status.state == "queued":
+        did, within_s = "accept", min(ACCEPT_S, operation.deadline_s)
     return DeadlineExceeded(
-        f"instance {event.process.instance_id!r} did not {did} {event.operation!r} "
-        f"within {within_s:g} s (event {event.event_id})",
+        f"instance {operation.process.instance_id!r} did not {did} {operation.kind!r} "
+        f"within {within_s:g} s (event {operation.operation_id})",
         hint="Its cache process is busy, stuck or cut off",
     )
 
 
-def _filled_in(order: Order, event: Event, source: Process | None) -> Order:
-    """A pin without a name gets the event's, a move what it needs of its source."""
-    if isinstance(order, Move) and source is not None:
-        return with_peer(order, event.event_id, event.process, source)
-    if isinstance(order, Pin) and not order.pin_id:
-        return msgspec.structs.replace(order, pin_id=event.event_id)
-    return order
+def _completed(
+    request: OperationRequest, operation: Operation, source: Process | None
+) -> OperationRequest:
+    """Give a pin without a name the id of its operation, and a move the access to its source."""
+    if isinstance(request, Move) and source is not None:
+        return with_peer(request, operation.operation_id, operation.process, source)
+    if isinstance(request, Pin) and not request.pin_id:
+        return msgspec.structs.replace(request, pin_id=operation.operation_id)
+    return request
 
 
-def _fingerprint(operation: Operation) -> bytes:
-    """Equal for equal operations."""
-    return blake3(msgspec.msgpack.encode(operation)).digest()
+def _fingerprint(instance_id: str, request: OperationRequest, deadline_s: float | None) -> bytes:
+    """Hash a request and where it goes; equal for equal ones."""
+    return blake3(msgspec.msgpack.encode((instance_id, request, deadline_s))).digest()

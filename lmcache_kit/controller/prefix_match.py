@@ -1,4 +1,4 @@
-"""How much of a token sequence each holder has, from its first token on and without a gap."""
+"""Match a token sequence against the key index: the prefix of it that each holder has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ELSEWHERE = "elsewhere"
 
 
 class PrefixMatch(NamedTuple):
-    """``holders`` (a mask) have the first ``tokens`` tokens, and why it ends there."""
+    """``holders`` (a mask) have the first ``tokens`` tokens; ``stopped`` tells why no more."""
 
     holders: int
     tokens: int
@@ -23,25 +23,25 @@ class PrefixMatch(NamedTuple):
 
 
 class MissPoint(NamedTuple):
-    """The place where holders leave the walk: after ``parent``, at token ``start``.
+    """The place where holders leave the walk: after the chunk ``parent``, at token ``start``.
 
-    ``rest``: packed tokens of the chunk they lack. ``whole``: who has all of it; None when
-    nobody looked yet.
+    ``rest`` has the packed tokens of the chunk they lack. ``held`` is the mask of holders that
+    have this chunk, or None when the walk has not looked it up.
     """
 
     parent: ChunkKey
     start: int
     rest: bytes
-    whole: int | None
+    held: int | None
 
 
 def match(
     index: KeyIndex, namespace: bytes, packed: bytes, chunk_size: int, candidates: int
 ) -> list[PrefixMatch]:
-    """Walk the chain of ``packed`` tokens; holders that have nothing are left out.
+    """Walk the chain of ``packed`` tokens, and return the matches of holders that have any.
 
-    ``namespace`` is a digest, ``candidates`` the mask of holders that are asked for. A holder
-    stays in the walk only while it has every chunk so far, so that a gap is never credited.
+    ``namespace`` is a digest, ``candidates`` the mask of the holders to consider. A holder stays
+    in the walk only while it has every chunk so far, so that a gap is never credited.
     """
     total = len(packed) // TOKEN_BYTES
     current = candidates & index.visible
@@ -56,49 +56,50 @@ def match(
         held = index.held(key)
         stay = current & held
         if stay != current:
-            gap = MissPoint(parent, offset // TOKEN_BYTES, packed[offset : offset + step], held)
-            found += _end(index, namespace, gap, current ^ stay)
+            miss = MissPoint(parent, offset // TOKEN_BYTES, packed[offset : offset + step], held)
+            found += _match_rest(index, namespace, miss, current ^ stay)
             current = stay
         parent = key
     if not current:
         return found
     if whole == total:
         return [*found, PrefixMatch(current, total, END)] if total else []
-    gap = MissPoint(parent, whole, packed[whole * TOKEN_BYTES :], None)
-    for stretch in _end(index, namespace, gap, current):
-        ended = stretch.tokens == total
-        found.append(stretch._replace(stopped=END) if ended else stretch)
+    miss = MissPoint(parent, whole, packed[whole * TOKEN_BYTES :], None)
+    for each in _match_rest(index, namespace, miss, current):
+        found.append(each._replace(stopped=END) if each.tokens == total else each)
     return found
 
 
-def _end(index: KeyIndex, namespace: bytes, gap: MissPoint, holders: int) -> list[PrefixMatch]:
-    """Stretches of holders that lack a chunk; they may have a beginning of it."""
+def _match_rest(
+    index: KeyIndex, namespace: bytes, miss: MissPoint, holders: int
+) -> list[PrefixMatch]:
+    """Return the matches of holders that lack a chunk, but may have the beginning of it."""
     found: list[PrefixMatch] = []
-    more = bool(gap.whole)
-    for tokens, held in _tails(index, namespace, gap):
+    more = bool(miss.held)
+    for tokens, held in _partial_chunks(index, namespace, miss):
         if took := holders & held:
-            found.append(PrefixMatch(took, gap.start + tokens, ELSEWHERE if more else MISSING))
+            found.append(PrefixMatch(took, miss.start + tokens, ELSEWHERE if more else MISSING))
             holders ^= took
         more = True
-    if holders and gap.start:
-        found.append(PrefixMatch(holders, gap.start, ELSEWHERE if more else MISSING))
+    if holders and miss.start:
+        found.append(PrefixMatch(holders, miss.start, ELSEWHERE if more else MISSING))
     return found
 
 
-def _tails(index: KeyIndex, namespace: bytes, gap: MissPoint) -> list[tuple[int, int]]:
-    """Token counts and holders of stored partial chunks that the gap starts with, longest first.
+def _partial_chunks(index: KeyIndex, namespace: bytes, miss: MissPoint) -> list[tuple[int, int]]:
+    """Return token count and holders of each stored beginning of the missing chunk, longest first.
 
-    All of it is tried too, unless somebody has done so.
+    The whole rest counts as one unless the walk has looked it up.
     """
-    room = len(gap.rest) // TOKEN_BYTES
-    lengths = sorted(length for length in index.tail_lengths(gap.parent) if length < room)
-    if gap.whole is None:
+    room = len(miss.rest) // TOKEN_BYTES
+    lengths = sorted(length for length in index.partial_lengths(miss.parent) if length < room)
+    if miss.held is None:
         lengths.append(room)
     matched: list[tuple[int, int]] = []
-    hasher = blake3(namespace + gap.parent)
+    hasher = blake3(namespace + miss.parent)
     done = 0
     for length in lengths:
-        hasher.update(gap.rest[done : length * TOKEN_BYTES])
+        hasher.update(miss.rest[done : length * TOKEN_BYTES])
         done = length * TOKEN_BYTES
         if held := index.held(hasher.digest(KEY_BYTES)):
             matched.append((length, held))

@@ -1,11 +1,12 @@
-"""Who is there: instances, the life of the cache process that serves each, and its liveness.
+"""The registry of cache processes: registration, liveness and fencing.
 
-No sockets: a message and the connection it came on go in, messages to send come out.
+No sockets: a message and its connection go in, messages to send come out.
 
-Of two lives that claim one instance id the one that started later wins as long as it is heard
-of; the other is told so (:class:`~lmcache_kit.protocol.control.Fenced`) and may take the instance
-over once the later one has been silent for three heartbeats. When that one is heard of again, it
-takes the instance back.
+A cache process is unregistered, alive, silent (three heartbeats missed; lookups do not see it) or
+dropped (silent for two minutes; it has to register again). Of two incarnations that claim one
+instance the one that started later wins as long as it is alive. The other one is fenced, and may
+take the instance over once the later one is silent. When the later one is heard again, it takes
+the instance back.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from lmcache_kit.protocol.control import (
 )
 
 Connection: TypeAlias = Hashable
-"""What a message came on; a registration speaks for the connection it came on, and no other."""
+"""Where a message came from. A registration speaks for its own connection, and no other."""
 
 Outgoing: TypeAlias = list[tuple[Connection, FromController]]
 
 MISSED_HEARTBEATS = 3
-FORGET_AFTER_S = 120.0
+DROP_AFTER_S = 120.0
 MAX_PROCESSES = 4096
 MAX_LOCATIONS = 8
 MAX_WORKERS = 1024
@@ -72,10 +73,10 @@ COUNTERS = (
     "messages_malformed_total",
     "messages_total",
     "messages_unregistered_total",
+    "operation_ends_late_total",
+    "operation_messages_resent_total",
     "operations_total",
-    "orders_repeated_total",
-    "outcomes_late_total",
-    "processes_forgotten_total",
+    "processes_dropped_total",
     "processes_lost_total",
     "reconnections_total",
     "registrations_refused_total",
@@ -86,45 +87,45 @@ COUNTERS = (
     "snapshots_broken_total",
     "snapshots_total",
 )
-"""All that is counted, so that each is there to see before it first happens."""
+"""All counters, so that each is shown as 0 before it first counts."""
 
 HEARTBEAT_RANGE_S = (0.05, 60.0)
 
 
 class Process:
-    """One life of a cache process, as the controller knows it.
+    """One incarnation of a cache process, as the controller knows it.
 
-    ``heard`` is on the registry's clock, ``heard_at`` and ``registered_at`` are seconds since the
-    epoch. ``alive``: heard of within three heartbeats.
+    ``heard`` is on the registry's clock; ``heard_at`` and ``registered_at`` are seconds since the
+    epoch. ``alive`` means that a message came within three heartbeats.
     """
 
-    def __init__(self, said: Register, connection: Connection, ip: str) -> None:
-        self.said = said
+    def __init__(self, registration: Register, connection: Connection, ip: str) -> None:
+        self.registration = registration
         self.connection = connection
         self.ip = ip
         self.alive = False
         self.heard = self.heard_at = self.registered_at = 0.0
-        self.followers: dict[str, Replica] = {}
+        self.replicas: dict[str, Replica] = {}
 
     @property
     def instance_id(self) -> str:
-        return self.said.instance_id
+        return self.registration.instance_id
 
     @property
     def heartbeat_s(self) -> float:
         low, high = HEARTBEAT_RANGE_S
-        return min(max(self.said.heartbeat_s, low), high)
+        return min(max(self.registration.heartbeat_s, low), high)
 
     @property
     def silent_after(self) -> float:
-        """On the registry's clock: not alive when nothing was heard by then."""
+        """When the process stops being alive unless heard, on the registry's clock."""
         return self.heard + MISSED_HEARTBEATS * self.heartbeat_s
 
 
 class Registry:
-    """All cache processes and what they hold. Belongs to the controller's event loop.
+    """All cache processes and the index of their chunks. Belongs to the controller's event loop.
 
-    ``clock`` is monotonic and ``wall`` is seconds since the epoch.
+    ``clock`` is monotonic; ``wall`` is in seconds since the epoch.
     """
 
     def __init__(
@@ -132,24 +133,24 @@ class Registry:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
-        forget_after_s: float = FORGET_AFTER_S,
+        drop_after_s: float = DROP_AFTER_S,
         max_processes: int = MAX_PROCESSES,
     ) -> None:
         self.index = KeyIndex()
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._clock = clock
         self._wall = wall
-        self._forget_after_s = forget_after_s
+        self._drop_after_s = drop_after_s
         self._max_processes = max_processes
         self._instances: dict[str, Process] = {}
         self._connections: dict[Connection, Process] = {}
         self._namespaces: Counter[Namespace] = Counter()
         self._next_silence = math.inf
 
-    # Asking.
+    # Queries.
 
     def find(self, instance_id: str) -> Process:
-        """Raises UnknownName, listing the known instances."""
+        """Return the process of an instance. Raise UnknownName, which lists the known instances."""
         self.expire()
         process = self._instances.get(instance_id)
         if process is None:
@@ -157,35 +158,38 @@ class Registry:
         return process
 
     def processes(self) -> list[Process]:
-        """All that are not forgotten, alive or not, by instance id."""
+        """List all that are not dropped, alive or not, by instance id."""
         self.expire()
         return [self._instances[name] for name in sorted(self._instances)]
 
     def on(self, connection: Connection) -> Process | None:
-        """The process that registered on a connection."""
+        """Return the process that registered on a connection."""
         return self._connections.get(connection)
 
     def knows(self, process: Process) -> bool:
-        """Whether this life is neither over, forgotten nor followed by another one."""
+        """Whether this incarnation has neither ended, nor been dropped or replaced."""
         return self._instances.get(process.instance_id) is process
 
-    def silent(self, process: Process) -> NoWorker:
-        """Why one that is not alive cannot be asked."""
-        return NoWorker(
+    def reachable(self, instance_id: str) -> Process:
+        """Return the process of an instance that is alive. Raise UnknownName or NoWorker."""
+        process = self.find(instance_id)
+        if process.alive:
+            return process
+        raise NoWorker(
             f"instance {process.instance_id!r} has not been heard of for "
             f"{self._clock() - process.heard:.0f} s",
             hint="Its cache process has ended or cannot reach this controller",
         )
 
     def namespaces(self) -> Iterable[Namespace]:
-        """Distinct base namespaces of the processes that are alive."""
+        """Return the distinct base namespaces of the processes that are alive."""
         self.expire()
         return self._namespaces.keys()
 
-    # Hearing.
+    # Messages.
 
     def handle(self, connection: Connection, message: FromAgent, ip: str = "") -> Outgoing:
-        """Take a message in. Raises ProtocolError for one that makes no sense."""
+        """Handle a message and return the answers. Raise ProtocolError for an impossible one."""
         if isinstance(message, Register):
             return self._register(connection, message, ip)
         process = self.hear(connection)
@@ -196,15 +200,15 @@ class Registry:
         answers: list[Resync | Confirmed | None] = []
         match message:
             case Batch():
-                answers.append(self._follower(process, message.location).batch(message, now))
+                answers.append(self._replica(process, message.location).batch(message, now))
             case SnapshotPart():
-                answers.append(self._follower(process, message.location).snapshot(message, now))
+                answers.append(self._replica(process, message.location).snapshot(message, now))
             case Heartbeat():
                 for position in message.positions:
-                    follower = self._follower(process, position.location)
-                    answers.append(follower.check(position, now))
+                    replica = self._replica(process, position.location)
+                    answers.append(replica.check(position, now))
             case Confirm(location, seq):
-                answers.append(self._follower(process, location).confirm(seq, now))
+                answers.append(self._replica(process, location).confirm(seq, now))
             case Goodbye():
                 self.counts["goodbyes_total"] += 1
                 self._drop(process)
@@ -213,7 +217,7 @@ class Registry:
         return [(connection, answer) for answer in answers if answer]
 
     def hear(self, connection: Connection) -> Process | None:
-        """Note that the process of this connection is alive; None when it has not registered."""
+        """Mark the process of a connection as alive. Return None when none has registered on it."""
         process = self._connections.get(connection)
         if process is not None:
             process.heard, process.heard_at = self._clock(), self._wall()
@@ -222,9 +226,9 @@ class Registry:
         return process
 
     def expire(self) -> None:
-        """Hide those that missed three heartbeats, and forget those silent for long.
+        """Hide processes that missed three heartbeats, and drop those silent for long.
 
-        Costs nothing while nobody can be late.
+        Costs nothing until the next one can be late.
         """
         now = self._clock()
         if now < self._next_silence:
@@ -236,77 +240,77 @@ class Registry:
                 self._set_alive(process, False)
             due = process.silent_after
             if not process.alive:
-                due = process.heard + max(self._forget_after_s, due - process.heard)
+                due = process.heard + max(self._drop_after_s, due - process.heard)
                 if now >= due:
-                    self.counts["processes_forgotten_total"] += 1
+                    self.counts["processes_dropped_total"] += 1
                     self._drop(process)
                     continue
             self._next_silence = min(self._next_silence, due)
 
     # Registration.
 
-    def _register(self, connection: Connection, said: Register, ip: str) -> Outgoing:
-        reason = _refusal(said)
+    def _register(self, connection: Connection, registration: Register, ip: str) -> Outgoing:
+        reason = _reason_to_refuse(registration)
         if reason:
             self.counts["registrations_refused_total"] += 1
             return [(connection, Refused(reason))]
         self.expire()
         out: Outgoing = []
-        current = self._instances.get(said.instance_id)
-        if current and current.said.incarnation != said.incarnation:
-            if current.alive and _age(current.said) > _age(said):
+        current = self._instances.get(registration.instance_id)
+        if current and current.registration.incarnation != registration.incarnation:
+            if current.alive and _age(current.registration) > _age(registration):
                 self.counts["fenced_total"] += 1
-                return [(connection, Fenced(current.ip or current.said.host))]
+                return [(connection, Fenced(current.ip or current.registration.host))]
             if current.alive:
                 self.counts["fenced_total"] += 1
-                out.append((current.connection, Fenced(ip or said.host)))
+                out.append((current.connection, Fenced(ip or registration.host)))
             self._drop(current)
             current = None
         before = self._connections.get(connection)
         if before and before is not current:
             self._drop(before)
-        if current is None and not self._make_room():
+        if current is None and not self._evict_silent():
             self.counts["registrations_refused_total"] += 1
             return [(connection, Refused(f"{self._max_processes} cache processes are known"))]
-        process = current or self._admit(said, connection, ip)
+        process = current or self._admit(registration, connection, ip)
         if process.connection != connection:
             self._move(process, connection)
-        self._update(process, said, ip)
-        resume = tuple((name, each.seq) for name, each in process.followers.items())
+        self._update(process, registration, ip)
+        resume = tuple((name, each.seq) for name, each in process.replicas.items())
         return [*out, (connection, Registered(resume))]
 
-    def _admit(self, said: Register, connection: Connection, ip: str) -> Process:
-        process = Process(said, connection, ip)
+    def _admit(self, registration: Register, connection: Connection, ip: str) -> Process:
+        process = Process(registration, connection, ip)
         process.registered_at = self._wall()
-        self._instances[said.instance_id] = process
+        self._instances[registration.instance_id] = process
         self._connections[connection] = process
         self.counts["registrations_total"] += 1
         return process
 
     def _move(self, process: Process, connection: Connection) -> None:
-        """The same life on another connection: it was cut off and has come back."""
+        """Take over the connection on which an incarnation that was cut off has come back."""
         self._connections.pop(process.connection, None)
         self._connections[connection] = process
         process.connection = connection
         self.counts["reconnections_total"] += 1
-        for follower in process.followers.values():
-            follower.restart()
+        for replica in process.replicas.values():
+            replica.restart()
 
-    def _update(self, process: Process, said: Register, ip: str) -> None:
+    def _update(self, process: Process, registration: Register, ip: str) -> None:
         self._set_alive(process, False)
-        process.said, process.ip = said, ip
-        for name in process.followers.keys() - set(said.locations):
-            process.followers.pop(name).close()
-        for name in said.locations:
-            if name not in process.followers:
-                owner = Owner(said.instance_id, name)
+        process.registration, process.ip = registration, ip
+        for name in process.replicas.keys() - set(registration.locations):
+            process.replicas.pop(name).close()
+        for name in registration.locations:
+            if name not in process.replicas:
+                owner = Owner(registration.instance_id, name)
                 retry_s = max(1.0, 2 * process.heartbeat_s)
-                process.followers[name] = Replica(self.index, owner, retry_s, self.counts)
+                process.replicas[name] = Replica(self.index, owner, retry_s, self.counts)
         process.heard, process.heard_at = self._clock(), self._wall()
         self._set_alive(process, True)
 
-    def _make_room(self) -> bool:
-        """Forget whoever was silent longest when there are too many."""
+    def _evict_silent(self) -> bool:
+        """Drop the process that was silent longest if there are too many. False: none is."""
         if len(self._instances) < self._max_processes:
             return True
         silent = [process for process in self._instances.values() if not process.alive]
@@ -319,16 +323,16 @@ class Registry:
         self._set_alive(process, False)
         del self._instances[process.instance_id]
         self._connections.pop(process.connection, None)
-        for follower in process.followers.values():
-            follower.close()
+        for replica in process.replicas.values():
+            replica.close()
 
     def _set_alive(self, process: Process, alive: bool) -> None:
         if process.alive == alive:
             return
         process.alive = alive
-        for follower in process.followers.values():
-            (self.index.show if alive else self.index.hide)(follower.holder)
-        for namespace in process.said.namespaces:
+        for replica in process.replicas.values():
+            (self.index.show if alive else self.index.hide)(replica.holder)
+        for namespace in process.registration.namespaces:
             self._namespaces[namespace] += 1 if alive else -1
             if not self._namespaces[namespace]:
                 del self._namespaces[namespace]
@@ -336,42 +340,51 @@ class Registry:
             self._next_silence = min(self._next_silence, process.silent_after)
 
     @staticmethod
-    def _follower(process: Process, location: str) -> Replica:
+    def _replica(process: Process, location: str) -> Replica:
         try:
-            return process.followers[location]
+            return process.replicas[location]
         except KeyError:
             raise ProtocolError(f"location {location!r:.100} is not registered") from None
 
 
-def _age(said: Register) -> tuple[float, bytes]:
-    """Later is greater; the incarnation breaks a tie the same way every time."""
-    return said.started, said.incarnation
+def _age(registration: Register) -> tuple[float, bytes]:
+    """Order incarnations by start; the name of the incarnation breaks a tie."""
+    return registration.started, registration.incarnation
 
 
-def _refusal(said: Register) -> str:
-    """Why a registration cannot be used; empty when it can."""
-    names = [said.instance_id, *said.locations]
-    ranks = {worker.rank for worker in said.workers}
+def _reason_to_refuse(registration: Register) -> str:
+    """Return why a registration cannot be used; empty when it can."""
+    names = [registration.instance_id, *registration.locations]
+    ranks = {worker.rank for worker in registration.workers}
     checks = (
         (all(0 < len(name) <= MAX_NAME for name in names), "a name is empty or too long"),
-        (len(said.host) <= MAX_NAME, "the host is too long"),
-        (len(said.peer_url or "") <= 4 * MAX_NAME, "the peer url is too long"),
-        (len(said.peer_key) == (KEY_BYTES if said.peer_url else 0), "the peer key does not fit"),
-        (len(said.incarnation) == 16, "the incarnation is not 16 bytes"),
-        (math.isfinite(said.started), "the start time is not a time"),
-        (math.isfinite(said.heartbeat_s) and said.heartbeat_s > 0, "the heartbeat is not a time"),
-        (0 < len(said.locations) <= MAX_LOCATIONS, f"not 1 to {MAX_LOCATIONS} locations"),
-        (len(set(said.locations)) == len(said.locations), "a location stands twice"),
-        (len(said.workers) <= MAX_WORKERS, f"more than {MAX_WORKERS} workers"),
-        (len(ranks) == len(said.workers), "a rank stands twice"),
-        (len(said.namespaces) <= MAX_NAMESPACES, f"more than {MAX_NAMESPACES} namespaces"),
-        (all(map(_usable, said.namespaces)), "a namespace cannot be used"),
+        (len(registration.host) <= MAX_NAME, "the host is too long"),
+        (len(registration.peer_url or "") <= 4 * MAX_NAME, "the peer url is too long"),
+        (
+            len(registration.peer_key) == (KEY_BYTES if registration.peer_url else 0),
+            "the peer key does not fit",
+        ),
+        (len(registration.incarnation) == 16, "the incarnation is not 16 bytes"),
+        (math.isfinite(registration.started), "the start time is not a time"),
+        (
+            math.isfinite(registration.heartbeat_s) and registration.heartbeat_s > 0,
+            "the heartbeat is not a time",
+        ),
+        (0 < len(registration.locations) <= MAX_LOCATIONS, f"not 1 to {MAX_LOCATIONS} locations"),
+        (
+            len(set(registration.locations)) == len(registration.locations),
+            "a location stands twice",
+        ),
+        (len(registration.workers) <= MAX_WORKERS, f"more than {MAX_WORKERS} workers"),
+        (len(ranks) == len(registration.workers), "a rank stands twice"),
+        (len(registration.namespaces) <= MAX_NAMESPACES, f"more than {MAX_NAMESPACES} namespaces"),
+        (all(map(_usable, registration.namespaces)), "a namespace cannot be used"),
     )
     return next((reason for good, reason in checks if not good), "")
 
 
 def _usable(namespace: Namespace) -> bool:
-    """Whether keys can be made in it, and what it keeps in memory is small."""
+    """Whether keys can be made in a namespace, and the namespace is small."""
     texts = (namespace.model, namespace.layout.dtype, namespace.lora, namespace.cache_salt)
     if max(map(len, texts)) > 4 * MAX_NAME or len(namespace.tags) > MAX_NAMESPACES:
         return False

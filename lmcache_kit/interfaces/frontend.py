@@ -1,19 +1,22 @@
-"""Frontends, and what the controller offers them."""
+"""Frontends, and the controller as frontends see it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import msgspec
 
-from lmcache_kit.interfaces.operations import Order, PinInfo, Progress
+from lmcache_kit.interfaces.operations import OperationRequest, OperationStatus, PinInfo
 
 
 class LookupQuery(msgspec.Struct, frozen=True):
-    """Who holds the KV of these tokens? ``None`` means any; ``cache_salt`` is exact. Tokens in an
-    ``array("I")`` are looked up fastest."""
+    """Find the instances that hold the KV of these tokens.
+
+    ``model`` and ``instance_id`` restrict the search unless they are None; ``cache_salt`` is
+    exact. Tokens in an ``array("I")`` are looked up fastest.
+    """
 
     tokens: Sequence[int]
     model: str | None = None
@@ -22,10 +25,10 @@ class LookupQuery(msgspec.Struct, frozen=True):
 
 
 class LocationMatch(msgspec.Struct, frozen=True):
-    """How many tokens, counted from the first one without a gap, lie at one location.
+    """The number of tokens, counted from the first one without a gap, at one location.
 
-    ``stopped``: why the match ended there: ``"end"`` (all tokens matched), ``"missing"`` (nobody
-    holds the next chunk) or ``"elsewhere"`` (another holder does).
+    ``stopped`` tells why the match ends there: ``"end"`` (all tokens matched), ``"missing"`` (no
+    location holds the next chunk) or ``"elsewhere"`` (another location does).
     """
 
     location: str
@@ -34,7 +37,7 @@ class LocationMatch(msgspec.Struct, frozen=True):
 
 
 class InstanceMatch(msgspec.Struct, frozen=True):
-    """What one instance holds: its locations, longest match first; never empty."""
+    """The locations of one instance that match, longest match first; never empty."""
 
     instance_id: str
     locations: tuple[LocationMatch, ...]
@@ -45,9 +48,12 @@ class InstanceMatch(msgspec.Struct, frozen=True):
 
 
 class LookupAnswer(msgspec.Struct, frozen=True):
-    """Instances that hold at least one token, the longest match first."""
+    """Instances that hold at least one token, longest match first.
 
-    event_id: str
+    ``lookup_id`` names this lookup for clients of LMCache, whose every reply has an id.
+    """
+
+    lookup_id: str
     instances: tuple[InstanceMatch, ...]
 
 
@@ -64,154 +70,154 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     alive: bool
 
 
-EventState: TypeAlias = Literal[
-    "queued", "running", "done", "partial", "failed", "cancelled", "expired"
-]
-"""``queued`` until the cache process has taken it on, then ``running``; the others are final."""
+class OperationInfo(OperationStatus, frozen=True, kw_only=True):
+    """The status of an operation, and which operation it is. Times are seconds since the epoch.
 
-
-class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """An order for one instance: for a move, that which it goes to. A pin without a ``pin_id`` gets
-    the id of its event.
-
-    ``deadline_s``: it has ended by then, one way or the other; None: the controller's default for
-    this order. The same ``idempotency_key`` with the same order is the same event.
+    ``instance_id`` and ``location`` are where the request went: for a move, its destination.
+    ``source`` is the instance and location that a move takes from. ``worker_ids`` are the ranks
+    at the location, each of which holds a part of every chunk.
     """
 
-    instance_id: str
-    order: Order
-    deadline_s: float | None = None
-    idempotency_key: str | None = None
-
-
-class EventPart(msgspec.Struct, frozen=True):
-    """Progress at one location, over all of ``worker_ids`` there, who hold each chunk together."""
-
+    operation_id: str
+    kind: str
     instance_id: str
     location: str
     worker_ids: tuple[int, ...]
-    progress: Progress
-
-
-class EventInfo(msgspec.Struct, frozen=True):
-    """One operation, as far as it has come. Times are seconds since the epoch.
-
-    ``tokens``: what it is about; once it has ended, what it took effect on. ``ratio``: bytes
-    before by bytes after, where bytes were changed. ``message`` explains any state but ``done``.
-    ``source``: instance and location that a move takes from; ``instance_id`` and ``location`` are
-    where it goes to.
-    """
-
-    event_id: str
-    operation: str
-    instance_id: str
-    location: str
-    state: EventState
-    tokens: int
-    parts: tuple[EventPart, ...]
-    ratio: float | None
-    message: str
     created: float
-    started: float | None
-    ended: float | None
     deadline: float
-    idempotency_key: str | None
+    started_at: float | None = None
+    ended_at: float | None = None
+    idempotency_key: str | None = None
     source: tuple[str, str] | None = None
 
     @property
-    def final(self) -> bool:
-        """Whether it has ended."""
-        return self.state not in ("queued", "running")
+    def ratio(self) -> float | None:
+        """Bytes before by bytes after, for operations that change bytes."""
+        before, after = self.progress.bytes_before, self.progress.bytes_after
+        return before / after if before and after and self.source is None else None
 
 
 class InstancePin(msgspec.Struct, frozen=True):
-    """A pin, and the instance where it is."""
+    """A pin, and its instance."""
 
     instance_id: str
     pin: PinInfo
 
 
 class PinList(msgspec.Struct, frozen=True):
-    """Pins of the instances that answered; ``unanswered`` did not."""
+    """Pins of the instances that answered; ``unanswered`` names the others."""
 
     pins: tuple[InstancePin, ...]
     unanswered: tuple[str, ...] = ()
 
 
-class ControllerAPI(Protocol):
-    """What a frontend may ask of the controller. Called on the controller's event loop.
-
-    Errors are :class:`~lmcache_kit.errors.ControlError` and its kin: UnknownName, InvalidQuery,
-    NoWorker, DeadlineExceeded, OperationFailed.
-    """
+class InstancesAPI(Protocol):
+    """Instances and the chunks they hold."""
 
     def lookup(self, query: LookupQuery) -> LookupAnswer:
-        """Answer from the index, without asking any worker. Raises UnknownName for an unknown
-        instance and InvalidQuery for a token that is none."""
+        """Answer from the index, without asking any cache process.
+
+        Raise UnknownName for an unknown instance and InvalidQuery for an impossible token.
+        """
         ...
 
     async def health(self, instance_id: str) -> dict[int, int]:
-        """Ask each worker; 0 means well, 1 that it reports an error. Empty while no rank has
-        connected. Raises UnknownName, NoWorker or DeadlineExceeded."""
+        """Ask each worker: 0 means healthy, 1 an error. Empty while no rank has connected.
+
+        Raise UnknownName, NoWorker or DeadlineExceeded.
+        """
         ...
 
     def workers(
         self, instance_id: str | None = None, worker_ids: Sequence[int] | None = None
     ) -> list[WorkerInfo]:
-        """Registered workers. Raises UnknownName for an unknown instance or worker."""
+        """List registered workers. Raise UnknownName for an unknown instance or worker."""
         ...
 
-    def instance_at(self, ip: str) -> str | None:
-        """The instance whose cache process registered from this address."""
+    def at_address(self, ip: str) -> str | None:
+        """Return the instance whose cache process registered from this address."""
         ...
 
-    async def operate(self, operation: Operation) -> EventInfo:
-        """Give an order; returns as soon as the cache process has taken it on.
 
-        Raises what the cache process refused it with, NoWorker, or DeadlineExceeded; and
-        ControlError for an idempotency key that stands for another order.
+class OperationsAPI(Protocol):
+    """Operations on what instances hold."""
+
+    async def start(
+        self,
+        instance_id: str,
+        request: OperationRequest,
+        *,
+        deadline_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> OperationInfo:
+        """Send a request to an instance, and return once its cache process has accepted it.
+
+        A move goes to its destination. The operation ends within ``deadline_s`` seconds, one way
+        or the other; None takes the controller's default for this kind. A second request with
+        the same ``idempotency_key`` returns the operation of the first.
+
+        Raise the cache process's refusal, NoWorker, DeadlineExceeded, OperationFailed, or
+        ControlError for an idempotency key that stands for another request.
         """
         ...
 
-    async def ended(self, event_id: str) -> EventInfo:
-        """Wait for the end of an operation, which comes by its deadline."""
+    async def wait(self, operation_id: str) -> OperationInfo:
+        """Wait for the end, which comes by the deadline. Raise UnknownName."""
         ...
 
-    async def cancel(self, event_id: str) -> EventInfo:
-        """Stop an operation; it may take a while to end. Raises ControlError if it has ended
-        otherwise already."""
+    async def cancel(self, operation_id: str) -> OperationInfo:
+        """Stop an operation, which may take a while to end.
+
+        Raise UnknownName, or ControlError for an operation that has ended otherwise.
+        """
         ...
 
-    def event(self, event_id: str) -> EventInfo:
-        """Raises UnknownName for an event that never was or is forgotten."""
+    def get(self, operation_id: str) -> OperationInfo:
+        """Return one operation. Raise UnknownName for one that is unknown or no longer kept."""
         ...
 
-    def events(self) -> list[EventInfo]:
-        """All that are not forgotten, the latest first."""
+    def all(self) -> list[OperationInfo]:
+        """List the operations that are kept, the latest first."""
         ...
 
     async def pins(self, instance_id: str | None = None, location: str | None = None) -> PinList:
         """Ask one instance, or all that are alive."""
         ...
 
+
+class ControllerAPI(Protocol):
+    """The controller for frontends: two halves, and its metrics. Call it on its event loop.
+
+    Errors are :class:`~lmcache_kit.errors.ControlError` and its subclasses: UnknownName,
+    InvalidQuery, NoWorker, DeadlineExceeded and OperationFailed.
+    """
+
+    @property
+    def instances(self) -> InstancesAPI: ...
+
+    @property
+    def operations(self) -> OperationsAPI: ...
+
     def counters(self) -> Mapping[str, float]:
-        """Metrics by name: names ending in ``_total`` only grow, the others are gauges."""
+        """Return metrics by name: names ending in ``_total`` only grow, all others are gauges."""
         ...
 
 
 class Frontend(ABC):
-    """A way into the controller. Built with the controller and its own options; started and
-    stopped on the controller's event loop."""
+    """A way into the controller, built with the controller and options of its own.
+
+    It is started and stopped on the controller's event loop.
+    """
 
     @property
     def endpoints(self) -> tuple[str, ...]:
-        """Where it listens, for the line that says so; empty until it has started."""
+        """Addresses to print at the start; empty before that."""
         return ()
 
     @abstractmethod
     async def start(self) -> None:
-        """Begin to serve. Raises OSError when an address is taken."""
+        """Begin to serve. Raise OSError when an address is taken."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Stop to serve; requests in flight are answered. Safe to call twice."""
+        """Answer the requests in flight, then stop. Safe to call twice."""

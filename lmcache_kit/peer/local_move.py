@@ -10,7 +10,7 @@ import msgspec
 
 from lmcache_kit.cache.records import Transcoded
 from lmcache_kit.errors import BackendError
-from lmcache_kit.interfaces.operations import Outcome, Transfer
+from lmcache_kit.interfaces.operations import OperationStatus, Transfer
 from lmcache_kit.peer.report import kept_chunks
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class LocalMove:
             return Transcoded("failed", "there is no room for it")
         return Transcoded("gone")
 
-    def end(self, outcome: Outcome) -> Outcome:
+    def end(self, outcome: OperationStatus) -> OperationStatus:
         """Have the source forget what has come; how it all ended."""
         try:
             why = "" if self._copy or not self._come else self._hand_over()

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.descriptors import ChunkRef, DeleteResult
 from lmcache_kit.errors import ControlError, InvalidQuery, KitError
-from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Peer, Progress, Transfer
+from lmcache_kit.interfaces.operations import (
+    Move,
+    OperationListener,
+    OperationStatus,
+    Peer,
+    Progress,
+    Scope,
+    Transfer,
+)
 from lmcache_kit.keys import ChunkKey
 from lmcache_kit.peer.chunk_receiver import ChunkReceiver, Destination
 from lmcache_kit.peer.compatibility import difference
@@ -40,9 +48,6 @@ CONNECT_S = 10.0
 CONFIRM_S = 15.0
 AGAIN_S = 0.1
 TRIES_AGAIN = 5
-
-Report = Callable[[Progress], None]
-Finish = Callable[[Outcome], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +73,13 @@ class MoveExecutor:
         )
         self._jobs: set[RunningMove] = set()
 
-    def begin(
-        self, order: Move, *, deadline_s: float, report: Report, finish: Finish
+    def start(
+        self, request: Move, *, deadline_s: float, listener: OperationListener
     ) -> RunningMove:
-        """See :class:`~lmcache_kit.interfaces.operations.Operator`."""
-        if order.peer is None:
+        """See :class:`~lmcache_kit.interfaces.operations.OperationExecutor`."""
+        if request.peer is None:
             raise InvalidQuery("a move without a peer to take from")
-        job = RunningMove(self._tools, order, order.peer, deadline_s, report, finish)
+        job = RunningMove(self._tools, request, request.peer, deadline_s, listener)
         self._jobs.add(job)
         self._pool.submit(self._run, job)
         return job
@@ -95,23 +100,20 @@ class MoveExecutor:
 class RunningMove:
     """One move. The owner of what it brings here, until it has ended."""
 
-    def __init__(  # noqa: PLR0917 - what begin was told
+    def __init__(
         self,
         tools: MoveContext,
-        order: Move,
+        request: Move,
         peer: Peer,
         deadline_s: float,
-        report: Report,
-        finish: Finish,
+        listener: OperationListener,
     ) -> None:
-        self.accepted: Accepted | None = None
         self._tools = tools
-        self._order = order
+        self._request = request
         self._peer = peer
-        self._name = f"instance {order.source!r}"
+        self._name = f"instance {request.source!r}"
         self._deadline = time.monotonic() + deadline_s
-        self._report = report
-        self._finish = finish
+        self._listener = listener
         self._cancelled = threading.Event()
         self._remote: SourceClient | None = None
         self._intake: ChunkReceiver | None = None
@@ -119,10 +121,10 @@ class RunningMove:
         self._unfit: dict[str, int] = {}
         self._forgotten = DeleteResult()
         self._why = ""
-        self._goal = tools.place.engine.locations[order.location]
+        self._goal = tools.place.engine.locations[request.location]
 
     def cancel(self) -> None:
-        """See :class:`~lmcache_kit.interfaces.operations.Job`."""
+        """Stop soon; the source keeps what is not here yet."""
         self._cancelled.set()
         if remote := self._remote:
             remote.close()
@@ -145,12 +147,12 @@ class RunningMove:
             if self._remote:
                 self._remote.close()
         ended = self._outcome()
-        self._finish(ended)
+        self._listener.ended(ended)
         transfer = ended.progress.transfer
         log.log(
             logging.INFO if ended.state == "done" else logging.WARNING,
             "event %s, move of %d tokens from %s%s: %s%s",
-            self._peer.event_id,
+            self._peer.operation_id,
             ended.tokens,
             self._name,
             f" by {transfer.transport} ({transfer.how})" if transfer else "",
@@ -181,11 +183,11 @@ class RunningMove:
             intake.link.link.close()
             raise
         self._tools.links.give(intake.link)
-        if not self._order.copy:
+        if not self._request.copy:
             self._hand_over(remote)
 
     def _open(self, connect: Connect) -> SourceClient:
-        claim = Capability.of(self._order, self._peer.event_id, self._tools.instance_id)
+        claim = Capability.of(self._request, self._peer.operation_id, self._tools.instance_id)
         opened = wire.Open(
             wire.VERSION,
             claim,
@@ -223,16 +225,14 @@ class RunningMove:
         return fitting
 
     def _accept(self) -> None:
-        self.accepted = Accepted(
-            sum(holding.tokens for holding in self._wanted.values()), len(self._wanted)
-        )
-        self._report(self._progress())
+        tokens = sum(holding.tokens for holding in self._wanted.values())
+        self._listener.accepted(Scope(tokens, len(self._wanted)))
 
     def _take_all(self, intake: ChunkReceiver, holdings: Sequence[ChunkRef]) -> None:
         for window in self._windows(holdings):
             self._check()
             self._take(intake, window)
-            self._report(self._progress())
+            self._listener.progressed(self._progress())
             if intake.tally.full:
                 return
         for _ in range(TRIES_AGAIN):
@@ -285,7 +285,7 @@ class RunningMove:
         if not arrived():
             return
         self._check()
-        if not self._tools.confirm(self._order.location, min(CONFIRM_S, self._left_s())):
+        if not self._tools.confirm(self._request.location, min(CONFIRM_S, self._left_s())):
             raise ControlError("the controller did not confirm it in time, so the source keeps all")
         # What was dropped here meanwhile must stay there; children go before their parents.
         keys = arrived()[::-1]
@@ -316,7 +316,7 @@ class RunningMove:
             transfer=Transfer(link.transport, link.how, tally.nbytes, tally.seconds),
         )
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self) -> OperationStatus:
         tally = self._intake.tally if self._intake else None
         here = tally.here if tally else {}
         tokens = sum(holding.tokens for key, holding in self._wanted.items() if key in here)

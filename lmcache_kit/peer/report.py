@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from lmcache_kit.cache.descriptors import DeleteResult
-from lmcache_kit.interfaces.operations import Outcome, Progress
+from lmcache_kit.interfaces.operations import OperationStatus, Progress
 
 if TYPE_CHECKING:
     from lmcache_kit.peer.chunk_receiver import MoveStats
@@ -25,18 +25,18 @@ def outcome(
     stopped: Stopped,
     unfit: Mapping[str, int],
     forgotten: DeleteResult,
-) -> Outcome:
+) -> OperationStatus:
     """``why``: what ended it before it was through. ``unfit`` chunks are not in ``progress``."""
     said = [why] if why else []
     said += _remarks(progress, tally, unfit, forgotten)
     message = "; ".join(said)
     if stopped:
-        return Outcome(stopped, tokens, progress, message)
+        return OperationStatus(stopped, tokens, progress, message)
     missing = progress.chunks - progress.chunks_done - (tally.gone if tally else 0)
     state: Literal["done", "partial", "failed"] = "done"
     if why or missing or unfit:
         state = "partial" if progress.chunks_done else "failed"
-    return Outcome(state, tokens, progress, message)
+    return OperationStatus(state, tokens, progress, message)
 
 
 def _remarks(

@@ -1,15 +1,23 @@
 """The wire between a cache process (DEALER) and the controller (ROUTER).
 
-One outbound connection per cache process carries everything: registration, events and
+One outbound connection per cache process carries everything: registration, changes and
 heartbeats one way, commands with correlation ids the other way. A message is one msgpack frame,
 ``[version, message]``. A frame that does not decode is counted and dropped.
 
-Index events are numbered per location from 1; a :class:`Batch` names only keys whose state
-changed, as one blob of 16-byte keys. A gap is healed by replay or by a snapshot.
+**Registration.** A connection begins unregistered: its first message is :class:`Register`, and
+anything else is answered by :class:`NotRegistered`. :class:`Registered` names the sequence number
+from which each location goes on. :class:`Fenced` and :class:`Refused` reject a registration; the
+cache process then asks again, slowly.
 
-Orders are named by the id of their event: :class:`Begin` is repeated until it is answered and
-:class:`Ended` until it is acknowledged, over as many connections as it takes, and either of them
-takes effect once.
+**Changes.** Each location numbers its changes from 1. A :class:`Batch` names only keys whose state
+changed, as one blob of 16-byte keys. A gap makes the controller ask with :class:`Resync`, and the
+later batches follow, or a snapshot in :class:`SnapshotPart`. A :class:`Heartbeat` carries a digest
+of each location, so that even an index that differs without a gap is noticed.
+
+**Operations.** The operation id names an operation on every connection of a cache process.
+:class:`StartOperation` is repeated until :class:`OperationStarted`, :class:`OperationRejected` or
+:class:`OperationEnded` answers, and :class:`OperationEnded` until :class:`OperationAcknowledged`.
+Each takes effect once, however often it arrives, so that an operation starts at most once.
 """
 
 from __future__ import annotations
@@ -19,7 +27,12 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 import msgspec
 
 from lmcache_kit.errors import ProtocolError
-from lmcache_kit.interfaces.operations import Accepted, Order, Outcome, Progress
+from lmcache_kit.interfaces.operations import (
+    OperationRequest,
+    OperationStatus,
+    Progress,
+    Scope,
+)
 from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
 
 VERSION = 1
@@ -31,7 +44,7 @@ _MAX_KNOWN = 100
 MAX_NAMESPACES = 64
 
 
-class Tail(NamedTuple):
+class PartialChunkEntry(NamedTuple):
     """A partial chunk: enough to find it for a longer prompt that starts with it."""
 
     key: ChunkKey
@@ -40,9 +53,10 @@ class Tail(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a location's event stream stands, and what the whole of it sums up to.
+    """The sequence number of a location's last change, and a digest of all its keys.
 
-    ``xor`` is the XOR of the first 8 bytes of all keys, read as little-endian integers.
+    ``keys`` counts them. ``xor`` is the XOR of the first 8 bytes of each, read as a little-endian
+    integer.
     """
 
     location: str
@@ -62,11 +76,11 @@ class WorkerPort(NamedTuple):
 
 
 class Register(msgspec.Struct, frozen=True, tag="register"):
-    """First message of a connection, and again whenever something in it changes.
+    """The first message of a connection, sent again whenever something in it changes.
 
-    ``incarnation``: 16 bytes that name this life. ``started``: seconds since the epoch; of two
-    that claim the same instance the later one wins. ``peer_key``: what claims on the KV behind
-    ``peer_url`` are sealed with (:mod:`lmcache_kit.protocol.capability`); a secret.
+    ``incarnation``: 16 bytes. ``started``: seconds since the epoch; of two incarnations that claim
+    the same instance the later one wins. ``peer_key`` is the secret that signs capabilities for
+    the KV behind ``peer_url`` (:mod:`lmcache_kit.protocol.capability`).
     """
 
     instance_id: str
@@ -85,36 +99,40 @@ class Register(msgspec.Struct, frozen=True, tag="register"):
 
 
 class Batch(msgspec.Struct, frozen=True, tag="batch"):
-    """Keys that came to and went from a location since ``seq - 1``; no key stands in both."""
+    """The keys that a location has got and lost since ``seq - 1``; no key stands in both."""
 
     location: str
     seq: int
     added: bytes
     removed: bytes
-    tails: tuple[Tail, ...] = ()
+    partial_chunks: tuple[PartialChunkEntry, ...] = ()
 
 
 class SnapshotPart(msgspec.Struct, frozen=True, tag="snapshot"):
-    """Part ``part`` (from 0) of everything at a location as of ``seq``; built aside until
-    ``last``."""
+    """Part ``part`` (from 0) of all keys at a location as of ``seq``.
+
+    The controller builds a snapshot aside, and swaps it in when the ``last`` part has arrived.
+    """
 
     location: str
     seq: int
     part: int
     last: bool
     keys: bytes
-    tails: tuple[Tail, ...] = ()
+    partial_chunks: tuple[PartialChunkEntry, ...] = ()
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """Alive, and where each location stands."""
+    """The cache process is alive. ``positions`` tell how far each location has come."""
 
     positions: tuple[Position, ...]
 
 
 class Confirm(msgspec.Struct, frozen=True, tag="confirm"):
-    """Does the index hold everything at ``location`` up to ``seq``? Said again until
-    :class:`Confirmed` comes."""
+    """Ask whether the index holds everything at ``location`` up to ``seq``.
+
+    Repeated until :class:`Confirmed` answers.
+    """
 
     location: str
     seq: int
@@ -128,33 +146,33 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
     values: dict[str, int | float | str] = {}
 
 
-class Began(msgspec.Struct, frozen=True, tag="began"):
-    """Answer to a :class:`Begin`."""
+class OperationStarted(msgspec.Struct, frozen=True, tag="operation_started"):
+    """The request is accepted."""
 
-    event_id: str
-    accepted: Accepted
+    operation_id: str
+    scope: Scope
 
 
-class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
-    """Answer to a :class:`Begin` that cannot be carried out; nothing was done.
+class OperationRejected(msgspec.Struct, frozen=True, tag="operation_rejected"):
+    """The request cannot be carried out; nothing was done.
 
-    ``why``: "unknown" for a ``name`` of a ``kind`` that is not among ``known``, "invalid",
-    "refused", or "failed" for a defect on this side.
+    ``reason`` is "unknown" for a ``name`` of a ``kind`` that is not among ``known``, "invalid",
+    "refused", or "failed" for a defect of the cache process.
     """
 
-    event_id: str
-    why: Literal["unknown", "invalid", "refused", "failed"]
+    operation_id: str
+    reason: Literal["unknown", "invalid", "refused", "failed"]
     message: str
     hint: str = ""
     kind: str = ""
     name: str = ""
     known: tuple[str, ...] = ()
 
-    def cut(self) -> Rejected:
-        """The same, no longer than anybody reads."""
-        return Rejected(
-            self.event_id,
-            self.why,
+    def cut(self) -> OperationRejected:
+        """Return the same with texts of bounded length."""
+        return OperationRejected(
+            self.operation_id,
+            self.reason,
             self.message[:MAX_TEXT],
             self.hint[:MAX_TEXT],
             self.kind[:_MAX_NAME],
@@ -163,39 +181,47 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
         )
 
 
-class Progressed(msgspec.Struct, frozen=True, tag="progressed"):
-    """How far an order has come; only the last one matters."""
+class OperationProgressed(msgspec.Struct, frozen=True, tag="operation_progressed"):
+    """Progress of an operation; only the last message counts."""
 
-    event_id: str
+    operation_id: str
     progress: Progress
 
 
-class Ended(msgspec.Struct, frozen=True, tag="ended"):
-    """How an order ended. Said again until :class:`Settled` comes."""
+class OperationEnded(msgspec.Struct, frozen=True, tag="operation_ended"):
+    """The end of an operation. Repeated until :class:`OperationAcknowledged` answers."""
 
-    event_id: str
-    outcome: Outcome
+    operation_id: str
+    status: OperationStatus
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a state that is not final."""
+        if not self.status.ended:
+            raise ValueError(f"an operation does not end in state {self.status.state!r}")
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
-    """This cache process ends on purpose."""
+    """The cache process ends on purpose."""
 
 
 # Controller to cache process.
 
 
 class Registered(msgspec.Struct, frozen=True, tag="registered"):
-    """``resume``: for each location the last ``seq`` that the index holds (0: nothing)."""
+    """The registration is accepted.
+
+    ``resume`` has the last ``seq`` of each location that the index holds; 0 for none.
+    """
 
     resume: tuple[tuple[str, int], ...]
 
 
-class NotRegistered(msgspec.Struct, frozen=True, tag="who_are_you"):
-    """Something came from a connection that has not registered here: register."""
+class NotRegistered(msgspec.Struct, frozen=True, tag="not_registered"):
+    """A message arrived on a connection that has not registered. Register first."""
 
 
 class Resync(msgspec.Struct, frozen=True, tag="resync"):
-    """Send what came after ``after_seq`` again, or a snapshot; ``snapshot`` insists on one."""
+    """Send the changes after ``after_seq`` again, or a snapshot; ``snapshot`` insists on one."""
 
     location: str
     after_seq: int
@@ -210,19 +236,19 @@ class Confirmed(msgspec.Struct, frozen=True, tag="confirmed"):
 
 
 class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
-    """A later incarnation holds this instance id; it runs at ``by_host``."""
+    """A later incarnation, which runs at ``by_host``, serves this instance."""
 
     by_host: str
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The registration cannot be used; ``reason`` is for the log. Try again, slowly."""
+    """The registration cannot be used, for the ``reason`` given. Try again, slowly."""
 
     reason: str
 
 
 class Command(msgspec.Struct, frozen=True, tag="command"):
-    """Do something and answer with the same ``correlation`` within ``deadline_s`` seconds."""
+    """Carry out ``name`` and answer with the same ``correlation`` within ``deadline_s`` seconds."""
 
     correlation: int
     name: str
@@ -230,40 +256,35 @@ class Command(msgspec.Struct, frozen=True, tag="command"):
     values: dict[str, int | float | str] = {}
 
 
-class Begin(msgspec.Struct, frozen=True, tag="begin"):
-    """Carry an order out within ``deadline_s`` seconds. Said again until it is answered."""
+class StartOperation(msgspec.Struct, frozen=True, tag="start_operation"):
+    """Carry a request out within ``deadline_s`` seconds. Repeated until it is answered."""
 
-    event_id: str
+    operation_id: str
     deadline_s: float
-    order: Order
+    request: OperationRequest
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop the order of this event. Answered by :class:`Ended`, also when it never came."""
+class CancelOperation(msgspec.Struct, frozen=True, tag="cancel_operation"):
+    """Stop an operation. Answered by :class:`OperationEnded`, even if it never started."""
 
-    event_id: str
-
-
-class Settled(msgspec.Struct, frozen=True, tag="settled"):
-    """The end of this event is known; forget it."""
-
-    event_id: str
+    operation_id: str
 
 
-AboutOrders: TypeAlias = Began | Rejected | Progressed | Ended
-AboutKeys: TypeAlias = Batch | SnapshotPart | Heartbeat | Confirm
-FromAgent: TypeAlias = Register | AboutKeys | Result | AboutOrders | Goodbye
+class OperationAcknowledged(msgspec.Struct, frozen=True, tag="operation_acknowledged"):
+    """The controller knows the end of this operation; forget the operation."""
+
+    operation_id: str
+
+
+OperationReport: TypeAlias = (
+    OperationStarted | OperationRejected | OperationProgressed | OperationEnded
+)
+OperationCommand: TypeAlias = StartOperation | CancelOperation | OperationAcknowledged
+FromAgent: TypeAlias = (
+    Register | Batch | SnapshotPart | Heartbeat | Confirm | Result | OperationReport | Goodbye
+)
 FromController: TypeAlias = (
-    Registered
-    | NotRegistered
-    | Resync
-    | Confirmed
-    | Fenced
-    | Refused
-    | Command
-    | Begin
-    | Cancel
-    | Settled
+    Registered | NotRegistered | Resync | Confirmed | Fenced | Refused | Command | OperationCommand
 )
 
 _M = TypeVar("_M")
@@ -274,22 +295,22 @@ _from_controller = msgspec.msgpack.Decoder(tuple[int, FromController])
 
 
 def encode(message: FromAgent | FromController) -> bytes:
-    """One frame."""
+    """Encode a message as one frame."""
     return _encoder.encode((VERSION, message))
 
 
 def decode_from_agent(frame: bytes | memoryview) -> FromAgent:
-    """Raises ProtocolError for anything that is not a message of this version."""
+    """Decode a frame. Raise ProtocolError for anything but a message of this version."""
     return _decode(_from_agent, frame)
 
 
 def decode_from_controller(frame: bytes | memoryview) -> FromController:
-    """Raises ProtocolError for anything that is not a message of this version."""
+    """Decode a frame. Raise ProtocolError for anything but a message of this version."""
     return _decode(_from_controller, frame)
 
 
 def split_keys(blob: bytes) -> list[ChunkKey]:
-    """Keys of a blob. Raises ProtocolError when it is no whole number of keys, or too many."""
+    """Return the keys of a blob. Raise ProtocolError for a part of a key, or for too many keys."""
     count, rest = divmod(len(blob), KEY_BYTES)
     if rest or count > MAX_KEYS_PER_MESSAGE:
         raise ProtocolError(
@@ -298,14 +319,15 @@ def split_keys(blob: bytes) -> list[ChunkKey]:
     return [blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES)]
 
 
-def check_tails(tails: tuple[Tail, ...]) -> tuple[Tail, ...]:
-    """The same tails. Raises ProtocolError when one cannot be meant, or when there are too many."""
-    if len(tails) > MAX_KEYS_PER_MESSAGE:
-        raise ProtocolError(f"{len(tails)} tails are over the {MAX_KEYS_PER_MESSAGE} allowed")
-    for tail in tails:
-        if len(tail.key) != KEY_BYTES or len(tail.parent) != KEY_BYTES or tail.tokens < 1:
-            raise ProtocolError(f"no partial chunk: {tail!r:.200}")
-    return tails
+def check_partial_chunks(entries: tuple[PartialChunkEntry, ...]) -> None:
+    """Raise ProtocolError for an impossible entry, or for too many entries."""
+    if len(entries) > MAX_KEYS_PER_MESSAGE:
+        raise ProtocolError(
+            f"{len(entries)} partial chunks are over the {MAX_KEYS_PER_MESSAGE} allowed"
+        )
+    for entry in entries:
+        if len(entry.key) != KEY_BYTES or len(entry.parent) != KEY_BYTES or entry.tokens < 1:
+            raise ProtocolError(f"not a partial chunk: {entry!r:.200}")
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _M]], frame: bytes | memoryview) -> _M:
@@ -314,7 +336,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _M]], frame: bytes | mem
     try:
         version, message = decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # The last two are what msgspec lets through for bad UTF-8 and for deep nesting.
+        # msgspec raises the last two for bad UTF-8 and for deep nesting.
         raise ProtocolError(f"not a message: {error}") from error
     if version != VERSION:
         raise ProtocolError(f"wire version {version}; this side speaks {VERSION}")

@@ -1,4 +1,4 @@
-"""Carries out the control plane's orders on the engine of this process."""
+"""The operations of a cache process: a table from request to the handler that carries it out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache_kit.cache.namespaces import NamespaceRegistry
 from lmcache_kit.cache.records import Selected
@@ -14,23 +14,23 @@ from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.cache.validation import check_lookup
 from lmcache_kit.errors import ControlError, InvalidQuery, KitError, UnknownName
 from lmcache_kit.interfaces.operations import (
-    Accepted,
     Clear,
     Compress,
     Decompress,
-    Job,
     ListPins,
     Move,
-    Operator,
-    Order,
-    Outcome,
+    OperationListener,
+    OperationRequest,
+    OperationStatus,
     Pin,
     Progress,
+    RunningOperation,
+    Scope,
     Unpin,
 )
 from lmcache_kit.peer.local_move import Confirm, LocalMove
+from lmcache_kit.service.chunk_operation import ChunkOperation
 from lmcache_kit.service.codecs import encoding_threads
-from lmcache_kit.service.jobs import RecodeJob
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
@@ -40,41 +40,27 @@ if TYPE_CHECKING:
     from lmcache_kit.peer.move_executor import MoveExecutor
     from lmcache_kit.service.codecs import Codecs
 
-Report = Callable[[Progress], None]
-Finish = Callable[[Outcome], None]
+
+class _Call(NamedTuple):
+    """The tier of a request, its deadline, and the listener of its operation."""
+
+    tier: Tier
+    deadline_s: float
+    listener: OperationListener
+
+    def finish(self, selected: Selected, status: OperationStatus) -> None:
+        """Accept an operation that is over already, and end it."""
+        self.listener.accepted(Scope(selected.tokens, selected.chunks))
+        self.listener.ended(status)
 
 
-class FinishedJob:
-    """A job that was over when it began."""
+class EngineExecutor:
+    """An :class:`~lmcache_kit.interfaces.operations.OperationExecutor` over a cache engine.
 
-    def __init__(self, selected: Selected) -> None:
-        self.accepted = Accepted(selected.tokens, selected.chunks)
-
-    def cancel(self) -> None:
-        """Too late."""
-
-
-class PendingJob:
-    """A job that ends when a store has answered; it cannot be stopped."""
-
-    def __init__(self) -> None:
-        self.selected: Selected | None = None
-
-    @property
-    def accepted(self) -> Accepted | None:
-        """What it is about, once that is known."""
-        return self.selected and Accepted(self.selected.tokens, self.selected.chunks)
-
-    def cancel(self) -> None:
-        """It goes on."""
-
-
-class EngineOperator(Operator):
-    """Orders name namespaces by salt and model; ``namespaces`` are those that workers registered.
-
-    ``pin_ttl_s``: of pins that do not say how long they last. ``mover``: of moves; without one
-    those from other instances are refused. ``confirm`` waits for so many seconds until the
-    controller knows all that is at a location.
+    Requests name namespaces by salt and model, among those that workers registered in
+    ``namespaces``. ``pin_ttl_s`` is the time of pins that name none. ``mover`` carries out moves
+    from other instances; without one they are refused. ``confirm`` waits for so many seconds
+    until the controller knows everything at a location.
     """
 
     def __init__(
@@ -91,169 +77,164 @@ class EngineOperator(Operator):
         self._codecs = codecs
         self._pin_ttl_s = pin_ttl_s
         self._width = encoding_threads()
-        self._pool = ThreadPoolExecutor(self._width, thread_name_prefix="lmcache-kit-order")
-        self._jobs: weakref.WeakSet[RecodeJob] = weakref.WeakSet()
+        self._pool = ThreadPoolExecutor(self._width, thread_name_prefix="lmcache-kit-operation")
+        self._running: weakref.WeakSet[ChunkOperation] = weakref.WeakSet()
         self._namespaces = namespaces
         self._mover = mover
         self._confirm = confirm
+        self._handlers: dict[type, Callable[..., RunningOperation | None]] = {
+            Pin: self._pin,
+            Unpin: self._unpin,
+            ListPins: self._list_pins,
+            Clear: self._clear,
+            Compress: self._transcode,
+            Decompress: self._transcode,
+            Move: self._move,
+        }
 
     def close(self) -> None:
-        """Cancel what runs, and wait for the chunks at work. To be called before the engine's."""
-        for job in list(self._jobs):
-            job.cancel()
+        """Cancel what runs, and wait for the chunks under way. Close the engine after this."""
+        for operation in list(self._running):
+            operation.cancel()
         self._pool.shutdown(cancel_futures=True)
 
-    def begin(self, order: Order, *, deadline_s: float, report: Report, finish: Finish) -> Job:
-        """See :class:`~lmcache_kit.interfaces.operations.Operator`."""
-        inventories = self._engine.locations
-        if order.location not in inventories:
-            raise UnknownName("location", order.location, list(inventories))
-        inventory = inventories[order.location]
-        if isinstance(order, Move) and order.peer is None:
-            return self._shift(inventory, order, deadline_s, report, finish)
-        if isinstance(order, Move):
-            if self._mover is None:
-                raise ControlError(
-                    "this cache process takes no part in moves",
-                    hint="Set enable_p2p in its configuration",
-                )
-            return self._mover.begin(order, deadline_s=deadline_s, report=report, finish=finish)
-        namespaces = self._namespaces.chosen(order.tokens, order.model, order.cache_salt)
+    def start(
+        self, request: OperationRequest, *, deadline_s: float, listener: OperationListener
+    ) -> RunningOperation | None:
+        """Hand a request to its handler. Errors of the engine's checks become InvalidQuery."""
+        tiers = self._engine.locations
+        if request.location not in tiers:
+            raise UnknownName("location", request.location, list(tiers))
+        call = _Call(tiers[request.location], deadline_s, listener)
         try:
-            check_lookup(order.tokens or b"")
-            if isinstance(order, Compress | Decompress):
-                return self._recode(inventory, order, namespaces, deadline_s, report, finish)
-            if isinstance(order, Clear) and isinstance(inventory, StoreTier):
-                return self._clear_store(inventory, order, namespaces, finish)
-            selected, outcome = self._at_once(inventory, order, namespaces)
+            return self._handlers[type(request)](request, call)
         except ValueError as error:
+            if isinstance(error, KitError):
+                raise
             raise InvalidQuery(str(error)) from error
-        finish(outcome)
-        return FinishedJob(selected)
 
-    def _at_once(
-        self, inventory: Tier, order: Order, namespaces: list[bytes] | None
-    ) -> tuple[Selected, Outcome]:
-        match order:
-            case Pin():
-                return self._pin(inventory, order, namespaces)
-            case Unpin():
-                freed = inventory.unpin(namespaces, order.tokens, order.pin_id)
-                message = "" if freed.chunks else "there was no such pin"
-                return freed, _done(freed, message)
-            case Clear():
-                return _clear(inventory, order, namespaces)
-            case ListPins():
-                pins = tuple(inventory.pins())
-                return Selected(), Outcome("done", pins=pins)
-            case _:
-                raise AssertionError(order)
-
-    def _pin(
-        self, inventory: Tier, order: Pin, namespaces: list[bytes] | None
-    ) -> tuple[Selected, Outcome]:
-        ttl_s = self._pin_ttl_s if order.ttl_s is None else order.ttl_s
+    def _pin(self, request: Pin, call: _Call) -> None:
+        ttl_s = self._pin_ttl_s if request.ttl_s is None else request.ttl_s
         if ttl_s is not None and not ttl_s > 0:
-            raise ValueError(f"ttl_s is {ttl_s}; it must be over 0")
-        there, pinned = inventory.pin(
-            namespaces,
-            order.tokens,
-            order.pin_id,
-            owner=order.owner,
+            raise InvalidQuery(f"ttl_s is {ttl_s}; it must be over 0")
+        stored, pinned = call.tier.pin(
+            self._selected_namespaces(request),
+            request.tokens,
+            request.pin_id,
+            owner=request.owner,
             ttl_s=ttl_s,
         )
-        message = "" if there.chunks else "nothing of this is stored"
-        if pinned.chunks < there.chunks:
+        message = "" if stored.chunks else "nothing of this is stored"
+        if pinned.chunks < stored.chunks:
             message = (
-                f"pinned {pinned.tokens} of {there.tokens} tokens: all pins together may hold "
-                f"{inventory.pin_budget_bytes} bytes (max_pinned_share)"
+                f"pinned {pinned.tokens} of {stored.tokens} tokens: all pins together may hold "
+                f"{call.tier.pin_budget_bytes} bytes (max_pinned_share)"
             )
-        return pinned, Outcome(
-            "partial" if pinned.chunks < there.chunks else "done",
+        status = OperationStatus(
+            "partial" if pinned.chunks < stored.chunks else "done",
             pinned.tokens,
-            _progress(pinned, there),
+            _progress(pinned, stored),
             message,
-            tuple(pin for pin in inventory.pins() if pin.pin_id == order.pin_id),
+            tuple(pin for pin in call.tier.pins() if pin.pin_id == request.pin_id),
         )
+        call.finish(pinned, status)
 
-    def _clear_store(
-        self, tier: StoreTier, order: Clear, namespaces: list[bytes] | None, finish: Finish
-    ) -> Job:
-        """As :func:`_clear`, where the store may take its time."""
-        job = PendingJob()
+    def _unpin(self, request: Unpin, call: _Call) -> None:
+        namespaces = self._selected_namespaces(request)
+        freed = call.tier.unpin(namespaces, request.tokens, request.pin_id)
+        call.finish(freed, _done(freed, "" if freed.chunks else "there was no such pin"))
+
+    def _list_pins(self, request: ListPins, call: _Call) -> None:
+        self._selected_namespaces(request)
+        call.finish(Selected(), OperationStatus("done", pins=tuple(call.tier.pins())))
+
+    def _clear(self, request: Clear, call: _Call) -> None:
+        """Clear memory at once, and a store in the pool, because a store may take its time."""
+        clear = partial(_clear, call, request, self._selected_namespaces(request))
+        if not isinstance(call.tier, StoreTier):
+            clear()
+            return
 
         def run() -> None:
             try:
-                job.selected, outcome = _clear(tier, order, namespaces)
+                clear()
             except KitError as error:
-                outcome = Outcome("failed", message=str(error))
-            finish(outcome)
+                call.listener.ended(OperationStatus("failed", message=str(error)))
 
         self._pool.submit(run)
-        return job
 
-    def _recode(  # noqa: PLR0917 - what begin was told
-        self,
-        inventory: Tier,
-        order: Compress | Decompress,
-        namespaces: list[bytes] | None,
-        deadline_s: float,
-        report: Report,
-        finish: Finish,
-    ) -> Job:
-        method = order.method
+    def _transcode(self, request: Compress | Decompress, call: _Call) -> ChunkOperation:
+        namespaces, method = self._selected_namespaces(request), request.method
         if method not in self._codecs.names:
             raise UnknownName("method", method, self._codecs.names)
-        encodes = isinstance(order, Compress)
-        job = RecodeJob(
-            inventory.keys(namespaces, order.tokens),
-            partial(partial(self._pack, inventory) if encodes else inventory.decode, method=method),
+        encodes = isinstance(request, Compress)
+        work = partial(self._encode, call.tier) if encodes else call.tier.decode
+        operation = ChunkOperation(
+            call.tier.keys(namespaces, request.tokens),
+            partial(work, method=method),
             done_word=f"encoded with {method}" if encodes else "raw",
-            report=report,
-            finish=finish,
+            listener=call.listener,
         )
-        self._jobs.add(job)
-        job.start(self._pool, self._width, deadline_s)
-        return job
+        return self._run(operation, self._width, call.deadline_s)
 
-    def _shift(
-        self, goal: Tier, order: Move, deadline_s: float, report: Report, finish: Finish
-    ) -> Job:
-        inventories, tiers = self._engine.locations, self._engine.lower_tiers
-        source = inventories.get(order.source_location)
+    def _move(self, request: Move, call: _Call) -> RunningOperation:
+        if request.peer is None:
+            return self._move_locally(request, call)
+        if self._mover is None:
+            raise ControlError(
+                "this cache process takes no part in moves",
+                hint="Set enable_p2p in its configuration",
+            )
+        return self._mover.start(request, deadline_s=call.deadline_s, listener=call.listener)
+
+    def _move_locally(self, request: Move, call: _Call) -> ChunkOperation:
+        locations, tiers = self._engine.locations, self._engine.lower_tiers
+        source = locations.get(request.source_location)
         if source is None or tiers is None:
-            raise UnknownName("location", order.source_location, list(inventories))
-        if source is goal:
+            raise UnknownName("location", request.source_location, list(locations))
+        if source is call.tier:
             raise InvalidQuery("source and destination are the same")
-        namespaces = self._namespaces.chosen(order.tokens, order.model, order.cache_salt)
-        holdings = source.chunk_refs(namespaces, order.tokens)
-        shift = LocalMove(tiers, source, goal, holdings, copy=order.copy, confirm=self._confirm)
-        job = RecodeJob(
-            [(holding.key, holding.tokens) for holding in holdings],
-            shift.shift,
+        namespaces = self._namespaces.chosen(request.tokens, request.model, request.cache_salt)
+        refs = source.chunk_refs(namespaces, request.tokens)
+        move = LocalMove(tiers, source, call.tier, refs, copy=request.copy, confirm=self._confirm)
+        operation = ChunkOperation(
+            [(ref.key, ref.tokens) for ref in refs],
+            move.shift,
             done_word="there",
-            report=report,
-            finish=lambda outcome: finish(shift.end(outcome)),
+            listener=call.listener,
+            conclude=move.end,
         )
-        self._jobs.add(job)
-        job.start(self._pool, 1, deadline_s)
-        return job
+        return self._run(operation, 1, call.deadline_s)
 
-    def _pack(self, inventory: Tier, key: ChunkKey, method: str) -> Transcoded:
-        return inventory.encode(key, method, self._codecs.get(method))
+    def _run(self, operation: ChunkOperation, width: int, deadline_s: float) -> ChunkOperation:
+        self._running.add(operation)
+        operation.start(self._pool, width, deadline_s)
+        return operation
+
+    def _selected_namespaces(self, request: OperationRequest) -> list[bytes] | None:
+        """Return the namespaces that a request means; None for all. Raise UnknownName.
+
+        Raise ValueError for tokens that are malformed.
+        """
+        namespaces = self._namespaces.chosen(request.tokens, request.model, request.cache_salt)
+        check_lookup(request.tokens or b"")
+        return namespaces
+
+    def _encode(self, tier: Tier, key: ChunkKey, method: str) -> Transcoded:
+        return tier.encode(key, method, self._codecs.get(method))
 
 
-def _clear(
-    inventory: Tier, order: Clear, namespaces: list[bytes] | None
-) -> tuple[Selected, Outcome]:
-    gone, kept = inventory.clear(namespaces, order.tokens, force=order.force)
-    message = f"{kept.tokens} tokens stay because they are pinned" if kept.chunks else ""
-    return gone, _done(gone, message or ("" if gone.chunks else "nothing of this is stored"))
+def _clear(call: _Call, request: Clear, namespaces: list[bytes] | None) -> None:
+    gone, kept = call.tier.clear(namespaces, request.tokens, force=request.force)
+    message = "" if gone.chunks else "nothing of this is stored"
+    if kept.chunks:
+        message = f"{kept.tokens} tokens stay because they are pinned"
+    call.finish(gone, _done(gone, message))
 
 
-def _done(selected: Selected, message: str) -> Outcome:
-    return Outcome("done", selected.tokens, _progress(selected, selected), message)
+def _done(selected: Selected, message: str) -> OperationStatus:
+    return OperationStatus("done", selected.tokens, _progress(selected, selected), message)
 
 
-def _progress(done: Selected, there: Selected) -> Progress:
-    return Progress(done.chunks, there.chunks, done.nbytes, done.nbytes)
+def _progress(done: Selected, stored: Selected) -> Progress:
+    return Progress(done.chunks, stored.chunks, done.nbytes, done.nbytes)

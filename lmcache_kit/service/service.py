@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lmcache_kit.protocol.local import Hello
     from lmcache_kit.protocol.zmq_auth import WorkerKeys
     from lmcache_kit.service.codecs import Codecs
-    from lmcache_kit.service.operations import EngineOperator
+    from lmcache_kit.service.operations import EngineExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class CacheService:
         from lmcache_kit.service.background_encoder import BackgroundEncoder
         from lmcache_kit.service.build import build_engine, build_tiers
         from lmcache_kit.service.codecs import Codecs
-        from lmcache_kit.service.operations import EngineOperator
+        from lmcache_kit.service.operations import EngineExecutor
 
         self.config = config
         self.incarnation = secrets.token_hex(16)
@@ -94,14 +94,14 @@ class CacheService:
         self._agent: Agent | None = None
         self._encoder: BackgroundEncoder | None = None
         self._node: PeerService | None = None
-        self.operator: EngineOperator | None = None
+        self.executor: EngineExecutor | None = None
         try:
             if config.tiers:
                 self._tiers = self.engine.attach(
                     build_tiers(config, self._plugins, codecs.make), codecs.make
                 )
             self._node = self._make_node(codecs)
-            self.operator = EngineOperator(
+            self.executor = EngineExecutor(
                 self.engine,
                 codecs,
                 namespaces=self.namespaces,
@@ -180,8 +180,8 @@ class CacheService:
         """Give the memory back. Safe to call twice."""
         if self._node:
             self._node.close()
-        if self.operator:
-            self.operator.close()
+        if self.executor:
+            self.executor.close()
         if self._encoder:
             self._encoder.close()
         if self._tiers:
@@ -231,7 +231,7 @@ class CacheService:
             worker_ports=config.lmcache_worker_ports or (),
             peer_url=node.url if node else None,
             peer_key=node.key if node else b"",
-            operator=self.operator,
+            executor=self.executor,
             keys=worker_keys(config),
         )
 

@@ -1,4 +1,4 @@
-"""A controller for frontends to talk to, that does as a test says."""
+"""A controller that answers frontends as a test asks it to."""
 
 from __future__ import annotations
 
@@ -9,117 +9,141 @@ import msgspec
 
 from lmcache_kit.errors import UnknownName
 from lmcache_kit.interfaces.frontend import (
-    EventInfo,
-    EventPart,
     InstanceMatch,
     LocationMatch,
     LookupAnswer,
     LookupQuery,
-    Operation,
+    OperationInfo,
     PinList,
     WorkerInfo,
 )
-from lmcache_kit.interfaces.operations import Progress
+from lmcache_kit.interfaces.operations import OperationRequest, Progress
 
-INSTANCE, LOCATION, EVENT = "here", "LocalCPUBackend", "event-1"
+INSTANCE, LOCATION, LOOKUP, OPERATION = "here", "LocalCPUBackend", "lookup-1", "event-1"
 
 
 class FakeController:
-    """One instance, ``"here"``, that is well and holds every token; a
-    :class:`~lmcache_kit.interfaces.ControllerAPI`.
+    """A :class:`~lmcache_kit.interfaces.ControllerAPI` with one healthy instance, ``"here"``.
 
-    ``asked``: the names of the methods that were called. ``failure``: raised by all of them
-    instead of an answer. While ``open`` is not set, no async method answers.
+    The instance holds every token. ``asked`` has the names of the methods that were called, and
+    ``requests`` the requests of operations. ``failure`` is raised by all methods instead of an
+    answer. While ``open`` is not set, no async method answers.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.operations: list[Operation] = []
+        self.requests: list[OperationRequest] = []
         self.failure: Exception | None = None
         self.open = asyncio.Event()
         self.open.set()
+        self.instances = FakeInstances(self)
+        self.operations = FakeOperations(self)
+
+    def counters(self) -> Mapping[str, float]:
+        self.note("counters")
+        return {"lookups_total": 1.0}
+
+    def note(self, name: str) -> None:
+        """Note a call, and raise ``failure``."""
+        self.asked.append(name)
+        if self.failure is not None:
+            raise self.failure
+
+    async def enter(self, name: str) -> None:
+        """Note a call, raise ``failure``, and wait for ``open``."""
+        self.note(name)
+        await self.open.wait()
+
+
+class FakeInstances:
+    """The half of a :class:`FakeController` for instances."""
+
+    def __init__(self, controller: FakeController) -> None:
+        self._controller = controller
 
     def lookup(self, query: LookupQuery) -> LookupAnswer:
-        self._note("lookup")
-        self._known(query.instance_id)
+        self._controller.note("lookup")
+        check_instance(query.instance_id)
         here = InstanceMatch(INSTANCE, (LocationMatch(LOCATION, len(query.tokens), "end"),))
-        return LookupAnswer(EVENT, (here,) if query.tokens else ())
+        return LookupAnswer(LOOKUP, (here,) if query.tokens else ())
 
     async def health(self, instance_id: str) -> dict[int, int]:
-        await self._pass("health")
-        self._known(instance_id)
+        await self._controller.enter("health")
+        check_instance(instance_id)
         return {0: 0}
 
     def workers(
         self, instance_id: str | None = None, worker_ids: Sequence[int] | None = None
     ) -> list[WorkerInfo]:
-        self._note("workers")
-        self._known(instance_id)
+        self._controller.note("workers")
+        check_instance(instance_id)
         return [WorkerInfo(INSTANCE, 0, "127.0.0.1", 5555, None, 1e9, 1e9, alive=True)]
 
-    def instance_at(self, ip: str) -> str | None:
-        self._note("instance_at")
+    def at_address(self, ip: str) -> str | None:
+        self._controller.note("at_address")
         return INSTANCE if ip == "127.0.0.1" else None
 
-    async def operate(self, operation: Operation) -> EventInfo:
-        await self._pass("operate")
-        self.operations.append(operation)
-        return self._event()
 
-    async def ended(self, event_id: str) -> EventInfo:
-        await self._pass("ended")
-        return self._event(event_id)
+class FakeOperations:
+    """The half of a :class:`FakeController` for operations: one, which is done."""
 
-    async def cancel(self, event_id: str) -> EventInfo:
-        await self._pass("cancel")
-        return msgspec.structs.replace(self._event(event_id), state="cancelled")
+    def __init__(self, controller: FakeController) -> None:
+        self._controller = controller
 
-    def event(self, event_id: str) -> EventInfo:
-        self._note("event")
-        return self._event(event_id)
+    async def start(
+        self,
+        instance_id: str,
+        request: OperationRequest,
+        *,
+        deadline_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> OperationInfo:
+        await self._controller.enter("start")
+        self._controller.requests.append(request)
+        return _info()
 
-    def events(self) -> list[EventInfo]:
-        self._note("events")
-        return [self._event()]
+    async def wait(self, operation_id: str) -> OperationInfo:
+        await self._controller.enter("wait")
+        return _info(operation_id)
+
+    async def cancel(self, operation_id: str) -> OperationInfo:
+        await self._controller.enter("cancel")
+        return msgspec.structs.replace(_info(operation_id), state="cancelled")
+
+    def get(self, operation_id: str) -> OperationInfo:
+        self._controller.note("get")
+        return _info(operation_id)
+
+    def all(self) -> list[OperationInfo]:
+        self._controller.note("all")
+        return [_info()]
 
     async def pins(self, instance_id: str | None = None, location: str | None = None) -> PinList:
-        await self._pass("pins")
-        self._known(instance_id)
+        await self._controller.enter("pins")
+        check_instance(instance_id)
         return PinList(())
 
-    def counters(self) -> Mapping[str, float]:
-        self._note("counters")
-        return {"lookups_total": 1.0}
 
-    def _note(self, name: str) -> None:
-        self.asked.append(name)
-        if self.failure is not None:
-            raise self.failure
+def check_instance(instance_id: str | None) -> None:
+    """Raise UnknownName for any instance but the one that there is."""
+    if instance_id not in (None, INSTANCE):
+        raise UnknownName("instance", instance_id, [INSTANCE])
 
-    async def _pass(self, name: str) -> None:
-        self._note(name)
-        await self.open.wait()
 
-    def _known(self, instance_id: str | None) -> None:
-        if instance_id not in (None, INSTANCE):
-            raise UnknownName("instance", instance_id, [INSTANCE])
-
-    def _event(self, event_id: str = EVENT) -> EventInfo:
-        if event_id != EVENT:
-            raise UnknownName("event", event_id, [EVENT])
-        return EventInfo(
-            event_id=EVENT,
-            operation="clear",
-            instance_id=INSTANCE,
-            location=LOCATION,
-            state="done",
-            tokens=12,
-            parts=(EventPart(INSTANCE, LOCATION, (0,), Progress(1, 1)),),
-            ratio=None,
-            message="",
-            created=1e9,
-            started=1e9,
-            ended=1e9,
-            deadline=1e9 + 60,
-            idempotency_key=None,
-        )
+def _info(operation_id: str = OPERATION) -> OperationInfo:
+    if operation_id != OPERATION:
+        raise UnknownName("event", operation_id, [OPERATION])
+    return OperationInfo(
+        "done",
+        12,
+        Progress(1, 1),
+        operation_id=OPERATION,
+        kind="clear",
+        instance_id=INSTANCE,
+        location=LOCATION,
+        worker_ids=(0,),
+        created=1e9,
+        deadline=1e9 + 60,
+        started_at=1e9,
+        ended_at=1e9,
+    )

@@ -7,14 +7,14 @@ import signal
 import sys
 
 from lmcache_kit.agent.agent import Agent
-from tests.control.fakes import NAMESPACE, FakeEngine, chunks_of
+from tests.control.fakes import NAMESPACE, FakeTier, chunks_of
 
 TOKENS = list(range(12))
 
 
 def main() -> None:
     url, instance_id = sys.argv[1:]
-    engine = FakeEngine()
+    engine = FakeTier()
     engine.store(chunks_of(TOKENS))
     agent = Agent(
         [engine],

@@ -1,4 +1,4 @@
-"""Real controllers on loops of their own, and real agents around pretended engines."""
+"""Controllers on loops of their own, and agents around fake tiers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ import pytest
 
 from lmcache_kit.agent.agent import Agent
 from lmcache_kit.controller.controller import Controller
+from lmcache_kit.controller.registry import Registry
 from lmcache_kit.interfaces.frontend import LookupQuery
-from tests.control.fakes import NAMESPACE, FakeEngine
+from tests.control.fakes import NAMESPACE, FakeTier
 
 T = TypeVar("T")
 
 
 class Running:
-    """A controller that serves, from a thread, so that tests may block."""
+    """A controller on a thread of its own, so that tests may block."""
 
     def __init__(self, port: int = 0, **options: Any) -> None:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
+        self.registry = options.setdefault("registry", Registry())
         self.controller = Controller("localhost", [port], **options)
         try:
             self.run(self.controller.start())
@@ -46,7 +48,7 @@ class Running:
         return self.begin(work).result(timeout_s)
 
     def call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """On the controller's loop, as frontends do."""
+        """Call a function on the controller's loop, as frontends do."""
 
         async def work() -> T:
             return function(*arguments, **options)
@@ -54,8 +56,8 @@ class Running:
         return self.run(work())
 
     def held(self, tokens: list[int], **query: Any) -> dict[str, int]:
-        """Instance id to the tokens it is said to hold."""
-        answer = self.call(self.controller.lookup, LookupQuery(tokens, **query))
+        """Look tokens up, and return the best match of each instance."""
+        answer = self.call(self.controller.instances.lookup, LookupQuery(tokens, **query))
         return {each.instance_id: each.best.tokens for each in answer.instances}
 
     def counters(self) -> dict[str, float]:
@@ -76,12 +78,12 @@ class StartController(Protocol):
 class StartAgent(Protocol):
     def __call__(
         self, url: str, instance_id: str = "a", **options: Any
-    ) -> tuple[Agent, FakeEngine]: ...
+    ) -> tuple[Agent, FakeTier]: ...
 
 
 @pytest.fixture
 def start_controller() -> Iterator[StartController]:
-    """Port 0 takes a free one. Stopped at the end."""
+    """Start controllers, and stop them at the end. Port 0 takes a free one."""
     with ExitStack() as ending:
 
         def start(port: int = 0, **options: Any) -> Running:
@@ -94,18 +96,20 @@ def start_controller() -> Iterator[StartController]:
 
 @pytest.fixture
 def controller(start_controller: StartController) -> Running:
-    """One that serves."""
+    """A controller that serves."""
     return start_controller()
 
 
 @pytest.fixture
 def start_agent() -> Iterator[StartAgent]:
-    """An agent that runs, and its engine; ``below`` are inventories below that. It has rank 0 and
-    one namespace unless told otherwise."""
+    """Start agents, each with its tier and the tiers ``below`` that, and stop them at the end.
+
+    An agent has rank 0 and one namespace unless ``ranks`` and ``namespaces`` say otherwise.
+    """
     with ExitStack() as ending:
 
-        def start(url: str, instance_id: str = "a", **options: Any) -> tuple[Agent, FakeEngine]:
-            engine = options.pop("engine", None) or FakeEngine()
+        def start(url: str, instance_id: str = "a", **options: Any) -> tuple[Agent, FakeTier]:
+            engine = options.pop("engine", None) or FakeTier()
             below = options.pop("below", ())
             ranks = options.pop("ranks", (0,))
             namespaces = options.pop("namespaces", (NAMESPACE,))

@@ -11,12 +11,19 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.interfaces import Region
-from lmcache_kit.interfaces.frontend import EventInfo, Operation
-from lmcache_kit.interfaces.operations import Clear, Compress, Decompress, Order, Pin, Unpin
+from lmcache_kit.interfaces.frontend import OperationInfo
+from lmcache_kit.interfaces.operations import (
+    Clear,
+    Compress,
+    Decompress,
+    OperationRequest,
+    Pin,
+    Unpin,
+)
 from lmcache_kit.keys import pack_tokens
 from tests.control.conftest import Running, StartAgent
-from tests.control.fakes import eventually
 from tests.process.test_operations import BASE, CHUNK, PLACE, Place
+from tests.support.waiting import eventually
 
 PROMPT = list(range(40))
 TOKENS = pack_tokens(PROMPT)
@@ -31,15 +38,14 @@ class Site:
     running: Running
     place: Place
 
-    def begin(self, order: Order, **more: Any) -> EventInfo:
-        api = self.running.controller
-        return self.running.run(api.operate(Operation(instance_id="a", order=order, **more)))
+    def begin(self, request: OperationRequest, **more: Any) -> OperationInfo:
+        return self.running.run(self.running.controller.operations.start("a", request, **more))
 
-    def ended(self, event: EventInfo) -> EventInfo:
-        return self.running.run(self.running.controller.ended(event.event_id))
+    def ended(self, info: OperationInfo) -> OperationInfo:
+        return self.running.run(self.running.controller.operations.wait(info.operation_id))
 
-    def do(self, order: Order, **more: Any) -> EventInfo:
-        return self.ended(self.begin(order, **more))
+    def do(self, request: OperationRequest, **more: Any) -> OperationInfo:
+        return self.ended(self.begin(request, **more))
 
     @property
     def allocated_bytes(self) -> int:
@@ -64,7 +70,7 @@ def site(controller: Running, start_agent: StartAgent) -> Iterator[Site]:
     agent, _ = start_agent(
         controller.url,
         engine=place.engine,
-        operator=place.operator,
+        executor=place.executor,
         namespaces=(BASE,),
     )
     place.store(PROMPT)
@@ -76,31 +82,31 @@ def site(controller: Running, start_agent: StartAgent) -> Iterator[Site]:
 
 def test_7_a_failure_is_not_told_as_success_and_loses_nothing(site: Site) -> None:
     site.place.codecs.codec.fail = ValueError("over the bound")
-    event = site.do(COMPRESS)
-    assert (event.state, event.tokens) == ("failed", 0)
-    assert "over the bound" in event.message
+    info = site.do(COMPRESS)
+    assert (info.state, info.tokens) == ("failed", 0)
+    assert "over the bound" in info.message
     site.check_bytes()
     assert site.running.held(PROMPT) == {"a": 40}
 
 
 def test_7_what_hangs_ends_by_its_deadline(site: Site) -> None:
     site.place.codecs.codec.gate.clear()
-    event = site.do(COMPRESS, deadline_s=0.5)
-    assert event.state == "expired"
-    assert event.ended
-    assert event.ended - event.deadline < 5
+    info = site.do(COMPRESS, deadline_s=0.5)
+    assert info.state == "expired"
+    assert info.ended_at
+    assert info.ended_at - info.deadline < 5
     site.place.codecs.codec.gate.set()
     site.check_bytes()
 
 
 def test_8_a_chunk_is_found_and_read_all_the_time_while_it_is_compressed(site: Site) -> None:
     site.place.codecs.codec.gate.clear()
-    event = site.begin(COMPRESS)
+    info = site.begin(COMPRESS)
     assert site.place.codecs.codec.begun.acquire(timeout=20)
     site.check_bytes()
     assert site.running.held(PROMPT) == {"a": 40}
     site.place.codecs.codec.gate.set()
-    assert site.ended(event).state == "done"
+    assert site.ended(info).state == "done"
     site.check_bytes()
     assert site.running.held(PROMPT) == {"a": 40}
     assert site.running.counters()["keys_removed_total"] == 0
@@ -110,11 +116,11 @@ def test_8_compressed_bytes_count_as_what_they_are(site: Site) -> None:
     """Chunks here are as small as a page, so that pages cannot become fewer."""
     stats, before = site.place.engine.stats, site.allocated_bytes
     assert stats()["requested_bytes"] == 40 * 256
-    event = site.do(COMPRESS)
-    part = event.parts[0].progress
+    info = site.do(COMPRESS)
+    part = info.progress
     assert part.bytes_before == 40 * 256
     assert part.bytes_after == stats()["requested_bytes"]
-    assert event.ratio == part.bytes_before / part.bytes_after > 1
+    assert info.ratio == part.bytes_before / part.bytes_after > 1
     assert part.bytes_after <= site.allocated_bytes <= before
 
 
@@ -133,12 +139,12 @@ def test_8_nothing_is_held_any_more_when_an_operation_has_ended(site: Site) -> N
     site.do(COMPRESS)
     codec.fail = None
     codec.gate.clear()
-    event = site.begin(COMPRESS)
+    info = site.begin(COMPRESS)
     assert codec.begun.acquire(timeout=20)
-    cancelling = site.running.begin(site.running.controller.cancel(event.event_id))
+    cancelling = site.running.begin(site.running.controller.operations.cancel(info.operation_id))
     codec.gate.set()
     cancelling.result(20)
-    assert site.ended(event).state in ("cancelled", "done", "partial")
+    assert site.ended(info).state in ("cancelled", "done", "partial")
     assert site.do(Pin(location=PLACE, tokens=TOKENS, pin_id="")).tokens == 40
     assert site.do(Unpin(location=PLACE, tokens=TOKENS)).tokens == 40
     cleared = site.do(Clear(location=PLACE))
@@ -152,7 +158,7 @@ def test_pinned_chunks_outlast_a_clear_unless_it_is_forced(site: Site) -> None:
     cleared = site.do(Clear(location=PLACE))
     assert cleared.tokens == 24
     eventually(lambda: site.running.held(PROMPT) == {"a": 16})
-    (found,) = site.running.run(site.running.controller.pins()).pins
-    assert (found.pin.pin_id, found.pin.tokens, found.pin.owner) == (pinned.event_id, 16, "ann")
+    (found,) = site.running.run(site.running.controller.operations.pins()).pins
+    assert (found.pin.pin_id, found.pin.tokens, found.pin.owner) == (pinned.operation_id, 16, "ann")
     assert site.do(Clear(location=PLACE, force=True)).tokens == 16
     eventually(lambda: site.running.held(PROMPT) == {})

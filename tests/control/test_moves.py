@@ -1,14 +1,17 @@
-"""Moves from a real controller to real agents: who is asked for what, and with which proof."""
+"""Moves from a controller to agents: which end is asked for what, and with which proof."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
 
-from lmcache_kit.controller import operation_log as ledgers
+from lmcache_kit.controller import operation_log
+from lmcache_kit.controller.operations import Operations
+from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import (
     ControlError,
     DeadlineExceeded,
@@ -18,19 +21,15 @@ from lmcache_kit.errors import (
     OperationFailed,
     UnknownName,
 )
-from lmcache_kit.interfaces.frontend import EventInfo, Operation
-from lmcache_kit.interfaces.operations import Accepted, Move, Outcome, Progress, Transfer
+from lmcache_kit.interfaces.frontend import OperationInfo
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Progress, Scope, Transfer
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.protocol.capability import Capability
+from lmcache_kit.protocol.control import Register
 from tests.control.conftest import Running, StartAgent
-from tests.control.fakes import (
-    LOCATION,
-    FakeEngine,
-    FakeJob,
-    FakeOperator,
-    chunks_of,
-    eventually,
-)
+from tests.control.fakes import LOCATION, FakeExecutor, FakeTier, RunningFake, chunks_of
+from tests.support.clocks import FakeClock
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 KEYS = {"a": b"a" * 32, "b": b"b" * 32}
@@ -45,13 +44,13 @@ MOVE = Move(
 
 
 class Site:
-    """A controller, and instances that take part in moves: their lives, engines and operators."""
+    """A controller, and instances that take part in moves: their tiers and executors."""
 
     def __init__(self, controller: Running, start_agent: StartAgent) -> None:
         self.running = controller
-        self.api = controller.controller
-        self.operators: dict[str, FakeOperator] = {}
-        self.engines: dict[str, FakeEngine] = {}
+        self.api = controller.controller.operations
+        self.executors: dict[str, FakeExecutor] = {}
+        self.engines: dict[str, FakeTier] = {}
         self.start_agent = start_agent
 
     def start(
@@ -60,14 +59,14 @@ class Site:
         *,
         peers: bool = True,
         location: str = LOCATION,
-        below: Sequence[FakeEngine] = (),
+        below: Sequence[FakeTier] = (),
     ) -> None:
-        self.operators[name] = operator = FakeOperator()
+        self.executors[name] = executor = FakeExecutor()
         agent, self.engines[name] = self.start_agent(
             self.running.url,
             name,
-            operator=operator,
-            engine=FakeEngine(location),
+            executor=executor,
+            engine=FakeTier(location),
             below=below,
             incarnation=name.encode() * 16,
             peer_url=f"localhost:{name}" if peers else None,
@@ -75,24 +74,23 @@ class Site:
         )
         eventually(lambda: agent.stats()["registered"])
 
-    def operate(self, order: Move = MOVE, to: str = "b", **more: object) -> EventInfo:
-        operation = Operation(instance_id=to, order=order, **more)  # type: ignore[arg-type]
-        return self.running.run(self.api.operate(operation))
+    def start_move(self, move: Move = MOVE, to: str = "b", **more: Any) -> OperationInfo:
+        return self.running.run(self.api.start(to, move, **more))
 
-    def job(self, name: str = "b") -> FakeJob:
-        eventually(lambda: self.operators[name].jobs)
-        return self.operators[name].jobs[0]
+    def operation(self, name: str = "b") -> RunningFake:
+        eventually(lambda: self.executors[name].running)
+        return self.executors[name].running[0]
 
-    def order(self) -> Move:
-        order = self.job().order
-        assert isinstance(order, Move)
-        return order
+    def request(self) -> Move:
+        request = self.operation().request
+        assert isinstance(request, Move)
+        return request
 
-    def events(self) -> list[EventInfo]:
-        return self.running.call(self.api.events)
+    def all(self) -> list[OperationInfo]:
+        return self.running.call(self.api.all)
 
-    def ended(self, event_id: str) -> EventInfo:
-        return self.running.run(self.api.ended(event_id))
+    def wait(self, operation_id: str) -> OperationInfo:
+        return self.running.run(self.api.wait(operation_id))
 
 
 @pytest.fixture
@@ -104,125 +102,126 @@ def site(controller: Running, start_agent: StartAgent) -> Site:
     return made
 
 
-def test_the_destination_gets_the_order_with_where_to_fetch_and_a_proof_for_the_source(
+def test_the_destination_gets_the_address_of_the_source_and_a_proof_for_it(
     site: Site,
 ) -> None:
-    taken = site.operate()
-    assert (taken.state, taken.tokens, taken.operation) == ("running", 12, "move")
+    taken = site.start_move()
+    assert (taken.state, taken.tokens, taken.kind) == ("running", 12, "move")
     assert (taken.instance_id, taken.location, taken.source) == ("b", LOCATION, ("a", LOCATION))
-    order = site.order()
-    assert msgspec.structs.replace(order, peer=None) == MOVE
-    assert order.peer
-    assert (order.peer.event_id, order.peer.url) == (taken.event_id, "localhost:a")
-    assert order.peer.incarnation == b"a" * 16
-    assert site.operators["a"].jobs == []
+    move = site.request()
+    assert msgspec.structs.replace(move, peer=None) == MOVE
+    assert move.peer
+    assert (move.peer.operation_id, move.peer.url) == (taken.operation_id, "localhost:a")
+    assert move.peer.incarnation == b"a" * 16
+    assert site.executors["a"].running == []
 
 
 def test_the_proof_is_of_this_move_and_no_other(site: Site) -> None:
-    event_id = site.operate().event_id
-    order = site.order()
-    assert order.peer
-    seal = order.peer.seal
-    assert Capability.of(order, event_id, "b").is_sealed(seal, KEYS["a"])
-    assert not Capability.of(order, event_id, "b").is_sealed(seal, KEYS["b"])
-    assert not Capability.of(order, "another", "b").is_sealed(seal, KEYS["a"])
-    assert not Capability.of(order, event_id, "c").is_sealed(seal, KEYS["a"])
-    everything = msgspec.structs.replace(order, tokens=None)
-    assert not Capability.of(everything, event_id, "b").is_sealed(seal, KEYS["a"])
+    operation_id = site.start_move().operation_id
+    move = site.request()
+    assert move.peer
+    seal = move.peer.seal
+    assert Capability.of(move, operation_id, "b").is_sealed(seal, KEYS["a"])
+    assert not Capability.of(move, operation_id, "b").is_sealed(seal, KEYS["b"])
+    assert not Capability.of(move, "another", "b").is_sealed(seal, KEYS["a"])
+    assert not Capability.of(move, operation_id, "c").is_sealed(seal, KEYS["a"])
+    everything = msgspec.structs.replace(move, tokens=None)
+    assert not Capability.of(everything, operation_id, "b").is_sealed(seal, KEYS["a"])
 
 
-def test_each_event_has_a_proof_of_its_own(site: Site) -> None:
-    site.operate()
-    site.operate()
-    first, second = (job.order.peer for job in site.operators["b"].jobs)  # type: ignore[union-attr]
-    assert first.event_id != second.event_id
+def test_each_operation_has_a_proof_of_its_own(site: Site) -> None:
+    site.start_move()
+    site.start_move()
+    first, second = (each.request.peer for each in site.executors["b"].running)  # type: ignore[union-attr]
+    assert first.operation_id != second.operation_id
     assert first.seal != second.seal
 
 
 def test_7_that_the_source_keeps_its_copy_reaches_the_destination_and_is_sealed(site: Site) -> None:
-    event_id = site.operate(msgspec.structs.replace(MOVE, copy=True)).event_id
-    order = site.order()
-    assert order.copy
-    assert order.peer
-    moved = msgspec.structs.replace(order, copy=False)
-    assert not Capability.of(moved, event_id, "b").is_sealed(order.peer.seal, KEYS["a"])
+    operation_id = site.start_move(msgspec.structs.replace(MOVE, copy=True)).operation_id
+    move = site.request()
+    assert move.copy
+    assert move.peer
+    moved = msgspec.structs.replace(move, copy=False)
+    assert not Capability.of(moved, operation_id, "b").is_sealed(move.peer.seal, KEYS["a"])
 
 
-def test_progress_tells_over_what_the_bytes_come(site: Site) -> None:
-    event_id = site.operate().event_id
+def test_progress_names_the_transport(site: Site) -> None:
+    operation_id = site.start_move().operation_id
     transfer = Transfer("nixl", "CMA on one host", 3_000_000, 0.5)
     done = Progress(3, 3, 900, 900, transfer)
-    site.job().report(done)
-    site.job().finish(Outcome("done", 12, done))
-    ended = site.ended(event_id)
+    site.operation().listener.progressed(done)
+    site.operation().end(OperationStatus("done", 12, done))
+    ended = site.wait(operation_id)
     assert (ended.state, ended.tokens, ended.ratio) == ("done", 12, None)
-    (part,) = ended.parts
-    assert (part.instance_id, part.progress.transfer) == ("b", transfer)
+    assert (ended.instance_id, ended.progress.transfer) == ("b", transfer)
 
 
-@pytest.mark.parametrize("accepted", [None, Accepted(12, 3)])
+@pytest.mark.parametrize("accepted", [None, Scope(12, 3)])
 def test_7_the_destinations_failure_is_a_failure_and_the_source_is_told_to_forget_nothing(
-    site: Site, accepted: Accepted | None
+    site: Site, accepted: Scope | None
 ) -> None:
     site.engines["a"].store(chunks_of(PROMPT))
-    site.operators["b"].accepts = accepted
-    site.operators["b"].at_once = Outcome("failed", message="no room at 'b'")
+    site.executors["b"].scope = accepted
+    site.executors["b"].at_once = OperationStatus("failed", message="no room at 'b'")
     if accepted is None:
         with pytest.raises(OperationFailed, match="no room at 'b'"):
-            site.operate()
+            site.start_move()
     else:
-        site.ended(site.operate().event_id)
-    (event,) = site.events()
+        site.wait(site.start_move().operation_id)
+    (event,) = site.all()
     assert (event.state, event.tokens, event.message) == ("failed", 0, "no room at 'b'")
-    assert site.operators["a"].jobs == []
+    assert site.executors["a"].running == []
     eventually(lambda: site.running.held(PROMPT) == {"a": 12})
 
 
 def test_7_a_move_has_a_deadline_and_is_called_off_then(site: Site) -> None:
-    info = site.operate()
-    assert info.deadline == pytest.approx(info.created + ledgers.LONG_S)
-    assert site.ended(site.operate(deadline_s=0.3).event_id).state == "expired"
-    assert site.operators["b"].jobs[1].cancelled.wait(10)
+    info = site.start_move()
+    assert info.deadline == pytest.approx(info.created + operation_log.LONG_S)
+    assert site.wait(site.start_move(deadline_s=0.3).operation_id).state == "expired"
+    assert site.executors["b"].running[1].cancelled.wait(10)
 
 
-def test_a_move_is_answered_when_the_source_has_told_what_it_has(site: Site) -> None:
-    site.operators["b"].accepts = None
-    asked = threading.Thread(target=site.operate)
+def test_a_move_is_answered_when_it_is_accepted(site: Site) -> None:
+    site.executors["b"].scope = None
+    asked = threading.Thread(target=site.start_move)
     asked.start()
-    job = site.job()
-    assert [event.state for event in site.events()] == ["queued"]
-    job.accepted = Accepted(8, 2)
-    job.report(Progress(0, 2))
+    operation = site.operation()
+    assert [event.state for event in site.all()] == ["queued"]
+    operation.accept(8, 2)
     asked.join(20)
-    (event,) = site.events()
-    assert (event.state, event.tokens, event.parts[0].progress.chunks) == ("running", 8, 2)
+    (event,) = site.all()
+    assert (event.state, event.tokens, event.progress.chunks) == ("running", 8, 2)
 
 
 def test_a_move_that_is_late_before_it_began_is_too_late(site: Site) -> None:
-    site.operators["b"].accepts = None
-    site.operators["b"].at_once = Outcome("expired", message="'a' did not answer")
+    site.executors["b"].scope = None
+    site.executors["b"].at_once = OperationStatus("expired", message="'a' did not answer")
     with pytest.raises(DeadlineExceeded, match="'a' did not answer"):
-        site.operate()
+        site.start_move()
 
 
 def test_a_move_that_failed_before_it_began_may_be_tried_again_with_its_key(site: Site) -> None:
-    operator = site.operators["b"]
-    operator.accepts, operator.at_once = None, Outcome("failed", message="'a' does not answer")
+    executor = site.executors["b"]
+    executor.scope, executor.at_once = (
+        None,
+        OperationStatus("failed", message="'a' does not answer"),
+    )
     with pytest.raises(OperationFailed):
-        site.operate(idempotency_key="k")
-    operator.accepts, operator.at_once = Accepted(12, 3), None
-    event_id = site.operate(idempotency_key="k").event_id
-    assert site.operate(idempotency_key="k").event_id == event_id
-    assert len(operator.jobs) == 2
+        site.start_move(idempotency_key="k")
+    executor.scope, executor.at_once = Scope(12, 3), None
+    operation_id = site.start_move(idempotency_key="k").operation_id
+    assert site.start_move(idempotency_key="k").operation_id == operation_id
+    assert len(executor.running) == 2
 
 
 def test_the_same_key_is_the_same_move_whoever_serves_the_source_by_now(site: Site) -> None:
-    event_id = site.operate(idempotency_key="k").event_id
+    operation_id = site.start_move(idempotency_key="k").operation_id
     site.start_agent(site.running.url, "a", peer_url="localhost:z", peer_key=b"z" * 32)
     eventually(lambda: site.running.counters()["fenced_total"] >= 1)
-    assert site.operate(idempotency_key="k").event_id == event_id
+    assert site.start_move(idempotency_key="k").operation_id == operation_id
     with pytest.raises(ControlError, match="stands for another operation"):
-        site.operate(msgspec.structs.replace(MOVE, copy=True), idempotency_key="k")
+        site.start_move(msgspec.structs.replace(MOVE, copy=True), idempotency_key="k")
 
 
 @pytest.mark.parametrize(
@@ -238,36 +237,40 @@ def test_the_same_key_is_the_same_move_whoever_serves_the_source_by_now(site: Si
         ({"source": "d"}, "b", ControlError, "'d' takes no part in moves. Set enable_p2p"),
     ],
 )
-def test_a_move_that_cannot_be_is_refused_and_no_event(
+def test_an_impossible_move_is_refused_and_not_logged(
     site: Site, changes: dict[str, str], to: str, raised: type[KitError], message: str
 ) -> None:
     site.start("c", location="disk")
     site.start("d", peers=False)
     with pytest.raises(raised, match=message) as info:
-        site.operate(msgspec.structs.replace(MOVE, **changes), to=to)
+        site.start_move(msgspec.structs.replace(MOVE, **changes), to=to)
     assert type(info.value) is raised
-    assert site.events() == []
+    assert site.all() == []
 
 
 def test_a_move_from_one_location_of_an_instance_to_another_needs_no_peer(site: Site) -> None:
-    site.start("c", peers=False, below=[FakeEngine("disk")])
-    order = msgspec.structs.replace(MOVE, source="c", location="disk")
-    taken = site.operate(order, to="c")
+    site.start("c", peers=False, below=[FakeTier("disk")])
+    move = msgspec.structs.replace(MOVE, source="c", location="disk")
+    taken = site.start_move(move, to="c")
     assert (taken.instance_id, taken.location, taken.source) == ("c", "disk", ("c", LOCATION))
-    assert site.job("c").order == order
+    assert site.operation("c").request == move
 
 
 @pytest.mark.parametrize("silent", ["a", "b"])
-def test_both_ends_must_be_alive(site: Site, silent: str) -> None:
-    registry = site.api._registry
-
-    async def ask() -> None:
-        registry._set_alive(registry.find(silent), False)
-        await site.api.operate(Operation(instance_id="b", order=MOVE))
-
+def test_both_ends_must_be_alive(silent: str) -> None:
+    clock = FakeClock()
+    registry = Registry(clock=clock)
+    operations = Operations(registry, lambda connection, message: None, clock=clock)
+    for name in ("a", "b"):
+        registration = Register(
+            name, b"i" * 16, 1.0, "", 1.0, (LOCATION,), (), (), f"localhost:{name}", KEYS[name]
+        )
+        registry.handle(name, registration)
+    clock.now += 10
+    registry.hear("a" if silent == "b" else "b")
     with pytest.raises(NoWorker, match=f"'{silent}' has not been heard of for"):
-        site.running.run(ask())
-    assert site.events() == []
+        operations.submit("b", MOVE)
+    assert operations.all() == []
 
 
 def test_the_keys_of_peers_are_shown_to_nobody(
@@ -277,16 +280,16 @@ def test_the_keys_of_peers_are_shown_to_nobody(
         site = Site(controller, start_agent)
         site.start("a")
         site.start("b")
-        site.operate()
+        site.start_move()
         with pytest.raises(InvalidQuery) as refused:
-            site.operate(to="a")
-    process = controller.call(lambda: site.api._registry.find("a"))
+            site.start_move(to="a")
+    process = controller.call(controller.registry.find, "a")
     shown = [
         caplog.text,
         repr(refused.value),
-        repr(controller.call(site.api.workers)),
-        repr(site.events()),
+        repr(controller.call(controller.controller.instances.workers)),
+        repr(site.all()),
         repr(controller.counters()),
-        repr(process.said),
+        repr(process.registration),
     ]
     assert not [text for text in shown if "a" * 32 in text or (b"a" * 32).hex() in text]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -21,13 +20,14 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.config import KitConfig
 from lmcache_kit.interfaces import Backend, Region
-from lmcache_kit.interfaces.operations import Move, Outcome, Peer, Progress
+from lmcache_kit.interfaces.operations import Move, OperationStatus, Peer
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.peer.service import PeerService
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.protocol.capability import Capability
 from lmcache_kit.service.codecs import Codecs
+from tests.control.fakes import RecordingListener
 
 PLACE = "LocalCPUBackend"
 CHUNK = 16
@@ -43,26 +43,16 @@ def payload(tokens: Sequence[int], rank: int, layout: KVLayout = LAYOUT) -> byte
     return (seed * (nbytes // len(seed) + 1))[:nbytes]
 
 
-class Running:
-    """A move that was begun."""
+class Running(RecordingListener):
+    """A move that was started, and its course."""
 
-    def __init__(self, place: Place, order: Move, deadline_s: float) -> None:
-        self.reports: list[Progress] = []
-        self.outcomes: list[Outcome] = []
-        self._ended = threading.Event()
-        self.job = place.node.mover.begin(
-            order, deadline_s=deadline_s, report=self.reports.append, finish=self._finish
-        )
-
-    def _finish(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        self._ended.set()
+    def __init__(self, place: Place, request: Move, deadline_s: float) -> None:
+        super().__init__()
+        self.move = place.node.mover.start(request, deadline_s=deadline_s, listener=self)
 
     @property
-    def outcome(self) -> Outcome:
-        assert self._ended.wait(DEADLINE_S), "the move did not end"
-        assert len(self.outcomes) == 1
-        return self.outcomes[0]
+    def outcome(self) -> OperationStatus:
+        return self.wait(DEADLINE_S)
 
 
 class Place:
@@ -203,7 +193,9 @@ class Place:
     def begin(self, order: Move, deadline_s: float = 60.0) -> Running:
         return Running(self, order, deadline_s)
 
-    def move(self, source: Place, tokens: Sequence[int] | None = None, **how: object) -> Outcome:
+    def move(
+        self, source: Place, tokens: Sequence[int] | None = None, **how: object
+    ) -> OperationStatus:
         """Take from there, and wait for the end."""
         return self.begin(self.order(source, tokens, **how)).outcome  # type: ignore[arg-type]
 

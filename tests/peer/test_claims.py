@@ -45,7 +45,7 @@ def claim(**changes: object) -> Capability:
 def opened(goal: Place, source: Place, **how: object) -> wire.Open:
     order: Move = goal.order(source, **how)  # type: ignore[arg-type]
     assert order.peer
-    what = Capability.of(order, order.peer.event_id, goal.name)
+    what = Capability.of(order, order.peer.operation_id, goal.name)
     return wire.Open(wire.VERSION, what, order.peer.seal, source.incarnation, ())
 
 

@@ -265,7 +265,7 @@ def test_a_move_that_is_cancelled_ends_soon_and_keeps_what_came(
 ) -> None:
     source.store(range(16))
     running = goal.begin(goal.order(source, range(16)))
-    running.job.cancel()
+    running.move.cancel()
     assert running.outcome.state in ("cancelled", "done")
     assert max(source.hit(range(16)), goal.hit(range(16))) == 16
 
@@ -278,7 +278,7 @@ def test_a_move_that_is_cancelled_before_the_end_leaves_the_source_as_it_is(
     goal.before_confirm = lambda: (asked.set(), cancelled.wait(20))
     running = goal.begin(goal.order(source, range(16)))
     assert asked.wait(20)
-    running.job.cancel()
+    running.move.cancel()
     cancelled.set()
     assert running.outcome.state == "cancelled"
     assert (source.hit(range(16)), goal.hit(range(16))) == (16, 16)

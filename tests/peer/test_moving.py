@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lmcache_kit.interfaces.operations import Scope
 from lmcache_kit.keys import Namespace, pack_tokens
 from lmcache_kit.layout import KVLayout
 
@@ -74,10 +75,8 @@ def test_the_number_of_tokens_is_known_before_the_first_byte_moves(
     source.store(range(40))
     running = goal.begin(goal.order(source, range(40)))
     assert running.outcome.state == "done"
-    assert running.job.accepted is not None
-    assert (running.job.accepted.tokens, running.job.accepted.chunks) == (40, 3)
-    assert running.reports[0].chunks_done == 0
-    assert running.reports[-1].chunks_done == 3
+    assert running.scope == Scope(40, 3)
+    assert running.progress[-1].chunks_done == 3
 
 
 def test_what_others_follow_stays_at_the_source_and_is_named(source: Place, goal: Place) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lmcache_kit.errors import BackendError, InvalidQuery, UnknownName
-from lmcache_kit.interfaces.operations import Clear, Move, Outcome, Pin, Progress
+from lmcache_kit.interfaces.operations import Clear, Move, OperationStatus, Pin
 from lmcache_kit.keys import pack_tokens
-from lmcache_kit.service.operations import EngineOperator
+from lmcache_kit.service.operations import EngineExecutor
 from tests.cache.stores import Dict
+from tests.control.fakes import RecordingListener
 from tests.peer.conftest import DEADLINE_S, LAYOUT, PLACE, MakePlace, Place
 
 CHUNK_BYTES = LAYOUT.payload_bytes(16)
@@ -183,7 +183,7 @@ class Within:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.operator = EngineOperator(
+        self.executor = EngineExecutor(
             place.engine,
             place.codecs,
             namespaces=place.namespaces,
@@ -191,21 +191,14 @@ class Within:
             confirm=place._confirm,
         )
 
-    def do(self, order: Move | Clear | Pin) -> Outcome:
-        outcomes: list[Outcome] = []
-        reports: list[Progress] = []
-        ended = threading.Event()
-
-        def finish(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            ended.set()
-
-        self.operator.begin(order, deadline_s=DEADLINE_S, report=reports.append, finish=finish)
-        assert ended.wait(DEADLINE_S)
+    def do(self, order: Move | Clear | Pin) -> OperationStatus:
+        listener = RecordingListener()
+        self.executor.start(order, deadline_s=DEADLINE_S, listener=listener)
+        status = listener.wait(DEADLINE_S)
         self.place.settle()
-        return outcomes[0]
+        return status
 
-    def move(self, at: str, to: str, *, copy: bool = False) -> Outcome:
+    def move(self, at: str, to: str, *, copy: bool = False) -> OperationStatus:
         return self.do(
             Move(
                 location=to,

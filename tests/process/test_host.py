@@ -54,7 +54,7 @@ class RunningController:
         """How many of the tokens the controller knows to be somewhere."""
 
         def question(controller: Controller) -> int:
-            instances = controller.lookup(LookupQuery(tokens)).instances
+            instances = controller.instances.lookup(LookupQuery(tokens)).instances
             return instances[0].best.tokens if instances else 0
 
         answer = self.ask(question)
@@ -63,7 +63,9 @@ class RunningController:
 
     def ranks(self) -> object:
         try:
-            return self.ask(lambda controller: [each.worker_id for each in controller.workers()])
+            return self.ask(
+                lambda controller: [each.worker_id for each in controller.instances.workers()]
+            )
         except UnknownName:
             return []
 

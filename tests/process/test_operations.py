@@ -1,4 +1,4 @@
-"""Orders of the control plane, carried out on an engine with real memory."""
+"""Operations carried out on an engine with real memory."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import InvalidQuery, PluginBroken, UnknownName
 from lmcache_kit.interfaces import Codec, Region
 from lmcache_kit.interfaces.operations import (
-    Accepted,
     Clear,
     Compress,
     Decompress,
-    Job,
     ListPins,
-    Order,
-    Outcome,
+    OperationRequest,
+    OperationStatus,
     Pin,
-    Progress,
+    Scope,
     Unpin,
 )
 from lmcache_kit.keys import Namespace, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
-from lmcache_kit.service import jobs
+from lmcache_kit.service import chunk_operation
 from lmcache_kit.service.codecs import Codecs
-from lmcache_kit.service.operations import EngineOperator
+from lmcache_kit.service.operations import EngineExecutor
 from tests.cache.codecs import Zip
+from tests.control.fakes import RecordingListener
 
 LAYOUT = KVLayout("float32", 2, 1, 16)
 """256 bytes a token: 4096 a chunk, one page."""
@@ -61,30 +60,22 @@ class FakeCodecs(Codecs):
         return self.codec
 
 
-class Running:
-    """An order under way, and what was heard of it."""
+class Started(RecordingListener):
+    """An operation that was started, and its course."""
 
-    def __init__(self, operator: EngineOperator, order: Order, deadline_s: float) -> None:
-        self.progress: list[Progress] = []
-        self.outcomes: list[Outcome] = []
-        self.ended = threading.Event()
-        self.job: Job = operator.begin(
-            order, deadline_s=deadline_s, report=self.progress.append, finish=self._finish
-        )
+    def __init__(
+        self, executor: EngineExecutor, request: OperationRequest, deadline_s: float
+    ) -> None:
+        super().__init__()
+        self._running = executor.start(request, deadline_s=deadline_s, listener=self)
 
-    def _finish(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        self.ended.set()
-
-    @property
-    def outcome(self) -> Outcome:
-        assert self.ended.wait(20)
-        [outcome] = self.outcomes
-        return outcome
+    def cancel(self) -> None:
+        assert self._running is not None, "it cannot be stopped"
+        self._running.cancel()
 
 
 class Place:
-    """A cache of 64 chunks, and its operator."""
+    """A cache of 64 chunks, and its executor."""
 
     def __init__(self) -> None:
         self.memory = LocalCPUBackend(64 * 4096)
@@ -92,7 +83,7 @@ class Place:
         self.codecs = FakeCodecs()
         self.namespaces = NamespaceRegistry()
         self.namespaces.register(BASE)
-        self.operator = EngineOperator(self.engine, self.codecs, namespaces=self.namespaces)
+        self.executor = EngineExecutor(self.engine, self.codecs, namespaces=self.namespaces)
 
     def store(self, tokens: Sequence[int], space: Namespace = BASE) -> None:
         packed = pack_tokens(tokens)
@@ -118,15 +109,15 @@ class Place:
         self.engine.release(match.lease, None)
         return match.chunks[-1].end if match.chunks else 0
 
-    def begin(self, order: Order, deadline_s: float = 60) -> Running:
-        return Running(self.operator, order, deadline_s)
+    def begin(self, request: OperationRequest, deadline_s: float = 60) -> Started:
+        return Started(self.executor, request, deadline_s)
 
-    def do(self, order: Order) -> Outcome:
-        return self.begin(order).outcome
+    def do(self, request: OperationRequest) -> OperationStatus:
+        return self.begin(request).wait()
 
     def close(self) -> None:
         self.codecs.codec.gate.set()
-        self.operator.close()
+        self.executor.close()
         self.engine.close()
 
 
@@ -156,7 +147,7 @@ def decompress(tokens: Sequence[int] | None = None) -> Decompress:
 
 
 @pytest.mark.parametrize(
-    ("order", "message"),
+    ("wanted", "message"),
     [
         (Clear(location="Disk"), "unknown location 'Disk'. Known: LocalCPUBackend"),
         (Compress(location=PLACE, method="gz"), "unknown method 'gz'. Known: zip"),
@@ -165,10 +156,10 @@ def decompress(tokens: Sequence[int] | None = None) -> Decompress:
     ],
 )
 def test_a_name_that_is_not_known_is_refused_with_those_that_are(
-    place: Place, order: Order, message: str
+    place: Place, wanted: OperationRequest, message: str
 ) -> None:
     with pytest.raises(UnknownName) as caught:
-        place.begin(order)
+        place.begin(wanted)
     assert str(caught.value) == message
 
 
@@ -189,32 +180,32 @@ def test_a_pin_for_no_time_is_refused(place: Place, ttl_s: float) -> None:
 def test_a_pin_says_what_it_really_holds(place: Place) -> None:
     place.store(range(40))
     running = place.begin(pin(range(100), owner="ann", ttl_s=60))
-    assert running.job.accepted == Accepted(40, 3)
-    assert running.outcome.state == "done"
-    assert running.outcome.tokens == 40
-    [info] = running.outcome.pins
+    assert running.scope == Scope(40, 3)
+    assert running.wait().state == "done"
+    assert running.wait().tokens == 40
+    [info] = running.wait().pins
     assert (info.pin_id, info.owner, info.tokens, info.location) == ("p", "ann", 40, PLACE)
     assert place.do(ListPins(location=PLACE)).pins[0].nbytes == 40 * 256
 
 
 def test_a_pin_over_the_budget_is_partial_and_says_so(place: Place) -> None:
     place.store(range(16 * 40))
-    outcome = place.do(pin(range(16 * 40)))
-    assert (outcome.state, outcome.tokens) == ("partial", 16 * 32)
-    assert outcome.message == (
+    status = place.do(pin(range(16 * 40)))
+    assert (status.state, status.tokens) == ("partial", 16 * 32)
+    assert status.message == (
         "pinned 512 of 640 tokens: all pins together may hold 131072 bytes (max_pinned_share)"
     )
 
 
 def test_a_pin_of_what_is_not_stored_pins_nothing_and_says_so(place: Place) -> None:
-    outcome = place.do(pin([1, 2, 3]))
-    assert (outcome.state, outcome.tokens, outcome.pins) == ("done", 0, ())
-    assert outcome.message == "nothing of this is stored"
+    status = place.do(pin([1, 2, 3]))
+    assert (status.state, status.tokens, status.pins) == ("done", 0, ())
+    assert status.message == "nothing of this is stored"
 
 
 def test_a_pin_without_a_time_takes_the_configured_one() -> None:
     place = Place()
-    place.operator = EngineOperator(
+    place.executor = EngineExecutor(
         place.engine, place.codecs, namespaces=place.namespaces, pin_ttl_s=300
     )
     place.store(range(16))
@@ -232,11 +223,11 @@ def test_pins_end_by_id_and_by_tokens(place: Place) -> None:
     place.do(pin(range(20), "b"))
     assert place.do(Unpin(location=PLACE, pin_id="a")).tokens == 40
     assert place.do(Unpin(location=PLACE, tokens=pack_tokens(range(20)))).tokens == 20
-    outcome = place.do(Unpin(location=PLACE, pin_id="a"))
-    assert (outcome.state, outcome.tokens, outcome.message) == ("done", 0, "there was no such pin")
+    status = place.do(Unpin(location=PLACE, pin_id="a"))
+    assert (status.state, status.tokens, status.message) == ("done", 0, "there was no such pin")
 
 
-def test_orders_reach_only_the_namespaces_of_their_salt_and_model(place: Place) -> None:
+def test_requests_reach_only_the_namespaces_of_their_salt_and_model(place: Place) -> None:
     salted = BASE.variant(cache_salt="s")
     place.namespaces.register(OTHER)
     for space in (BASE, salted, OTHER):
@@ -248,7 +239,7 @@ def test_orders_reach_only_the_namespaces_of_their_salt_and_model(place: Place) 
     assert [place.hit(range(16), space) for space in (BASE, OTHER)] == [16, 0]
 
 
-def test_an_order_without_tokens_reaches_all_namespaces(place: Place) -> None:
+def test_a_request_without_tokens_reaches_all_namespaces(place: Place) -> None:
     place.store(range(16))
     place.store(range(16), BASE.variant(lora="x"))
     assert place.do(Clear(location=PLACE)).tokens == 32
@@ -257,9 +248,9 @@ def test_an_order_without_tokens_reaches_all_namespaces(place: Place) -> None:
 def test_clearing_says_what_stays(place: Place) -> None:
     place.store(range(40))
     place.do(pin(range(16)))
-    outcome = place.do(Clear(location=PLACE))
-    assert (outcome.state, outcome.tokens) == ("done", 24)
-    assert outcome.message == "16 tokens stay because they are pinned"
+    status = place.do(Clear(location=PLACE))
+    assert (status.state, status.tokens) == ("done", 24)
+    assert status.message == "16 tokens stay because they are pinned"
     assert place.do(Clear(location=PLACE, force=True)).tokens == 16
 
 
@@ -269,36 +260,36 @@ def test_clearing_says_what_stays(place: Place) -> None:
 def test_compressing_frees_memory_and_reports_each_chunk(place: Place) -> None:
     place.store(range(40))
     running = place.begin(compress(range(40)))
-    assert running.job.accepted == Accepted(40, 3)
-    outcome = running.outcome
-    assert (outcome.state, outcome.tokens, outcome.message) == ("done", 40, "")
+    assert running.scope == Scope(40, 3)
+    status = running.wait()
+    assert (status.state, status.tokens, status.message) == ("done", 40, "")
     assert [each.chunks_done for each in running.progress] == [1, 2, 3]
-    assert outcome.progress == running.progress[-1]
-    assert outcome.progress.bytes_before == 40 * 256
-    assert outcome.progress.bytes_after == place.engine.stats()["requested_bytes"] < 40 * 256
+    assert status.progress == running.progress[-1]
+    assert status.progress.bytes_before == 40 * 256
+    assert status.progress.bytes_after == place.engine.stats()["requested_bytes"] < 40 * 256
     assert place.hit(range(40)) == 40
 
 
 def test_compressing_twice_is_fine_and_says_so(place: Place) -> None:
     place.store(range(40))
     place.do(compress())
-    outcome = place.do(compress())
-    assert (outcome.state, outcome.tokens) == ("done", 0)
-    assert outcome.message == "3 of 3 chunks were encoded with zip already"
+    status = place.do(compress())
+    assert (status.state, status.tokens) == ("done", 0)
+    assert status.message == "3 of 3 chunks were encoded with zip already"
 
 
 def test_decompressing_is_the_reverse(place: Place) -> None:
     place.store(range(40))
     place.do(compress())
-    outcome = place.do(decompress(range(40)))
-    assert (outcome.state, outcome.tokens) == ("done", 40)
-    assert outcome.progress.bytes_after == place.engine.stats()["requested_bytes"] == 40 * 256
+    status = place.do(decompress(range(40)))
+    assert (status.state, status.tokens) == ("done", 40)
+    assert status.progress.bytes_after == place.engine.stats()["requested_bytes"] == 40 * 256
     assert place.do(decompress()).message == "3 of 3 chunks were raw already"
 
 
 def test_nothing_to_compress_is_said(place: Place) -> None:
-    outcome = place.do(compress(range(40)))
-    assert (outcome.state, outcome.message) == ("done", "nothing of this is stored")
+    status = place.do(compress(range(40)))
+    assert (status.state, status.message) == ("done", "nothing of this is stored")
 
 
 def test_a_part_that_cannot_be_compressed_makes_it_partial(place: Place) -> None:
@@ -306,9 +297,9 @@ def test_a_part_that_cannot_be_compressed_makes_it_partial(place: Place) -> None
     place.do(compress())
     place.store(range(16, 48))
     place.codecs.codec.fail = ValueError("over the bound")
-    outcome = place.do(compress())
-    assert (outcome.state, outcome.tokens) == ("partial", 0)
-    assert outcome.message == (
+    status = place.do(compress())
+    assert (status.state, status.tokens) == ("partial", 0)
+    assert status.message == (
         "1 of 3 chunks were encoded with zip already; 2 of 3 chunks stay as they were; "
         "over the bound (2 times)"
     )
@@ -317,21 +308,21 @@ def test_a_part_that_cannot_be_compressed_makes_it_partial(place: Place) -> None
 def test_when_no_chunk_can_be_compressed_it_failed(place: Place) -> None:
     place.store(range(16))
     place.codecs.codec.fail = ValueError("over the bound")
-    outcome = place.do(compress())
-    assert outcome.state == "failed"
-    assert outcome.message == "1 of 1 chunks stay as they were; over the bound"
+    status = place.do(compress())
+    assert status.state == "failed"
+    assert status.message == "1 of 1 chunks stay as they were; over the bound"
 
 
-def test_a_codec_that_cannot_be_made_fails_the_order(place: Place) -> None:
+def test_a_codec_that_cannot_be_made_fails_the_operation(place: Place) -> None:
     place.store(range(40))
     place.codecs.broken = PluginBroken("codec 'zip' cannot be made: boom")
-    outcome = place.do(compress())
-    assert (outcome.state, outcome.tokens) == ("failed", 0)
-    assert "codec 'zip' cannot be made: boom" in outcome.message
+    status = place.do(compress())
+    assert (status.state, status.tokens) == ("failed", 0)
+    assert "codec 'zip' cannot be made: boom" in status.message
 
 
-def stuck(place: Place, chunks: int, deadline_s: float = 60) -> Running:
-    """An order whose first chunks are with the codec, and stay there while its gate is shut."""
+def stuck(place: Place, chunks: int, deadline_s: float = 60) -> Started:
+    """Start an operation whose first chunks stay with the codec while its gate is shut."""
     place.store(range(16 * chunks))
     place.codecs.codec.gate.clear()
     running = place.begin(compress(), deadline_s)
@@ -339,61 +330,61 @@ def stuck(place: Place, chunks: int, deadline_s: float = 60) -> Running:
     return running
 
 
-def test_a_cancelled_order_keeps_what_is_done_and_begins_nothing_more(place: Place) -> None:
+def test_a_cancelled_operation_keeps_what_is_done_and_begins_nothing_more(place: Place) -> None:
     running = stuck(place, 30)
-    running.job.cancel()
+    running.cancel()
     place.codecs.codec.gate.set()
-    outcome = running.outcome
-    assert outcome.state == "cancelled"
-    assert 16 <= outcome.tokens < 16 * 30
-    done = outcome.progress.chunks_done
-    assert outcome.message == f"{30 - done} of 30 chunks were not reached"
+    status = running.wait()
+    assert status.state == "cancelled"
+    assert 16 <= status.tokens < 16 * 30
+    done = status.progress.chunks_done
+    assert status.message == f"{30 - done} of 30 chunks were not reached"
     assert place.engine.stats()["encoded_chunks_total"] == done
 
 
-def test_an_order_whose_time_is_over_expires(place: Place) -> None:
+def test_an_operation_whose_time_is_over_expires(place: Place) -> None:
     running = stuck(place, 30, deadline_s=0.05)
     threading.Timer(0.3, place.codecs.codec.gate.set).start()
-    assert running.outcome.state == "expired"
+    assert running.wait().state == "expired"
 
 
 def test_a_codec_that_hangs_does_not_hold_up_the_end(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "GRACE_S", 0.05)
+    monkeypatch.setattr(chunk_operation, "GRACE_S", 0.05)
     running = stuck(place, 3, deadline_s=0.05)
-    outcome = running.outcome
-    assert (outcome.state, outcome.tokens) == ("expired", 0)
+    status = running.wait()
+    assert (status.state, status.tokens) == ("expired", 0)
     place.codecs.codec.gate.set()
-    place.operator.close()
-    assert running.outcomes == [outcome]
+    place.executor.close()
+    assert running.statuses == [status]
 
 
-def test_orders_take_turns(place: Place) -> None:
+def test_operations_take_turns(place: Place) -> None:
     first = stuck(place, 30)
     second = place.begin(compress(range(16)))
     place.codecs.codec.gate.set()
-    assert second.outcome.state in {"done", "partial"}
-    assert first.outcome.state in {"done", "partial"}
+    assert second.wait().state in {"done", "partial"}
+    assert first.wait().state in {"done", "partial"}
 
 
 def test_closing_ends_what_runs(place: Place) -> None:
     running = stuck(place, 30)
     place.codecs.codec.gate.set()
-    place.operator.close()
-    assert running.outcome.state in {"cancelled", "done"}
+    place.executor.close()
+    assert running.wait().state in {"cancelled", "done"}
 
 
-def test_orders_from_many_threads_leave_the_accounts_exact(place: Place) -> None:
+def test_operations_from_many_threads_leave_the_accounts_exact(place: Place) -> None:
     place.store(range(16 * 40))
-    orders: list[Callable[[], object]] = [
+    works: list[Callable[[], object]] = [
         lambda: place.do(compress()),
         lambda: place.do(decompress()),
         lambda: place.hit(range(16 * 10)),
         lambda: place.do(pin(range(32))),
         lambda: place.do(Unpin(location=PLACE)),
     ]
-    threads = [threading.Thread(target=order) for order in orders * 4]
+    threads = [threading.Thread(target=work) for work in works * 4]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -111,6 +111,10 @@ class Proxy:
         self.port, self.address = self._listener.port, self._listener.address
         self.dial = self._listener.dial
 
+    def lead_to(self, port: int) -> None:
+        """Lead connections from now on to another port."""
+        self._target = (self._target[0], port)
+
     def cut(self) -> None:
         """End all connections; new ones work."""
         self._listener.cut()

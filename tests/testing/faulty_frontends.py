@@ -71,7 +71,7 @@ class Right(Frontend):
             return b"error " + repr(error).encode() + b"\n"
 
     async def health(self, instance):
-        return await self.controller.health(instance)
+        return await self.controller.instances.health(instance)
 
     def line(self, codes):
         return f"{codes}\n".encode()
@@ -101,7 +101,7 @@ class SaysAllIsWell(Right):
 
 class DoesNotWait(Right):
     async def health(self, instance):
-        self.unheard = asyncio.ensure_future(self.controller.health(instance))
+        self.unheard = asyncio.ensure_future(self.controller.instances.health(instance))
         await asyncio.sleep(0)
         return {0: 0}
 

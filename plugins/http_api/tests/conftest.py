@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -15,36 +16,39 @@ from lmcache_kit_http_api.options import HttpOptions
 from lmcache_kit.errors import UnknownName
 from lmcache_kit.interfaces import PluginRoute
 from lmcache_kit.interfaces.frontend import (
-    EventInfo,
-    EventPart,
     InstanceMatch,
     LocationMatch,
     LookupAnswer,
     LookupQuery,
-    Operation,
+    OperationInfo,
     PinList,
     WorkerInfo,
 )
-from lmcache_kit.interfaces.operations import Order as OperationRecord
-from lmcache_kit.interfaces.operations import Progress
+from lmcache_kit.interfaces.operations import OperationRequest, Progress
 
-TAKEN = EventInfo(
-    event_id="e1",
-    operation="compress",
+TAKEN = OperationInfo(
+    "running",
+    12,
+    Progress(1, 3, 600, 100),
+    operation_id="e1",
+    kind="compress",
     instance_id="a",
     location="ram",
-    state="running",
-    tokens=12,
-    parts=(EventPart("a", "ram", (0, 1), Progress(1, 3, 600, 100)),),
-    ratio=6.0,
-    message="",
+    worker_ids=(0, 1),
     created=100.0,
-    started=100.5,
-    ended=None,
+    started_at=100.5,
     deadline=700.0,
-    idempotency_key=None,
 )
 """An operation that goes on."""
+
+
+class Submitted(NamedTuple):
+    """A request that a frontend submitted."""
+
+    instance_id: str
+    request: OperationRequest
+    deadline_s: float | None
+    idempotency_key: str | None
 
 
 class FakeController:
@@ -61,17 +65,24 @@ class FakeController:
         self.wait_s = 0.0
         self.asked = asyncio.Event()
         self.values: dict[str, float] = {}
-        self.operations: list[Operation] = []
+        self.submitted: list[Submitted] = []
         self.taken = TAKEN
-        self.end_status: EventInfo | None = None
-        self.ledger: list[EventInfo] = []
+        self.end_status: OperationInfo | None = None
+        self.known: list[OperationInfo] = []
         self.pinned = PinList(())
         self.pin_queries: list[tuple[str | None, str | None]] = []
 
     @property
-    def records(self) -> list[OperationRecord]:
-        """What each operation does, without who it is for and until when."""
-        return [operation.order for operation in self.operations]
+    def instances(self) -> FakeController:
+        """Both halves are this object."""
+        return self
+
+    operations = instances
+
+    @property
+    def requests(self) -> list[OperationRequest]:
+        """The requests that were submitted."""
+        return [each.request for each in self.submitted]
 
     def end(self, **changes: object) -> None:
         """Operations end with these fields."""
@@ -103,34 +114,41 @@ class FakeController:
         self.worker_queries.append((instance_id, worker_ids))
         return self.infos
 
-    def instance_at(self, ip: str) -> str | None:
+    def at_address(self, ip: str) -> str | None:
         self._fail()
         return "here" if ip == "10.0.0.7" else None
 
-    async def operate(self, operation: Operation) -> EventInfo:
+    async def start(
+        self,
+        instance_id: str,
+        request: OperationRequest,
+        *,
+        deadline_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> OperationInfo:
         self._fail()
-        self.operations.append(operation)
+        self.submitted.append(Submitted(instance_id, request, deadline_s, idempotency_key))
         return self.taken
 
-    async def ended(self, event_id: str) -> EventInfo:
-        assert event_id == self.taken.event_id
+    async def wait(self, operation_id: str) -> OperationInfo:
+        assert operation_id == self.taken.operation_id
         if self.end_status is None:
             await asyncio.sleep(60)
         return self.end_status
 
-    async def cancel(self, event_id: str) -> EventInfo:
-        return msgspec.structs.replace(self.event(event_id), state="cancelled")
+    async def cancel(self, operation_id: str) -> OperationInfo:
+        return msgspec.structs.replace(self.get(operation_id), state="cancelled")
 
-    def event(self, event_id: str) -> EventInfo:
+    def get(self, operation_id: str) -> OperationInfo:
         self._fail()
-        for info in self.ledger:
-            if info.event_id == event_id:
+        for info in self.known:
+            if info.operation_id == operation_id:
                 return info
-        raise UnknownName("event", event_id, [info.event_id for info in self.ledger])
+        raise UnknownName("event", operation_id, [info.operation_id for info in self.known])
 
-    def events(self) -> list[EventInfo]:
+    def all(self) -> list[OperationInfo]:
         self._fail()
-        return self.ledger
+        return self.known
 
     async def pins(self, instance_id: str | None = None, location: str | None = None) -> PinList:
         self._fail()

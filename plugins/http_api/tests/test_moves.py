@@ -13,7 +13,6 @@ from lmcache_kit.errors import (
     OperationFailed,
     UnknownName,
 )
-from lmcache_kit.interfaces.frontend import EventPart
 from lmcache_kit.interfaces.operations import Move, Progress, Transfer
 from lmcache_kit.keys import pack_tokens
 
@@ -30,27 +29,27 @@ TRANSFER = Transfer("nixl", "CMA on one host", 2_000_000_000, 0.5)
 def _moves(controller):
     controller.taken = msgspec.structs.replace(
         controller.taken,
-        operation="move",
+        kind="move",
         instance_id="b",
         location="disk",
         source=("a", "ram"),
-        ratio=None,
-        parts=(EventPart("b", "disk", (0,), Progress(1, 3, 600, 600, TRANSFER)),),
+        worker_ids=(0,),
+        progress=Progress(1, 3, 600, 600, TRANSFER),
     )
 
 
 def ended(controller, state, **changes):
     """It ended so before it began."""
     controller.taken = msgspec.structs.replace(
-        controller.taken, state=state, tokens=0, started=None, **changes
+        controller.taken, state=state, tokens=0, started_at=None, **changes
     )
 
 
 async def test_the_seed_moves_and_is_answered_to_the_letter(client, controller):
     assert await client.post("/move", SEED) == (200, {"event_id": "e1", "num_tokens": 12})
-    (operation,) = controller.operations
+    (operation,) = controller.submitted
     assert operation.instance_id == "lmcache_instance_2"
-    assert controller.records[0] == Move(
+    assert controller.requests[0] == Move(
         location="LocalCPUBackend",
         tokens=pack_tokens(SEED["tokens"]),
         source="lmcache_instance_1",
@@ -61,9 +60,9 @@ async def test_the_seed_moves_and_is_answered_to_the_letter(client, controller):
 async def test_every_option_is_passed_on(client, controller):
     more = {"model": "m", "cache_salt": "s", "deadline_s": 5, "idempotency_key": "k"}
     await client.post("/move", {**PLACES, "tokens": [1, 2], "copy": True, **more})
-    (operation,) = controller.operations
+    (operation,) = controller.submitted
     assert (operation.instance_id, operation.deadline_s, operation.idempotency_key) == ("b", 5, "k")
-    assert controller.records[0] == Move(
+    assert controller.requests[0] == Move(
         location="disk",
         tokens=pack_tokens([1, 2]),
         cache_salt="s",
@@ -77,7 +76,7 @@ async def test_every_option_is_passed_on(client, controller):
 @pytest.mark.parametrize("tokens", [{}, {"tokens": []}, {"tokens": None}])
 async def test_without_tokens_everything_is_moved(client, controller, tokens):
     assert (await client.post("/move", {**PLACES, **tokens}))[0] == 200
-    assert controller.records[0].tokens is None
+    assert controller.requests[0].tokens is None
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ async def test_without_tokens_everything_is_moved(client, controller, tokens):
 )
 async def test_7_that_the_source_keeps_it_is_never_ignored(client, controller, said, copy):
     assert (await client.post("/move", {**PLACES, **said}))[0] == 200
-    assert controller.records[0].copy is copy
+    assert controller.requests[0].copy is copy
 
 
 @pytest.mark.parametrize("copy", [True, False])
@@ -104,7 +103,7 @@ async def test_two_wishes_that_differ_are_refused(client, controller, copy):
     status, code, message, _ = await client.error("/move", said)
     assert (status, code) == (422, "invalid_request")
     assert message == "the body: copy and should_copy say different things"
-    assert controller.operations == []
+    assert controller.submitted == []
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ async def test_what_is_wrong_is_named(client, controller, changes, message):
     assert (status, code) == (422, "invalid_request")
     assert told.startswith(message)
     assert "old_position, new_position, copy, should_copy" in hint
-    assert controller.operations == []
+    assert controller.submitted == []
 
 
 async def test_a_position_is_required(client):
@@ -173,7 +172,7 @@ async def test_nothing_to_move_is_said_beside_the_count(client, controller):
 
 
 async def test_an_event_shows_both_ends_and_over_what_the_bytes_come(client, controller):
-    controller.ledger = [controller.taken]
+    controller.known = [controller.taken]
     _, reply = await client.send("GET", "/events/e1")
     assert (reply["operation"], reply["instance_id"], reply["location"]) == ("move", "b", "disk")
     assert (reply["old_position"], reply["new_position"]) == (["a", "ram"], ["b", "disk"])
@@ -187,7 +186,7 @@ async def test_an_event_shows_both_ends_and_over_what_the_bytes_come(client, con
 
 
 async def test_moves_are_found_by_either_end(client, controller):
-    controller.ledger = [controller.taken]
+    controller.known = [controller.taken]
     for name, count in (("a", 1), ("b", 1), ("c", 0), ("ram", 0)):
         _, reply = await client.send("GET", f"/events?instance_id={name}&operation=move")
         assert len(reply["events"]) == count

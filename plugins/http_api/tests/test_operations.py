@@ -28,16 +28,16 @@ CODEC_SEED = {**SEED, "method": "cachegen"}
 async def test_the_seed_pins_and_is_answered_to_the_letter(client, controller):
     controller.end()
     assert await client.post("/pin", SEED) == (200, {"event_id": "e1", "num_tokens": 12})
-    (operation,) = controller.operations
+    (operation,) = controller.submitted
     assert operation.instance_id == "lmcache_default_instance"
-    assert controller.records[0] == Pin(location="LocalCPUBackend", tokens=PACKED, pin_id="")
+    assert controller.requests[0] == Pin(location="LocalCPUBackend", tokens=PACKED, pin_id="")
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/compress", Compress), ("/decompress", Decompress)])
 async def test_the_seed_compresses_and_is_answered_at_once(client, controller, path, kind):
     assert await client.post(path, CODEC_SEED) == (200, {"event_id": "e1", "num_tokens": 12})
-    record = kind(location="LocalCPUBackend", method="cachegen", tokens=PACKED)
-    assert controller.records == [record]
+    (request,) = controller.requests
+    assert request == kind(location="LocalCPUBackend", method="cachegen", tokens=PACKED)
 
 
 @pytest.mark.parametrize("tokens", [{}, {"tokens": []}, {"tokens": None}])
@@ -45,7 +45,7 @@ async def test_the_seed_compresses_and_is_answered_at_once(client, controller, p
 async def test_without_tokens_everything_is_compressed(client, controller, path, tokens):
     body = {"instance_id": "a", "location": "ram", "method": "cachegen", **tokens}
     assert (await client.post(path, body))[0] == 200
-    assert controller.records[0].tokens is None
+    assert controller.requests[0].tokens is None
 
 
 async def test_clear_is_of_a_whole_location_or_of_tokens(client, controller):
@@ -53,7 +53,7 @@ async def test_clear_is_of_a_whole_location_or_of_tokens(client, controller):
     place = {"instance_id": "a", "location": "ram"}
     await client.post("/clear", place)
     await client.post("/clear", {**place, "tokens": [1, 2], "force": True})
-    assert controller.records == [
+    assert controller.requests == [
         Clear(location="ram"),
         Clear(location="ram", tokens=pack_tokens([1, 2]), force=True),
     ]
@@ -64,7 +64,7 @@ async def test_unpin_is_of_tokens_or_of_one_pin(client, controller):
     place = {"instance_id": "a", "location": "ram"}
     await client.post("/unpin", {**place, "tokens": [1, 2]})
     await client.post("/unpin", {**place, "pin_id": "p1"})
-    assert controller.records == [
+    assert controller.requests == [
         Unpin(location="ram", tokens=pack_tokens([1, 2])),
         Unpin(location="ram", pin_id="p1"),
     ]
@@ -84,9 +84,9 @@ async def test_every_option_is_passed_on(client, controller):
             "idempotency_key": "k",
         },
     )
-    (operation,) = controller.operations
+    (operation,) = controller.submitted
     assert (operation.deadline_s, operation.idempotency_key) == (5, "k")
-    assert controller.records[0] == Pin(
+    assert controller.requests[0] == Pin(
         location="LocalCPUBackend",
         tokens=PACKED,
         model="m",
@@ -132,7 +132,7 @@ async def test_one_that_goes_on_past_the_time_for_an_answer_is_named(serve, cont
 
 
 async def test_an_event_is_shown_with_its_progress(client, controller):
-    controller.ledger = [controller.taken]
+    controller.known = [controller.taken]
     status, reply = await client.send("GET", "/events/e1")
     assert status == 200
     assert reply == {
@@ -168,9 +168,9 @@ async def test_an_event_is_shown_with_its_progress(client, controller):
 
 async def test_events_are_listed_and_chosen_from(client, controller):
     other = msgspec.structs.replace(
-        controller.taken, event_id="e2", operation="pin", instance_id="b", state="done"
+        controller.taken, operation_id="e2", kind="pin", instance_id="b", state="done"
     )
-    controller.ledger = [other, controller.taken]
+    controller.known = [other, controller.taken]
 
     async def listed(query):
         status, reply = await client.send("GET", f"/events{query}")
@@ -185,12 +185,12 @@ async def test_events_are_listed_and_chosen_from(client, controller):
 
 
 async def test_check_finish_answers_as_lmcache_should(client, controller):
-    controller.ledger = [controller.taken]
+    controller.known = [controller.taken]
     assert await client.post("/check_finish", {"event_id": "e1"}) == (200, {"status": "running"})
 
 
 async def test_a_cancel_needs_no_body(client, controller):
-    controller.ledger = [controller.taken]
+    controller.known = [controller.taken]
     status, reply = await client.send("POST", "/events/e1/cancel")
     assert (status, reply["state"]) == (200, "cancelled")
     status, reply = await client.send("POST", "/events/e1/cancel", data=b"not read")
@@ -207,7 +207,7 @@ async def test_a_cancel_needs_no_body(client, controller):
     ],
 )
 async def test_an_unknown_event_is_404_and_lists_the_latest(client, controller, method, path, body):
-    controller.ledger = [controller.taken]
+    controller.known = [controller.taken]
     status, reply = await client.send(method, path, json=body)
     assert (status, reply["error"]["code"]) == (404, "unknown_event")
     assert reply["error"]["hint"] == "Known: e1"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache_kit.errors import DeadlineExceeded
-from lmcache_kit.interfaces.frontend import ControllerAPI, LookupQuery
+from lmcache_kit.interfaces.frontend import ControllerAPI, LookupQuery, OperationInfo
 from lmcache_kit_http_api import operations
 from lmcache_kit_http_api.models import (
     HealthReply,
@@ -77,19 +77,19 @@ def lookup(context: Context, request: LookupRequest) -> dict[str, Any]:
         cache_salt=request.cache_salt or "",
         instance_id=request.instance_id,
     )
-    return lookup_reply(context.controller.lookup(query), detail=request.detail)
+    return lookup_reply(context.controller.instances.lookup(query), detail=request.detail)
 
 
 async def health(context: Context, request: HealthRequest) -> HealthReply:
     """Ask every worker, within a deadline."""
-    codes = await context.controller.health(request.instance_id)
+    codes = await context.controller.instances.health(request.instance_id)
     return HealthReply(event_id=_new_event_id(), error_codes=codes)
 
 
 def query_worker_info(context: Context, request: QueryWorkerInfoRequest) -> QueryWorkerInfoReply:
     """List workers. An instance that is called ``all`` is only listed among all."""
     instance_id = None if request.instance_id == ALL_INSTANCES else request.instance_id
-    infos = context.controller.workers(instance_id, request.worker_ids)
+    infos = context.controller.instances.workers(instance_id, request.worker_ids)
     return QueryWorkerInfoReply(
         event_id=_new_event_id(), worker_infos=[Worker.model_validate(info) for info in infos]
     )
@@ -99,7 +99,7 @@ def query_instance(context: Context, request: QueryInstanceRequest) -> QueryInst
     """Answer null, which is no error, when no instance is at that address."""
     return QueryInstanceReply(
         event_id=request.event_id or _new_event_id(),
-        res=context.controller.instance_at(request.ip),
+        res=context.controller.instances.at_address(request.ip),
     )
 
 
@@ -135,27 +135,28 @@ async def move(context: Context, request: MoveRequest) -> OperationAccepted:
 
 async def pins(context: Context, request: PinsRequest) -> PinsReply:
     """Ask each cache process."""
-    return operations.to_pins(await context.controller.pins(request.instance_id, request.location))
+    pins = await context.controller.operations.pins(request.instance_id, request.location)
+    return operations.to_pins(pins)
 
 
 def event(context: Context, request: EventRequest) -> EventReply:
     """Answer from the operation log."""
-    return operations.to_event(context.controller.event(request.event_id))
+    return operations.to_event(context.controller.operations.get(request.event_id))
 
 
 def events(context: Context, request: EventsRequest) -> EventsReply:
     """Answer from the operation log."""
-    return EventsReply(events=operations.selected(context.controller.events(), request))
+    return EventsReply(events=operations.selected(context.controller.operations.all(), request))
 
 
 async def cancel(context: Context, request: EventRequest) -> EventReply:
     """Answer when it has ended, or after a little while."""
-    return operations.to_event(await context.controller.cancel(request.event_id))
+    return operations.to_event(await context.controller.operations.cancel(request.event_id))
 
 
 def check_finish(context: Context, request: EventRequest) -> CheckFinishReply:
     """Answer in the form that LMCache's clients know."""
-    return CheckFinishReply(status=context.controller.event(request.event_id).state)
+    return CheckFinishReply(status=context.controller.operations.get(request.event_id).state)
 
 
 def healthz(context: Context, request: None) -> HealthzReply:
@@ -175,24 +176,36 @@ def openapi(context: Context, request: None) -> Document:
 
 async def _start(context: Context, request: OperationRequest) -> OperationAccepted:
     """Do not wait for the end. One that ended before it started must have ended well."""
-    status = await context.controller.operate(operations.to_operation(request))
-    if status.started is None:
-        operations.raise_unless_done(status)
-    return operations.to_accepted(status)
+    info = await _accepted(context, request)
+    if info.started_at is None:
+        operations.raise_unless_done(info)
+    return operations.to_accepted(info)
 
 
 async def _finish(context: Context, request: OperationRequest) -> OperationAccepted:
     """Wait for the end. While it is not there in time, the error names the event to ask for."""
-    started = await context.controller.operate(operations.to_operation(request))
+    started = await _accepted(context, request)
     try:
         async with asyncio.timeout(context.answer_within_s):
-            status = await context.controller.ended(started.event_id)
+            info = await context.controller.operations.wait(started.operation_id)
     except TimeoutError:
         raise DeadlineExceeded(
-            f"event {started.event_id} goes on", hint=f"Ask GET /events/{started.event_id} later"
+            f"event {started.operation_id} goes on",
+            hint=f"Ask GET /events/{started.operation_id} later",
         ) from None
-    operations.raise_unless_done(status)
-    return operations.to_accepted(status)
+    operations.raise_unless_done(info)
+    return operations.to_accepted(info)
+
+
+async def _accepted(context: Context, request: OperationRequest) -> OperationInfo:
+    """Submit a request, and return once the cache process has accepted it."""
+    instance_id, wanted = operations.to_request(request)
+    return await context.controller.operations.start(
+        instance_id,
+        wanted,
+        deadline_s=request.deadline_s,
+        idempotency_key=request.idempotency_key,
+    )
 
 
 def _new_event_id() -> str:

@@ -134,7 +134,7 @@ def lookup_reply(answer: LookupAnswer, *, detail: bool) -> dict[str, Any]:
     layout = {
         match.instance_id: (match.best.location, match.best.tokens) for match in answer.instances
     }
-    reply: dict[str, Any] = {"event_id": answer.event_id}
+    reply: dict[str, Any] = {"event_id": answer.lookup_id}
     reply |= {name: found for name, found in layout.items() if name not in RESERVED_KEYS}
     reply["layout_info"] = layout
     if detail:

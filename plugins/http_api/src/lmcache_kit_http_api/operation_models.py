@@ -14,7 +14,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from lmcache_kit.interfaces.frontend import EventState
+from lmcache_kit.interfaces.operations import OperationState
 from lmcache_kit_http_api.models import Name, Reply, Request, Salt, Tokens
 
 MAX_SECONDS = 10 * 365 * 86400.0
@@ -188,7 +188,7 @@ class EventReply(Reply):
     location: str
     old_position: tuple[str, str] | None
     new_position: tuple[str, str] | None
-    state: EventState
+    state: OperationState
     num_tokens: int
     message: str
     ratio: float | None
@@ -209,7 +209,7 @@ class EventRequest(Request):
 class EventsRequest(Request):
     """Which events?"""
 
-    state: EventState | None = Field(None, description="Only those in this state.")
+    state: OperationState | None = Field(None, description="Only those in this state.")
     operation: OperationName | None = Field(None, description="Only these.")
     instance_id: Name | None = Field(
         None, description="Only those of this instance; moves from and to it."
@@ -226,7 +226,7 @@ class EventsReply(Reply):
 class CheckFinishReply(Reply):
     """``queued`` and ``running`` are not the end; every other state is."""
 
-    status: EventState
+    status: OperationState
 
 
 class PinsRequest(Request):

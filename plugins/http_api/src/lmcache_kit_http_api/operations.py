@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lmcache_kit.errors import ControlError, DeadlineExceeded, OperationFailed
-from lmcache_kit.interfaces.frontend import EventInfo, EventPart, InstancePin, Operation, PinList
+from lmcache_kit.interfaces import operations
+from lmcache_kit.interfaces.frontend import InstancePin, OperationInfo, PinList
 from lmcache_kit.interfaces.operations import (
     Clear,
     Compress,
@@ -38,29 +39,27 @@ from lmcache_kit_http_api.operation_models import (
 )
 
 
-def to_operation(request: OperationRequest) -> Operation:
-    """Convert a request. An empty list of tokens means all tokens, as None does."""
+def to_request(request: OperationRequest) -> tuple[str, operations.OperationRequest]:
+    """Convert a request, and name the instance that it goes to.
+
+    An empty list of tokens means all tokens, as None does.
+    """
     if isinstance(request, MoveRequest):
         instance_id, location = request.new_position
     else:
         instance_id, location = request.instance_id, request.location
     kind, fields = _own_fields(request)
-    return Operation(
-        instance_id=instance_id,
-        order=kind(
-            location=location,
-            tokens=pack_tokens(request.tokens) if request.tokens else None,
-            cache_salt=request.cache_salt or "",
-            model=request.model,
-            **fields,
-        ),
-        deadline_s=request.deadline_s,
-        idempotency_key=request.idempotency_key,
+    return instance_id, kind(
+        location=location,
+        tokens=pack_tokens(request.tokens) if request.tokens else None,
+        cache_salt=request.cache_salt or "",
+        model=request.model,
+        **fields,
     )
 
 
 def _own_fields(request: OperationRequest) -> tuple[type[Any], dict[str, Any]]:
-    """Return the record of a request, and the fields that only this one has."""
+    """Return the type of a request, and the fields that only this type has."""
     match request:
         case PinRequest():
             return Pin, {"pin_id": "", "owner": request.owner, "ttl_s": request.ttl_s}
@@ -81,18 +80,18 @@ def _own_fields(request: OperationRequest) -> tuple[type[Any], dict[str, Any]]:
             }
 
 
-def to_accepted(status: EventInfo) -> OperationAccepted:
+def to_accepted(info: OperationInfo) -> OperationAccepted:
     """Show an operation to the client that asked for it."""
     return OperationAccepted(
-        event_id=status.event_id, num_tokens=status.tokens, message=status.message
+        event_id=info.operation_id, num_tokens=info.tokens, message=info.message
     )
 
 
-def raise_unless_done(status: EventInfo) -> None:
+def raise_unless_done(info: OperationInfo) -> None:
     """Raise OperationFailed, DeadlineExceeded or ControlError for an operation that has failed,
     expired or was cancelled."""
-    reason = f"event {status.event_id}: {status.message or status.state}"
-    match status.state:
+    reason = f"event {info.operation_id}: {info.message or info.state}"
+    match info.state:
         case "failed":
             raise OperationFailed(reason)
         case "expired":
@@ -101,34 +100,34 @@ def raise_unless_done(status: EventInfo) -> None:
             raise ControlError(reason)
 
 
-def to_event(status: EventInfo) -> EventReply:
+def to_event(info: OperationInfo) -> EventReply:
     """Show an operation with its progress."""
     return EventReply(
-        event_id=status.event_id,
-        operation=status.operation,
-        instance_id=status.instance_id,
-        location=status.location,
-        old_position=status.source,
-        new_position=(status.instance_id, status.location) if status.source else None,
-        state=status.state,
-        num_tokens=status.tokens,
-        message=status.message,
-        ratio=status.ratio,
-        progress=[_progress(part) for part in status.parts],
-        created=status.created,
-        started=status.started,
-        ended=status.ended,
-        deadline=status.deadline,
-        idempotency_key=status.idempotency_key,
+        event_id=info.operation_id,
+        operation=info.kind,
+        instance_id=info.instance_id,
+        location=info.location,
+        old_position=info.source,
+        new_position=(info.instance_id, info.location) if info.source else None,
+        state=info.state,
+        num_tokens=info.tokens,
+        message=info.message,
+        ratio=info.ratio,
+        progress=[_progress(info)],
+        created=info.created,
+        started=info.started_at,
+        ended=info.ended_at,
+        deadline=info.deadline,
+        idempotency_key=info.idempotency_key,
     )
 
 
-def _progress(part: EventPart) -> ProgressReply:
-    progress = part.progress
+def _progress(info: OperationInfo) -> ProgressReply:
+    progress = info.progress
     return ProgressReply(
-        instance_id=part.instance_id,
-        location=part.location,
-        worker_ids=part.worker_ids,
+        instance_id=info.instance_id,
+        location=info.location,
+        worker_ids=info.worker_ids,
         chunks_done=progress.chunks_done,
         chunks=progress.chunks,
         bytes_before=progress.bytes_before,
@@ -147,16 +146,16 @@ def _transfer(transfer: Transfer) -> TransferReply:
     )
 
 
-def selected(statuses: Iterable[EventInfo], request: EventsRequest) -> list[EventReply]:
+def selected(infos: Iterable[OperationInfo], request: EventsRequest) -> list[EventReply]:
     """Show the operations that a request asks for, in the order given."""
     matching = (
-        status
-        for status in statuses
-        if request.state in (None, status.state)
-        and request.operation in (None, status.operation)
-        and request.instance_id in (None, status.instance_id, *(status.source or ())[:1])
+        info
+        for info in infos
+        if request.state in (None, info.state)
+        and request.operation in (None, info.kind)
+        and request.instance_id in (None, info.instance_id, *(info.source or ())[:1])
     )
-    return [to_event(status) for status, _ in zip(matching, range(request.limit), strict=False)]
+    return [to_event(info) for info, _ in zip(matching, range(request.limit), strict=False)]
 
 
 def to_pins(pins: PinList) -> PinsReply:

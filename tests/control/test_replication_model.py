@@ -1,6 +1,6 @@
 """Index and wire against a naive model, over a network that loses, repeats, swaps and garbles.
 
-Real sessions, announcers and a real registry; only sockets and time are pretended. Whatever
+Clients, event logs and the registry are real; only sockets and time are fakes. Whatever
 happened, once the network behaves again the index is the union of what the engines hold.
 """
 
@@ -20,12 +20,14 @@ from lmcache_kit.agent.controller_client import ControllerClient, Identity
 from lmcache_kit.agent.event_log import EventLog
 from lmcache_kit.agent.location_feed import LocationFeed
 from lmcache_kit.agent.sync_barrier import Barrier
-from lmcache_kit.controller.lookup import lookup
+from lmcache_kit.controller.commands import Commands
+from lmcache_kit.controller.instances import Instances
 from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ProtocolError
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.protocol import control as wire
-from tests.control.fakes import NAMESPACE, FakeClock, FakeEngine, chunks_of
+from tests.control.fakes import NAMESPACE, FakeTier, chunks_of
+from tests.support.clocks import FakeClock
 
 OTHER = NAMESPACE.variant(lora="other")
 PROMPTS = [
@@ -46,9 +48,9 @@ class Life:
 
     instance_id: str
     incarnation: bytes
-    engine: FakeEngine
-    announcer: EventLog
-    session: ControllerClient
+    engine: FakeTier
+    log: EventLog
+    client: ControllerClient
     waits: list[tuple[Barrier, set[bytes]]] = field(default_factory=list)
     connection: int = 0
     stopped: bool = False
@@ -66,7 +68,9 @@ class Network(RuleBasedStateMachine):
         self.start_controller()
 
     def start_controller(self) -> None:
-        self.registry = Registry(clock=self.clock, wall=self.clock, forget_after_s=20.0)
+        self.registry = Registry(clock=self.clock, wall=self.clock, drop_after_s=20.0)
+        commands = Commands(self.registry.counts, lambda connection, message: None)
+        self.instances = Instances(self.registry, commands)
 
     def connect(self, life: Life) -> None:
         """ZMQ drops what was queued, and the other side sees a stranger."""
@@ -88,17 +92,17 @@ class Network(RuleBasedStateMachine):
         if len(self.lives) >= 5:
             return
         self.started += 1
-        engine = FakeEngine("ram")
+        engine = FakeTier("ram")
         engine.store(random.Random(self.started).sample(CHUNKS, self.started % 4))
-        announcer = EventLog("ram", max_notes=12, max_past_keys=30, keys_per_message=3)
-        announcer.begin_with(engine.memory_tier.subscribe(announcer))
+        log = EventLog("ram", max_pending=12, max_history_keys=30, keys_per_message=3)
+        log.preload(engine.subscribe(log))
         incarnation = self.started.to_bytes(16, "big")
         identity = Identity(name, incarnation, started=float(self.started), heartbeat_s=1.0)
-        # The session asks its engine's location nowhere, only its announcer's.
-        session = ControllerClient([LocationFeed(engine, announcer)], identity, clock=self.clock)
-        session.register_namespace(NAMESPACE)
-        session.register_namespace(OTHER)
-        life = Life(name, incarnation, engine, announcer, session)
+        # The client asks its engine's location nowhere, only its log's.
+        client = ControllerClient([LocationFeed(engine, log)], identity, clock=self.clock)
+        client.register_namespace(NAMESPACE)
+        client.register_namespace(OTHER)
+        life = Life(name, incarnation, engine, log, client)
         self.connect(life)
         self.lives.append(life)
 
@@ -121,9 +125,7 @@ class Network(RuleBasedStateMachine):
     def confirm(self, which: int) -> None:
         """A thread of the cache process waits until the index holds what lies there now."""
         life = self.some(which)
-        life.waits.append(
-            (life.session.streams["ram"].confirmations.ask(), set(life.engine.chunks))
-        )
+        life.waits.append((life.client.feeds["ram"].sync.open(), set(life.engine.chunks)))
 
     @rule(which=st.integers(0, 99), room=st.integers(0, 9))
     def turn(self, which: int, room: int) -> None:
@@ -141,8 +143,8 @@ class Network(RuleBasedStateMachine):
             return room >= 0
 
         while life.back:
-            life.session.handle(wire.decode_from_controller(life.back.popleft()))
-        life.session.turn(send)
+            life.client.handle(wire.decode_from_controller(life.back.popleft()))
+        life.client.turn(send)
 
     @rule(which=st.integers(0, 99))
     def freeze_or_thaw(self, which: int) -> None:
@@ -153,7 +155,7 @@ class Network(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99), politely=st.booleans())
     def end_life(self, which: int, politely: bool) -> None:
         life = self.some(which)
-        if politely and life.session.registered:
+        if politely and life.client.registered:
             life.out.append(wire.encode(wire.Goodbye()))
             self.deliver_all(life)
         self.lives.remove(life)
@@ -176,8 +178,8 @@ class Network(RuleBasedStateMachine):
     def is_true(self, life: Life, said: wire.Confirmed) -> None:
         process = self.registry.on(life.connection)
         assert process
-        assert process.said.incarnation == life.incarnation
-        held = self.held(process.followers["ram"].holder.bit)
+        assert process.registration.incarnation == life.incarnation
+        held = self.held(process.replicas["ram"].holder.bit)
         for wait, noted in life.waits:
             if wait.seq is not None and wait.seq <= said.seq:
                 assert noted <= held
@@ -241,7 +243,7 @@ class Network(RuleBasedStateMachine):
             frame[at % len(frame)] ^= 1 << bit
             with contextlib.suppress(ProtocolError):
                 message = wire.decode_from_agent(bytes(frame))
-                # A registration that still reads as one is one, of somebody with another name.
+                # A registration that still reads as one is one, of another instance.
                 if not isinstance(message, wire.Register):
                     assert self.registry.handle(-1, message) in ([], [(-1, wire.NotRegistered())])
 
@@ -280,9 +282,9 @@ class Network(RuleBasedStateMachine):
     def only_the_living_are_visible(self) -> None:
         visible = 0
         for process in self.registry.processes():
-            for follower in process.followers.values():
+            for replica in process.replicas.values():
                 if process.alive:
-                    visible |= follower.holder.mask
+                    visible |= replica.holder.mask
         assert self.registry.index.visible == visible
 
     @invariant()
@@ -293,12 +295,12 @@ class Network(RuleBasedStateMachine):
     @invariant()
     def digests_are_those_of_the_keys(self) -> None:
         for process in self.registry.processes():
-            for follower in process.followers.values():
-                keys = self.held(follower.holder.bit)
+            for replica in process.replicas.values():
+                keys = self.held(replica.holder.bit)
                 xor = 0
                 for key in keys:
                     xor ^= int.from_bytes(key[:8], "little")
-                assert (follower.holder.keys, follower.holder.xor) == (len(keys), xor)
+                assert (replica.holder.keys, replica.holder.xor) == (len(keys), xor)
 
     @invariant()
     def lookups_credit_what_is_held_without_a_gap(self) -> None:
@@ -306,11 +308,11 @@ class Network(RuleBasedStateMachine):
             longer = [*tokens, 98, 99]
             expected = {}
             for process in self.registry.processes():
-                keys = self.held(process.followers["ram"].holder.bit)
+                keys = self.held(process.replicas["ram"].holder.bit)
                 credit = max(naive_credit(keys, base, longer) for base in (NAMESPACE, OTHER))
                 if process.alive and credit:
                     expected[process.instance_id] = credit
-            answer = lookup(self.registry, LookupQuery(longer))
+            answer = self.instances.lookup(LookupQuery(longer))
             assert {each.instance_id: each.best.tokens for each in answer.instances} == expected
 
     def settle(self, rounds: int) -> None:
@@ -345,8 +347,8 @@ class Network(RuleBasedStateMachine):
         }
         assert known.keys() == latest.keys()
         for name, life in latest.items():
-            assert known[name].said.incarnation == life.incarnation
-            bit = known[name].followers["ram"].holder.bit
+            assert known[name].registration.incarnation == life.incarnation
+            bit = known[name].replicas["ram"].holder.bit
             assert self.held(bit) == life.engine.chunks.keys()
             assert all(wait.confirmed for wait, _ in life.waits)
         while self.registry.index.sweep():

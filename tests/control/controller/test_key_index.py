@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_kit.controller.key_index import KeyIndex, Owner, bits
-from lmcache_kit.protocol.control import Tail
+from lmcache_kit.protocol.control import PartialChunkEntry
 
 KEYS = [bytes([i]) * 16 for i in range(40)]
 OWNER = Owner("a", "ram")
@@ -75,19 +75,19 @@ def test_a_holder_that_dies_during_a_sweep_waits_for_the_next_one() -> None:
 def test_tails_go_with_the_last_holder_of_their_key() -> None:
     index = KeyIndex()
     a, b = index.open(OWNER), index.open(OWNER)
-    tail = Tail(KEYS[1], KEYS[0], 3)
+    tail = PartialChunkEntry(KEYS[1], KEYS[0], 3)
     for holder in (a, b):
         index.add(holder, KEYS[1:2], (tail,))
     index.remove(a, KEYS[1:2])
-    assert list(index.tail_lengths(KEYS[0])) == [3]
+    assert list(index.partial_lengths(KEYS[0])) == [3]
     index.remove(b, KEYS[1:2])
-    assert list(index.tail_lengths(KEYS[0])) == []
+    assert list(index.partial_lengths(KEYS[0])) == []
 
 
 def test_a_tail_of_a_key_that_nobody_holds_is_not_kept() -> None:
     index = KeyIndex()
-    index.add(index.open(OWNER), KEYS[:1], (Tail(KEYS[1], KEYS[0], 3),))
-    assert list(index.tail_lengths(KEYS[0])) == []
+    index.add(index.open(OWNER), KEYS[:1], (PartialChunkEntry(KEYS[1], KEYS[0], 3),))
+    assert list(index.partial_lengths(KEYS[0])) == []
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sets(st.sampled_from(KEYS)))))

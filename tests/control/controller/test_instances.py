@@ -1,4 +1,4 @@
-"""What a lookup answers, for an index filled by hand."""
+"""Lookups in an index that is filled by hand."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from array import array
 import msgspec
 import pytest
 
-from lmcache_kit.controller.lookup import lookup
+from lmcache_kit.controller.commands import Commands
+from lmcache_kit.controller.instances import Instances
 from lmcache_kit.controller.registry import Registry
 from lmcache_kit.errors import ControlError, InvalidQuery
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
-from lmcache_kit.protocol.control import Batch, Register, Tail
+from lmcache_kit.protocol.control import Batch, PartialChunkEntry, Register
 from tests.control.fakes import NAMESPACE, chunks_of
 
 PROMPT = list(range(100, 112))
@@ -23,6 +24,8 @@ class Filled:
 
     def __init__(self) -> None:
         self.registry = Registry()
+        commands = Commands(self.registry.counts, lambda connection, message: None)
+        self.instances = Instances(self.registry, commands)
         self.seqs: dict[tuple[str, str], int] = {}
 
     def put(
@@ -41,12 +44,12 @@ class Filled:
             self.registry.handle(instance_id, register)
         some = chunks_of(tokens, namespace)[picked]
         seq = self.seqs[instance_id, location] = self.seqs.get((instance_id, location), 0) + 1
-        tails = tuple(Tail(c.key, c.parent, c.tokens) for c in some if c.partial)
+        partial = tuple(PartialChunkEntry(c.key, c.parent, c.tokens) for c in some if c.partial)
         added = b"".join(chunk.key for chunk in some)
-        self.registry.handle(instance_id, Batch(location, seq, added, b"", tails))
+        self.registry.handle(instance_id, Batch(location, seq, added, b"", partial))
 
     def ask(self, tokens: list[int], **query: object) -> list[tuple[str, str, int, str]]:
-        answer = lookup(self.registry, LookupQuery(tokens, **query))  # type: ignore[arg-type]
+        answer = self.instances.lookup(LookupQuery(tokens, **query))  # type: ignore[arg-type]
         return [
             (instance.instance_id, found.location, found.tokens, found.stopped)
             for instance in answer.instances
@@ -141,7 +144,7 @@ def test_no_tokens_find_nothing(index: Filled) -> None:
 
 def test_an_array_of_tokens_finds_the_same(index: Filled) -> None:
     index.put("a", PROMPT)
-    assert lookup(index.registry, LookupQuery(array("I", PROMPT))).instances[0].best.tokens == 12
+    assert index.instances.lookup(LookupQuery(array("I", PROMPT))).instances[0].best.tokens == 12
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**32, 2**70, 1.5, "3", None])

@@ -14,7 +14,8 @@ from zmq.auth import create_certificates, load_certificate
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.protocol.zmq_auth import ControllerKeys, WorkerKeys
 from tests.control.conftest import Running, StartAgent, StartController
-from tests.control.fakes import FakeEngine, chunks_of, eventually
+from tests.control.fakes import FakeTier, chunks_of
+from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
 
@@ -63,8 +64,8 @@ def guarded(start_controller: StartController, keys: Keys) -> Running:
     return start_controller(keys=keys.of_controller())
 
 
-def filled() -> FakeEngine:
-    engine = FakeEngine()
+def filled() -> FakeTier:
+    engine = FakeTier()
     engine.store(chunks_of(PROMPT))
     return engine
 
@@ -81,7 +82,7 @@ def test_a_known_worker_is_taken_in_and_a_lookup_finds_its_chunks(
 ) -> None:
     start_agent(guarded.url, engine=filled(), keys=keys.of_known())
     eventually(lambda: guarded.held(PROMPT) == {"a": 12})
-    assert guarded.run(guarded.controller.health("a")) == {0: 0}
+    assert guarded.run(guarded.controller.instances.health("a")) == {0: 0}
     assert guarded.counters()["connections_refused_total"] == 0
 
 
@@ -107,7 +108,7 @@ def test_who_is_refused_never_registers_and_says_once_why(
     eventually(lambda: guarded.counters()["connections_refused_total"] >= 3)
     # An agent without keys learns of it only if it reads the controller's greeting before the
     # connection ends; on a busy machine that can take many attempts.
-    eventually(lambda: agent.stats().get("turned_away_total", 0) >= 1, within_s=120)
+    eventually(lambda: agent.stats().get("rejected_total", 0) >= 1, timeout_s=120)
     start_agent(guarded.url, "good", engine=filled(), keys=keys.of_known())
     eventually(lambda: guarded.held(PROMPT) == {"good": 12})
     assert agent.stats()["registered"] == 0
@@ -121,7 +122,7 @@ def test_keys_do_not_fit_a_controller_without_them(
     controller: Running, start_agent: StartAgent, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
     agent, _ = start_agent(controller.url, "refused", engine=filled(), keys=keys.of_known())
-    eventually(lambda: agent.stats().get("turned_away_total", 0) >= 3)
+    eventually(lambda: agent.stats().get("rejected_total", 0) >= 3)
     start_agent(controller.url, "good", engine=filled())
     eventually(lambda: controller.held(PROMPT) == {"good": 12})
     assert agent.stats()["registered"] == 0
@@ -139,7 +140,7 @@ def test_who_was_refused_comes_in_once_the_controller_is_put_right(
 ) -> None:
     theirs = of(keys)
     agent, _ = start_agent(guarded.url, engine=filled(), keys=theirs)
-    eventually(lambda: agent.stats().get("turned_away_total", 0) >= 1, within_s=120)
+    eventually(lambda: agent.stats().get("rejected_total", 0) >= 1, timeout_s=120)
     guarded.close()
     shutil.copy(keys.others / "stranger.key", keys.folder / "workers")
     mended = start_controller(guarded.port, keys=keys.of_controller() if theirs else None)
@@ -159,9 +160,9 @@ def test_a_controller_with_keys_comes_back_after_a_restart(
 def test_nobody_comes_in_when_nobody_is_there_to_ask(
     guarded: Running, start_agent: StartAgent, keys: Keys
 ) -> None:
-    guard = guarded.controller._guard
-    assert guard
-    guarded.call(guard._authenticator.stop)
+    authenticator = guarded.controller._authenticator
+    assert authenticator
+    guarded.call(authenticator._authenticator.stop)
     agent, _ = start_agent(guarded.url, engine=filled(), keys=keys.of_known())
     eventually(lambda: guarded.counters()["connections_refused_total"] >= 1)
     assert agent.stats()["registered"] == 0

@@ -22,7 +22,8 @@ from lmcache_kit.protocol.control import (
     Registered,
     Resync,
 )
-from tests.control.fakes import NAMESPACE, FakeClock, chunks_of
+from tests.control.fakes import NAMESPACE, chunks_of
+from tests.support.clocks import FakeClock
 
 KEY = chunks_of([1, 2, 3, 4])[0].key
 
