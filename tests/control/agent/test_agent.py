@@ -308,7 +308,7 @@ def test_an_engine_that_fails_does_not_end_the_agent(
     engine = FakeTier()
     engine.store(chunks_of(PROMPT))
     failed = threading.Event()
-    snapshot = engine.memory_tier.snapshot
+    snapshot = engine.snapshot
 
     def fail_once(receive: object) -> None:
         if not failed.is_set():
