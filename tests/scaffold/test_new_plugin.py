@@ -355,7 +355,7 @@ def test_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path: Path) ->
 def test_a_name_that_an_installed_plugin_offers_is_refused(tmp_path: Path) -> None:
     result = new_plugin("transport", "tcp", "--into", tmp_path)
     assert result.exit_code == 1
-    assert "'tcp' is there already, from lmcache-kit-tcp-transport" in result.output
+    assert "'tcp' exists already, from lmcache-kit-tcp-transport" in result.output
     assert "--name" in result.output
     assert not list(tmp_path.iterdir())
 

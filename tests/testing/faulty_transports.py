@@ -271,7 +271,7 @@ CAUGHT_BY = {
 
 def suite_of(made):
     class Made(TransportSuite):
-        patience_s = 10.0 if made is Right else 1.0
+        timeout_s = 10.0 if made is Right else 1.0
         late_s = 0.12
         encrypts = made is OnlySaysThatItEncrypts
 

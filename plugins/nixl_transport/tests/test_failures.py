@@ -129,7 +129,7 @@ def test_a_stopped_peer_cannot_be_connected_to(here, start):
         here.connect_to(address, 0.3)
     assert caught.value.settled()
     remote.signal(signal.SIGCONT)
-    eventually(lambda: not here.transport._agent._flying or here.transport._agent.sweep())
+    eventually(lambda: not here.transport._agent._in_flight or here.transport._agent.sweep())
     assert here.connect_to(address, 20).how == "CMA on one host"
 
 
@@ -171,7 +171,7 @@ def test_what_a_timeout_left_behind_outlives_its_error(over_tcp):
     here, remote = over_tcp
     read_from_a_stalled_peer(here, remote)
     remote.signal(signal.SIGCONT)
-    eventually(lambda: not here.transport._agent._flying or here.transport._agent.sweep())
+    eventually(lambda: not here.transport._agent._in_flight or here.transport._agent.sweep())
     link = here.connect(remote)
     assert len(list(link.read(remote.ask("offer", MANY), MANY, 20))) == 8
 
@@ -229,7 +229,7 @@ def test_closing_the_transport_ends_a_read_that_waits(over_tcp):
     remote.signal(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(lambda: list(link.read(offer, MANY, 25)))
-        eventually(lambda: here.transport._agent._flying)
+        eventually(lambda: here.transport._agent._in_flight)
         here.transport.close()
         with pytest.raises(TransportError, match="closed"):
             reading.result(20)
@@ -242,7 +242,7 @@ def test_closing_the_link_waits_for_what_is_under_way(over_tcp):
     remote.signal(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(lambda: list(link.read(offer, MANY, 25)))
-        eventually(lambda: here.transport._agent._flying)
+        eventually(lambda: here.transport._agent._in_flight)
         link.close()
         assert not reading.done()
         remote.signal(signal.SIGCONT)

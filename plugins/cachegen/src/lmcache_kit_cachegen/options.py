@@ -1,4 +1,4 @@
-"""Options of the codec."""
+"""Options of the codec ``cachegen``."""
 
 from __future__ import annotations
 

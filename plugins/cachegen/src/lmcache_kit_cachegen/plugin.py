@@ -1,4 +1,4 @@
-"""Declare the codec of this plugin and its command."""
+"""Plugin hooks: the codec ``cachegen`` and the commands ``lmcache-kit cachegen``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the backend."""
+"""Options of the backend ``LocalDiskBackend``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _absolute(path: Path) -> Path:
     try:
         path = path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{path} has no home folder to begin with: {error}") from error
+        raise ValueError(f"{path}: the home folder is unknown: {error}") from error
     if not path.is_absolute():
         raise ValueError(f"{str(path)!r} must be absolute, such as /var/cache/lmcache_kit")
     return path

@@ -1,4 +1,4 @@
-"""Options of the transport."""
+"""Options of the transport ``nixl``."""
 
 from __future__ import annotations
 

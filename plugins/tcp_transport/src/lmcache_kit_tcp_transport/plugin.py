@@ -1,4 +1,4 @@
-"""Declare the transport of this plugin."""
+"""Plugin hooks: the transport ``tcp``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the backend."""
+"""Options of the backend ``ValkeyBackend``."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class ValkeyOptions(BaseModel):
         except ValueError:
             raise ValueError("the port of the URL is no number from 0 to 65535") from None
         if parts.query or parts.fragment:  # the client would take ?ssl_cert_reqs=none from there
-            raise ValueError("nothing comes after ? or # in the URL; see the other options")
+            raise ValueError("the URL must not have a query or a fragment; use the other options")
         if parts.scheme == "unix":
             if parts.hostname or not parts.path:
                 raise ValueError("a unix:// URL has the path of a socket: unix:///PATH")
         elif not parts.hostname:
             raise ValueError("the URL names no host")
         elif parts.path.strip("/") and not parts.path.strip("/").isdecimal():
-            raise ValueError("what follows the host is the number of a database")
+            raise ValueError("the path of the URL must be the number of a database")
         return url
 
     @model_validator(mode="after")
@@ -84,12 +84,12 @@ class ValkeyOptions(BaseModel):
         return self
 
     def password(self) -> str:
-        """What ``password_file`` says. Raises BackendError when it cannot be read."""
+        """Return the password in ``password_file``. Raises BackendError if it cannot be read."""
         assert self.password_file is not None
         return _text("password_file", self.password_file).split("\n")[0].strip()
 
     def tls(self) -> dict[str, str | None]:
-        """The files for TLS, by option. Raises BackendError when one cannot be read."""
+        """Return the files for TLS, by option. Raises BackendError when one cannot be read."""
         files = {"ca": self.ca, "cert": self.cert, "key": self.key}
         for option, path in files.items():
             if path is not None:
@@ -98,12 +98,12 @@ class ValkeyOptions(BaseModel):
 
     @property
     def encrypted(self) -> bool:
-        """Whether the connection is."""
+        """Whether the connection uses TLS."""
         return urlsplit(self.url.get_secret_value()).scheme in ENCRYPTED
 
     @property
     def server(self) -> str:
-        """Whom messages are about: no user, no password."""
+        """Host and port, or socket path, for messages: without user and password."""
         parts = urlsplit(self.url.get_secret_value())
         if parts.scheme == "unix":
             return parts.path

@@ -1,4 +1,4 @@
-"""Declare the backend of this plugin."""
+"""Plugin hooks: the backend ``ValkeyBackend``."""
 
 from __future__ import annotations
 
