@@ -293,7 +293,7 @@ class Taker:
         if outcome.state != "done" or not transfer or transfer.transport != name:
             raise RuntimeError(f"a move by {name} ended so: {outcome}")
         assert outcome.tokens == len(payload.tokens)
-        self._cache.engine.clear()
+        self._cache.engine.memory_tier.clear()
         return at - begun, transfer.seconds
 
     def close(self) -> None:

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lmcache_kit.interfaces import CacheInfo, EvictionPolicy
-    from lmcache_kit.specs import BackendSpec, CodecSpec, CommandSpec, FrontendSpec, TransportSpec
+    from lmcache_kit.specs import (
+        BackendSpec,
+        CodecSpec,
+        CommandSpec,
+        FrontendSpec,
+        RouteSpec,
+        TransportSpec,
+    )
 
 PROJECT = "lmcache_kit"
 API_VERSION = 1
@@ -47,6 +54,11 @@ def register_transports() -> Iterable[TransportSpec]:  # type: ignore[empty-body
 @hookspec
 def register_frontends() -> Iterable[FrontendSpec]:  # type: ignore[empty-body]
     """Return the control-plane frontends that this plugin offers."""
+
+
+@hookspec
+def register_routes() -> Iterable[RouteSpec]:  # type: ignore[empty-body]
+    """Return the routes that this plugin adds to the frontends of the controller."""
 
 
 @hookspec

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-Kind: TypeAlias = Literal["backend", "codec", "transport", "frontend", "command"]
+from lmcache_kit.metrics import MetricSpec
+
+Kind: TypeAlias = Literal["backend", "codec", "transport", "frontend", "route", "command"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 KeyType: TypeAlias = Literal["text", "number", "folder", "list"]
@@ -40,17 +42,6 @@ class ConfigKey:
     default: object = None
     selects: bool = False
     needs: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """A metric that a plugin counts. ``labels``: names of its labels. ``unit``: as Prometheus
-    writes units, such as ``bytes`` or ``seconds``; empty for a plain count."""
-
-    name: str
-    help: str
-    unit: str = ""
-    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +97,28 @@ class FrontendSpec(_Spec):
     """A server in the controller that users and programs talk to, such as REST over HTTP."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteSpec(_Spec):
+    """A route that the frontends of the controller serve beside their own, such as ``http`` does.
+
+    ``target`` is an ``async def handler(controller, request)`` that returns an instance of
+    ``reply``; see :data:`~lmcache_kit.interfaces.routes.RouteHandler`. ``method`` is ``GET``,
+    ``POST``, ``PUT`` or ``DELETE``. ``path`` may have names in braces, such as ``/tenants/{name}``,
+    each of which stands for one segment and is a field of the request. ``request`` and ``reply``
+    are ``module:attribute`` of pydantic models; an empty ``request`` means that there is nothing
+    to ask. Fields of the request are read from path and query where the method is ``GET`` or
+    ``DELETE`` or the path has names, else from a JSON body.
+    """
+
+    method: str
+    path: str
+    reply: str
+    request: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class CommandSpec(_Spec):
     """A subcommand of ``lmcache-kit``; ``target`` is a click command."""
 
 
-Spec: TypeAlias = BackendSpec | CodecSpec | TransportSpec | FrontendSpec | CommandSpec
+Spec: TypeAlias = BackendSpec | CodecSpec | TransportSpec | FrontendSpec | RouteSpec | CommandSpec

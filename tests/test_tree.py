@@ -24,7 +24,7 @@ MODULES = sorted(
 )
 
 FLOORS = (
-    ("errors", "layout"),
+    ("errors", "layout", "metrics"),
     ("keys",),
     ("interfaces", "specs"),
     ("hookspecs",),

@@ -13,7 +13,7 @@ from lmcache_kit.keys import ChunkKey
 
 
 class Announced(Protocol):
-    """What is needed of an :class:`~lmcache_kit.cache.tier_base.Tier`."""
+    """What is needed of an :class:`~lmcache_kit.cache.tier.Tier`."""
 
     @property
     def location(self) -> str: ...

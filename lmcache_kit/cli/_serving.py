@@ -17,7 +17,9 @@ from lmcache_kit.cli._listening import ListenError, listening, open_to_the_netwo
 from lmcache_kit.controller.controller import Controller
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces.frontend import Frontend
+from lmcache_kit.interfaces.routes import ServesRoutes
 from lmcache_kit.plugins import Plugins
+from lmcache_kit.plugins.routes import load_routes
 from lmcache_kit.protocol.zmq_auth import ControllerKeys
 
 _STOP_S = 1.8
@@ -45,6 +47,7 @@ async def serve(settings: Settings) -> None:
     plugins = Plugins.load()
     controller = Controller(settings.host, settings.monitor_ports, keys=settings.keys)
     frontends = [_frontend(plugins, name, controller, settings) for name in settings.frontends]
+    _offer_routes(plugins, frontends)
     _check_monitor_port(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -62,6 +65,17 @@ async def serve(settings: Settings) -> None:
         await stop.wait()
     finally:
         await _stop(controller, frontends)
+
+
+def _offer_routes(plugins: Plugins, frontends: list[Frontend]) -> None:
+    """Hand the routes of plugins to all frontends that serve routes. Raises DuplicateName."""
+    routes = load_routes(plugins)
+    serving = [frontend for frontend in frontends if isinstance(frontend, ServesRoutes)]
+    for frontend in serving:
+        frontend.add_routes(routes)
+    if routes and not serving:
+        names = ", ".join(route.name for route in routes)
+        log.warning("no frontend serves the routes of plugins: %s", names)
 
 
 def _check_monitor_port(settings: Settings) -> None:

@@ -30,6 +30,7 @@ from lmcache_kit.interfaces.frontend import (
     WorkerInfo,
 )
 from lmcache_kit.interfaces.memory import MemoryBackend, Region, Usage
+from lmcache_kit.interfaces.routes import PluginRoute, RouteHandler, ServesRoutes
 from lmcache_kit.interfaces.transport import Dial, Link, ReadableRegion, ReadResult, Transport
 
 __all__ = [
@@ -52,11 +53,14 @@ __all__ = [
     "LookupQuery",
     "MemoryBackend",
     "OpenBlob",
+    "PluginRoute",
     "ReadResult",
     "Readable",
     "ReadableRegion",
     "Region",
     "Rope",
+    "RouteHandler",
+    "ServesRoutes",
     "StoreUsage",
     "Transport",
     "Usage",

@@ -82,7 +82,7 @@ class ChunkReceiver:
         """Have these chunks here. Raises TransportError and OperationFailed; what has come until
         then stays."""
         engine, tally = self._place.engine, self.tally
-        missing = engine.references.acquire(keys, self._owner)
+        missing = engine.memory_tier.references.acquire(keys, self._owner)
         absent = set(missing)
         self.keep([key for key in keys if key not in absent])
         if not missing:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from lmcache_kit.cache.memory.transcoding import Transcoded
+from lmcache_kit.cache.records import Transcoded
 from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces.operations import Outcome, Transfer
 from lmcache_kit.peer.report import kept_chunks
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.descriptors import ChunkRef
-    from lmcache_kit.cache.tier_base import Tier
+    from lmcache_kit.cache.tier import Tier
     from lmcache_kit.cache.tiers.lower_tiers import LowerTiers
     from lmcache_kit.keys import ChunkKey
 

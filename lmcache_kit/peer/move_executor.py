@@ -140,7 +140,7 @@ class RunningMove:
             log.exception("a move from %s failed", self._name)
             self._why = f"{type(error).__name__}: {error}"
         finally:
-            self._tools.place.engine.references.release(self)
+            self._tools.place.engine.memory_tier.references.release(self)
             self._goal.references.release(self)
             if self._remote:
                 self._remote.close()
@@ -247,7 +247,7 @@ class RunningMove:
     def _take(self, intake: ChunkReceiver, window: Sequence[ChunkKey]) -> None:
         """Into memory, and from there to the tier that is meant, if one is."""
         goal, engine = self._goal, self._tools.place.engine
-        if goal is engine or engine.lower_tiers is None:
+        if goal is engine.memory_tier or engine.lower_tiers is None:
             intake.take(window, self._left_s())
             return
         wanted = goal.references.acquire(window, self)

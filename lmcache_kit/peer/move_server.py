@@ -208,7 +208,7 @@ class _Session:
     def _window_bytes(self) -> int:
         """What comes from below memory has to find room there first."""
         engine = self._source.engine
-        below = self._inventory is not engine
+        below = self._inventory is not engine.memory_tier
         return wire.window_bytes(len(engine.memory.memory)) if below else wire.WINDOW_BYTES
 
     def _page(self, start: int) -> tuple[ChunkRef, ...]:

@@ -31,6 +31,7 @@ from lmcache_kit.specs import (
     ConfigKey,
     FrontendSpec,
     Kind,
+    RouteSpec,
     Spec,
     TransportSpec,
 )
@@ -49,6 +50,7 @@ _REGISTRATIONS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_codecs": ("codec", CodecSpec),
     "register_transports": ("transport", TransportSpec),
     "register_frontends": ("frontend", FrontendSpec),
+    "register_routes": ("route", RouteSpec),
     "register_commands": ("command", CommandSpec),
 }
 
@@ -73,7 +75,7 @@ class Plugins:
         self._infos = {info.name: info for info in discovery.loaded}
         self._offers: dict[tuple[Kind, str], list[Offer]] = defaultdict(list)
         for failure in discovery.failures:
-            self._fail(failure)
+            self.report(failure)
         self._collect_offers()
 
     @classmethod
@@ -98,7 +100,7 @@ class Plugins:
         who = _described(offer)
         if reason := self.why_unusable(offer):
             raise PluginBroken(f"{who} cannot be used here: {reason}")
-        target = attempt(partial(_attribute, offer.spec.target))
+        target = attempt(partial(attribute, offer.spec.target))
         if isinstance(target, Raised):
             raise PluginBroken(
                 f"{who} failed to import {offer.spec.target!r}: {target}",
@@ -112,7 +114,7 @@ class Plugins:
             return _shared_name(self._offers[offer.kind, offer.spec.name])
         if not offer.spec.probe:
             return ""
-        reason = attempt(lambda: str(_attribute(offer.spec.probe)() or ""))
+        reason = attempt(lambda: str(attribute(offer.spec.probe)() or ""))
         return f"its probe failed: {reason}" if isinstance(reason, Raised) else reason
 
     # Hooks that plugins take part in.
@@ -155,6 +157,12 @@ class Plugins:
         """Return the line that each plugin has for ``lmcache-kit doctor``."""
         return [str(line) for _, line in self._results("report_header") if line]
 
+    def report(self, failure: Failure) -> None:
+        """Record what is wrong with a plugin, and log it as a warning unless logging is off."""
+        self.failures.append(failure)
+        if self._log_failures:
+            logger.warning("%s", failure)
+
     def _collect_offers(self) -> None:
         for hook, (kind, spec_type) in _REGISTRATIONS.items():
             for plugin, specs in self._results(hook, collect=list):
@@ -167,7 +175,7 @@ class Plugins:
         for (kind, name), offers in self._offers.items():
             for offer in offers if len(offers) > 1 else []:
                 error = f"{kind} {name!r}: {_shared_name(offers)}"
-                self._fail(Failure(offer.plugin.name, offer.plugin.distribution, "name", error))
+                self.report(Failure(offer.plugin.name, offer.plugin.distribution, "name", error))
 
     def _results(
         self, hook: str, *, collect: Callable[[Any], Any] = lambda result: result, **values: object
@@ -184,12 +192,7 @@ class Plugins:
                 yield implementation.plugin_name, result
 
     def _fail_hook(self, plugin: str, hook: str, error: str) -> None:
-        self._fail(Failure(plugin, self._distribution(plugin), hook, error))
-
-    def _fail(self, failure: Failure) -> None:
-        self.failures.append(failure)
-        if self._log_failures:
-            logger.warning("%s", failure)
+        self.report(Failure(plugin, self._distribution(plugin), hook, error))
 
     def _distribution(self, plugin: str) -> str:
         return self._infos[plugin].distribution if plugin in self._infos else "lmcache-kit"
@@ -240,7 +243,7 @@ def _collected(call: Callable[[], Any], collect: Callable[[Any], Any]) -> Any:
     return collect(result)
 
 
-def _attribute(path: str) -> Any:
+def attribute(path: str) -> Any:
     """Import ``module:attribute``."""
     module, _, attribute = path.partition(":")
     value: Any = importlib.import_module(module)
@@ -255,7 +258,10 @@ def _malformed(spec: object, expected: type[Spec]) -> str:
         return f"{spec!r} is no {expected.__name__}"
     if not isinstance(spec.name, str) or not spec.name:
         return f"{spec!r} has no name"
-    for path in (spec.target, spec.config or spec.target, spec.probe or spec.target):
+    paths = [spec.target, spec.config or spec.target, spec.probe or spec.target]
+    if isinstance(spec, RouteSpec):
+        paths += [spec.reply, spec.request or spec.reply]
+    for path in paths:
         if not _TARGET.fullmatch(path):
             return f"{spec.name!r}: {path!r} is no 'module:attribute'"
     for key in spec.keys:

@@ -303,7 +303,7 @@ def test_an_engine_that_fails_does_not_end_the_agent(
     engine = FakeEngine()
     engine.store(chunks_of(PROMPT))
     failed = threading.Event()
-    snapshot = engine.snapshot
+    snapshot = engine.memory_tier.snapshot
 
     def fail_once(receive: object) -> None:
         if not failed.is_set():

@@ -39,7 +39,7 @@ class Pair:
         self.clock = FakeClock()
         self.engine = FakeEngine()
         self.announcer = EventLog(self.engine.location)
-        self.announcer.begin_with(self.engine.subscribe(self.announcer))
+        self.announcer.begin_with(self.engine.memory_tier.subscribe(self.announcer))
         self.stream = LocationFeed(self.engine, self.announcer)
         self.session = ControllerClient([self.stream], Identity("a", b"i" * 16), clock=self.clock)
         self.session.register_namespace(NAMESPACE)

@@ -91,7 +91,7 @@ class Network(RuleBasedStateMachine):
         engine = FakeEngine("ram")
         engine.store(random.Random(self.started).sample(CHUNKS, self.started % 4))
         announcer = EventLog("ram", max_notes=12, max_past_keys=30, keys_per_message=3)
-        announcer.begin_with(engine.subscribe(announcer))
+        announcer.begin_with(engine.memory_tier.subscribe(announcer))
         incarnation = self.started.to_bytes(16, "big")
         identity = Identity(name, incarnation, started=float(self.started), heartbeat_s=1.0)
         # The session asks its engine's location nowhere, only its announcer's.

@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 _SESSION = "lmcache_kit.peer.move_server:_Session"
 _TRANSFERS = "lmcache_kit.cache.memory.transfers:Transfers"
-_INVENTORY = "lmcache_kit.cache.tier_base:Tier"
+_INVENTORY = "lmcache_kit.cache.tier:Tier"
 _REMOTE = "lmcache_kit.peer.source_client:SourceClient"
 _AGENT = "lmcache_kit.agent.agent:Agent"
 

@@ -23,7 +23,7 @@ def low(make_place: MakePlace) -> Place:
     place = make_place("low", stores=[Dict(), Dict()])
     place.store(range(40))
     place.settle()
-    place.engine.clear()
+    place.engine.memory_tier.clear()
     return place
 
 
@@ -51,7 +51,7 @@ def test_a_move_goes_to_a_tier_and_is_served_from_there(
     assert (outcome.state, outcome.tokens) == ("done", 40)
     assert source.everything() == set()
     assert len(goal.at("A")) == 3
-    goal.engine.clear()
+    goal.engine.memory_tier.clear()
     assert goal.hit(range(40)) == 40
 
 
@@ -72,7 +72,7 @@ def test_more_than_fits_into_the_memory_of_the_source_comes_from_a_tier(
     for start in range(0, 160, 16):
         source.store(range(start, start + 16))
         source.settle()
-    source.engine.clear()
+    source.engine.memory_tier.clear()
     outcome = goal.move(source, at="A")
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")
     assert source.at("A") == set()
@@ -88,7 +88,7 @@ def test_moves_at_once_wait_for_room_in_the_memory_of_the_source(
         for end in (16, 32, 48):
             source.store(prompt[:end])
             source.settle()
-    source.engine.clear()
+    source.engine.memory_tier.clear()
     with ThreadPoolExecutor(len(prompts)) as pool:
         outcomes = list(pool.map(lambda prompt: goal.move(source, prompt, at="A"), prompts))
     assert {(each.state, each.tokens, each.message) for each in outcomes} == {("done", 48, "")}
@@ -101,7 +101,7 @@ def test_a_source_whose_memory_stays_full_says_so(
     source = make_place("small", mib=3 * CHUNK_BYTES / (1 << 20), stores=[Dict()])
     source.store(range(48))
     source.settle()
-    source.engine.clear()
+    source.engine.memory_tier.clear()
     source.store(range(100, 148))
     source.settle()
     lease, parcels = source.engine.transfers.lease(list(source.everything()), "a reader")
@@ -142,7 +142,7 @@ def test_a_tier_that_fails_ends_the_move_and_the_source_keeps_all(
     source: Place, make_place: MakePlace
 ) -> None:
     goal = make_place("goal", stores=[Dict()])
-    goal.tiers[0]._backend.broken = BackendError("read-only file system")  # type: ignore[attr-defined]
+    goal.tiers[0].store._backend.broken = BackendError("read-only file system")  # type: ignore[attr-defined]
     source.store(range(40))
     outcome = goal.move(source, range(40), to="A")
     assert outcome.state == "failed"
@@ -155,7 +155,7 @@ def test_what_a_tier_has_already_is_not_sent(source: Place, make_place: MakePlac
     source.store(range(40))
     goal.store(range(32))
     goal.settle()
-    goal.engine.clear()
+    goal.engine.memory_tier.clear()
     outcome = goal.move(source, range(40), to="A")
     assert outcome.state == "done"
     assert "2 of 3 chunks were here already" in outcome.message
@@ -164,7 +164,7 @@ def test_what_a_tier_has_already_is_not_sent(source: Place, make_place: MakePlac
 
 
 def test_damage_in_a_tier_does_not_travel(low: Place, goal: Place) -> None:
-    store = low.tiers[0]._backend
+    store = low.tiers[0].store._backend
     assert isinstance(store, Dict)
     key = list(store.blobs)[1]
     meta, data = store.blobs[key]
@@ -256,13 +256,13 @@ def test_what_could_not_be_found_at_the_goal_stays_at_the_source(within: Within)
     """Chunks come one by one, and those behind one that does not come are of no use there."""
     place = within.place
     place.engine.locations["B"].clear()
-    store = place.tiers[1]._backend
+    store = place.tiers[1].store._backend
     assert isinstance(store, Dict)
     store.refused = next(iter(place.engine.locations["A"].chunk_refs(None, None))).key
     outcome = within.move("A", "B")
     assert outcome.state == "partial"
     assert len(place.at("A")) == 3
-    place.engine.clear()
+    place.engine.memory_tier.clear()
     assert place.hit(range(40)) == 40
 
 
@@ -279,7 +279,7 @@ def test_what_does_not_fit_into_memory_stays_in_the_tier(make_place: MakePlace) 
         place.store(range(start, start + 16))
         place.settle()
     within = Within(place)
-    place.engine.pin(None, pack_tokens(range(32, 48)), "p")
+    place.engine.memory_tier.pin(None, pack_tokens(range(32, 48)), "p")
     order = Move(location=PLACE, source="small", source_location="A")
     outcome = within.do(order)
     assert outcome.state == "partial"
@@ -294,7 +294,7 @@ def test_more_than_fits_into_memory_goes_from_tier_to_tier(make_place: MakePlace
         place.store(range(start, start + 16))
         place.settle()
     place.engine.locations["B"].clear()
-    place.engine.clear()
+    place.engine.memory_tier.clear()
     outcome = Within(place).do(Move(location="B", source="small", source_location="A"))
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")
     assert (len(place.at("A")), len(place.at("B"))) == (0, 10)
@@ -309,7 +309,7 @@ def test_a_move_within_a_cache_that_makes_no_sense_is_refused(within: Within, to
 def test_clearing_a_tier_waits_for_its_store_and_says_when_it_fails(within: Within) -> None:
     assert within.do(Clear(location="A")).tokens == 40
     assert within.place.at("A") == set()
-    store = within.place.tiers[1]._backend
+    store = within.place.tiers[1].store._backend
     assert isinstance(store, Dict)
     store.broken = BackendError("read-only file system")
     outcome = within.do(Clear(location="B"))

@@ -13,6 +13,7 @@ from lmcache_kit_http_api.frontend import HttpFrontend
 from lmcache_kit_http_api.options import HttpOptions
 
 from lmcache_kit.errors import UnknownName
+from lmcache_kit.interfaces import PluginRoute
 from lmcache_kit.interfaces.frontend import (
     EventInfo,
     EventPart,
@@ -24,6 +25,7 @@ from lmcache_kit.interfaces.frontend import (
     PinList,
     WorkerInfo,
 )
+from lmcache_kit.interfaces.operations import Order as OperationRecord
 from lmcache_kit.interfaces.operations import Progress
 
 TAKEN = EventInfo(
@@ -47,7 +49,7 @@ TAKEN = EventInfo(
 
 class FakeController:
     """``matches``: instance id to its locations. ``failure``: raised by whatever is asked.
-    ``taken``: how each operation begins. ``end``: how it ends, None: never."""
+    ``taken``: how each operation starts. ``end_status``: how it ends, None: never."""
 
     def __init__(self) -> None:
         self.matches: dict[str, list[tuple[str, int]]] = {}
@@ -61,10 +63,21 @@ class FakeController:
         self.values: dict[str, float] = {}
         self.operations: list[Operation] = []
         self.taken = TAKEN
-        self.end: EventInfo | None = None
+        self.end_status: EventInfo | None = None
         self.ledger: list[EventInfo] = []
         self.pinned = PinList(())
         self.pin_queries: list[tuple[str | None, str | None]] = []
+
+    @property
+    def records(self) -> list[OperationRecord]:
+        """What each operation does, without who it is for and until when."""
+        return [operation.order for operation in self.operations]
+
+    def end(self, **changes: object) -> None:
+        """Operations end with these fields."""
+        self.end_status = msgspec.structs.replace(
+            self.taken, **{"state": "done", "message": "", **changes}
+        )
 
     def lookup(self, query: LookupQuery) -> LookupAnswer:
         self._fail()
@@ -101,9 +114,9 @@ class FakeController:
 
     async def ended(self, event_id: str) -> EventInfo:
         assert event_id == self.taken.event_id
-        if self.end is None:
+        if self.end_status is None:
             await asyncio.sleep(60)
-        return self.end
+        return self.end_status
 
     async def cancel(self, event_id: str) -> EventInfo:
         return msgspec.structs.replace(self.event(event_id), state="cancelled")
@@ -174,13 +187,15 @@ def controller() -> FakeController:
 
 @pytest.fixture
 async def serve(controller: FakeController) -> AsyncIterator[Serve]:
-    """Start a frontend with these options; the port is free, the host 127.0.0.1."""
+    """Start a frontend with these options, and routes of plugins; the port is free, the host
+    127.0.0.1."""
     started: list[HttpFrontend] = []
     async with aiohttp.ClientSession() as session:
 
-        async def start(**options: object) -> Client:
+        async def start(routes: Sequence[PluginRoute] = (), **options: object) -> Client:
             chosen = {"host": "127.0.0.1", "port": 0, **options}
             frontend = HttpFrontend(controller, HttpOptions(**chosen))
+            frontend.add_routes(routes)
             await frontend.start()
             started.append(frontend)
             return Client(frontend.endpoints[0], session)
@@ -205,7 +220,7 @@ def served_port() -> Iterator[int]:
     async def run(stop: asyncio.Event) -> None:
         fake = FakeController()
         fake.matches = {"lmcache_default_instance": [("LocalCPUBackend", 1)]}
-        fake.end = msgspec.structs.replace(TAKEN, state="done")
+        fake.end()
         frontend = HttpFrontend(
             fake, HttpOptions(host="127.0.0.1", port=0, max_body_bytes=65536, max_tokens=64)
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from lmcache_kit_http_api import models
+from lmcache_kit_http_api.operation_models import LocatedFields
 from lmcache_kit_http_api.options import HttpOptions
-from lmcache_kit_http_api.order_models import OrderRequest
 from lmcache_kit_http_api.parsing import field_names
 from lmcache_kit_http_api.routes import ROUTES
 from openapi_spec_validator import validate
@@ -118,7 +118,7 @@ async def test_the_controllers_counters_are_shown_as_counters_and_gauges(client,
 def test_the_readme_has_every_route_and_its_fields(route):
     named = f"`{route.method} {route.path}`"
     line = next(x for x in README.splitlines() if x.startswith("| `") and named in x.split("|")[1])
-    common = set(OrderRequest.model_fields) if "those below" in line else set()
+    common = set(LocatedFields.model_fields) if "those below" in line else set()
     for field in field_names(route.request) if route.request else []:
         assert f"`{field}`" in (OPERATIONS if field in common else "") + line
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmcache_kit_http_api.routes import ROUTES
 
-PATHS = [route.path for route in ROUTES if route.request and route.source == "body"]
+PATHS = [route.path for route in ROUTES if route.request and not route.in_url]
 GET_PATHS = ["/events", "/pins", "/events/e1"]
 FIELDS = sorted({name for route in ROUTES if route.request for name in route.request.model_fields})
 

@@ -1,4 +1,4 @@
-"""Moves: what is ordered of which instance, and what is answered."""
+"""Moves: what is asked of which instance, and what is answered."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_the_seed_moves_and_is_answered_to_the_letter(client, controller):
     assert await client.post("/move", SEED) == (200, {"event_id": "e1", "num_tokens": 12})
     (operation,) = controller.operations
     assert operation.instance_id == "lmcache_instance_2"
-    assert operation.order == Move(
+    assert controller.records[0] == Move(
         location="LocalCPUBackend",
         tokens=pack_tokens(SEED["tokens"]),
         source="lmcache_instance_1",
@@ -63,7 +63,7 @@ async def test_every_option_is_passed_on(client, controller):
     await client.post("/move", {**PLACES, "tokens": [1, 2], "copy": True, **more})
     (operation,) = controller.operations
     assert (operation.instance_id, operation.deadline_s, operation.idempotency_key) == ("b", 5, "k")
-    assert operation.order == Move(
+    assert controller.records[0] == Move(
         location="disk",
         tokens=pack_tokens([1, 2]),
         cache_salt="s",
@@ -77,7 +77,7 @@ async def test_every_option_is_passed_on(client, controller):
 @pytest.mark.parametrize("tokens", [{}, {"tokens": []}, {"tokens": None}])
 async def test_without_tokens_everything_is_moved(client, controller, tokens):
     assert (await client.post("/move", {**PLACES, **tokens}))[0] == 200
-    assert controller.operations[0].order.tokens is None
+    assert controller.records[0].tokens is None
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ async def test_without_tokens_everything_is_moved(client, controller, tokens):
 )
 async def test_7_that_the_source_keeps_it_is_never_ignored(client, controller, said, copy):
     assert (await client.post("/move", {**PLACES, **said}))[0] == 200
-    assert controller.operations[0].order.copy is copy
+    assert controller.records[0].copy is copy
 
 
 @pytest.mark.parametrize("copy", [True, False])

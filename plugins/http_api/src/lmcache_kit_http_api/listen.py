@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
-from collections.abc import Sequence
 
 _NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
-_BACKLOG = 1024
 
 
 def open_sockets(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets; ``localhost`` is 127.0.0.1 and, where there is one, ::1, on one port.
+    """Open listening sockets. ``localhost`` is 127.0.0.1 and, where there is one, ::1, on one port.
 
-    Raises OSError with the address in ``filename`` when one is taken or is not ours.
+    Raises OSError with the address in ``filename`` when it is taken or not of this machine.
     """
     if host != "localhost":
-        return [_listen(family, address) for family, address in _resolve(host, port)]
-    first = _listen(socket.AF_INET, ("127.0.0.1", port))
+        return [_listen(host, port)]
+    first = _listen("127.0.0.1", port)
     try:
-        second = _listen(socket.AF_INET6, ("::1", first.getsockname()[1]))
+        second = _listen("::1", first.getsockname()[1])
     except OSError as error:
-        # A port that the system chose may be taken on the other family; nobody counts on it there.
+        # A port that the system chose may be taken on the other family, where it was not promised.
         if error.errno in _NO_SUCH_FAMILY or port == 0:
             return [first]
         first.close()
@@ -36,23 +35,11 @@ def url(listening: socket.socket, name: str = "") -> str:
     return f"http://{shown}:{port}"
 
 
-def _resolve(host: str, port: int) -> Sequence[tuple[int, tuple[str, int]]]:
-    flags = socket.AI_PASSIVE
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+def _listen(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = found[0]
-    return [(family, (str(address[0]), int(address[1])))]
-
-
-def _listen(family: int, address: tuple[str, int]) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.bind(address)
-        made.listen(_BACKLOG)
-        made.setblocking(False)
+        return socket.create_server((str(address[0]), port), family=family)
     except OSError as error:
-        made.close()
-        raise OSError(error.errno, error.strerror, f"{address[0]}:{address[1]}") from None
-    return made
+        number = error.errno or errno.EADDRNOTAVAIL
+        raise OSError(number, os.strerror(number), f"{address[0]}:{port}") from None

@@ -10,7 +10,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from lmcache_kit.interfaces.frontend import ControllerAPI
-from lmcache_kit_http_api.operations import Raw
+from lmcache_kit_http_api.handlers import Document
+from lmcache_kit_http_api.routes import Route
 
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 
@@ -52,20 +53,21 @@ class HttpMetrics:
             buckets=_BUCKETS,
             registry=self._registry,
         )
-        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._children: dict[tuple[Route | None, int], tuple[Counter, Histogram]] = {}
 
-    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """``method`` and ``route`` come from the table of routes, never from a client."""
-        key = (method, route, status)
-        children = self._children.get(key)
+    def answered(self, route: Route | None, status: int, seconds: float) -> None:
+        """Count one request. Labels come from the table of routes, never from a client; None is
+        for requests that no route answers."""
+        children = self._children.get((route, status))
         if children is None:
-            children = self._children[key] = (
-                self._requests.labels(method, route, str(status)),
-                self._seconds.labels(route),
+            method, path = (route.method, route.path) if route else ("other", "other")
+            children = self._children[route, status] = (
+                self._requests.labels(method, path, str(status)),
+                self._seconds.labels(path),
             )
         children[0].inc()
         children[1].observe(seconds)
 
-    def render(self) -> Raw:
-        """All of it as text."""
-        return Raw(generate_latest(self._registry), CONTENT_TYPE_LATEST)
+    def render(self) -> Document:
+        """Render all metrics as text."""
+        return Document(generate_latest(self._registry), CONTENT_TYPE_LATEST)

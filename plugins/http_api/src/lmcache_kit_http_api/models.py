@@ -1,4 +1,4 @@
-"""Requests and replies. The OpenAPI document is generated from these."""
+"""Requests and replies as pydantic models. The OpenAPI document is generated from these."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationInfo,
-    model_serializer,
 )
 from pydantic_core import PydanticCustomError
 
-from lmcache_kit.interfaces.frontend import InstanceMatch, LookupAnswer
+from lmcache_kit.interfaces.frontend import LookupAnswer
 
 MAX_TOKEN = 2**32 - 1
 MAX_WORKER = 2**31 - 1
@@ -25,7 +24,7 @@ RESERVED_KEYS = frozenset({"event_id", "layout_info", "detail", "error"})
 """Keys of a lookup reply that no instance id may take; such an instance is in layout_info only."""
 
 
-def _no_more_than_allowed(tokens: list[int], info: ValidationInfo) -> list[int]:
+def _within_limit(tokens: list[int], info: ValidationInfo) -> list[int]:
     limit = (info.context or {}).get("max_tokens")
     if limit is not None and len(tokens) > limit:
         raise PydanticCustomError(
@@ -43,14 +42,16 @@ class _FailFast(FailFast):
 
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Salt = Annotated[str, StringConstraints(max_length=1024)]
 Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
-Tokens = Annotated[list[Token], _FailFast(), AfterValidator(_no_more_than_allowed)]
+Tokens = Annotated[list[Token], _FailFast(), AfterValidator(_within_limit)]
 WorkerIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_WORKER)]], Field(max_length=4096)]
 Match = tuple[str, int]
 
 
 class Request(BaseModel):
-    """Types are strict: ``true`` and ``1.0`` are no numbers. Unknown fields are refused."""
+    """Base of all requests. Types are strict: ``true`` and ``1.0`` are no numbers. Unknown fields
+    are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -70,7 +71,7 @@ class ErrorBody(Reply):
 
 
 class ErrorReply(Reply):
-    """The one shape of everything that is not the answer asked for."""
+    """The one shape of every reply with a status other than 200."""
 
     error: ErrorBody
 
@@ -83,7 +84,7 @@ class LookupRequest(Request):
         examples=[[128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]],
     )
     model: Name | None = Field(None, description="Only KV of this model (its served name).")
-    cache_salt: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
+    cache_salt: Salt | None = Field(
         None, description="The cache_salt that the prompt was sent with."
     )
     instance_id: Name | None = Field(None, description="Only this instance.")
@@ -91,7 +92,7 @@ class LookupRequest(Request):
 
 
 class LocationDetail(Reply):
-    """How much lies at one location, counted from the first token without a gap."""
+    """The match at one location, counted from the first token without a gap."""
 
     location: str
     tokens: int
@@ -99,14 +100,6 @@ class LocationDetail(Reply):
         description="end: everything matched; missing: nobody holds what follows; "
         "elsewhere: another holder does."
     )
-
-    @classmethod
-    def all_of(cls, match: InstanceMatch) -> list[LocationDetail]:
-        """Every location of one instance, longest match first."""
-        return [
-            cls(location=at.location, tokens=at.tokens, stopped=at.stopped)
-            for at in match.locations
-        ]
 
 
 class LookupReply(Reply):
@@ -135,30 +128,24 @@ class LookupReply(Reply):
     layout_info: dict[str, Match]
     detail: dict[str, list[LocationDetail]] | None = Field(None, description="If asked for.")
 
-    @classmethod
-    def of(cls, answer: LookupAnswer, *, detail: bool) -> LookupReply:
-        """The reply that shows an answer of the controller."""
-        return cls(
-            event_id=answer.event_id,
-            layout_info={
-                match.instance_id: (match.best.location, match.best.tokens)
-                for match in answer.instances
-            },
-            detail={match.instance_id: LocationDetail.all_of(match) for match in answer.instances}
-            if detail
-            else None,
-        )
 
-    @model_serializer(mode="plain")
-    def _flat(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {"event_id": self.event_id}
-        for instance_id, match in self.layout_info.items():
-            if instance_id not in RESERVED_KEYS:
-                shown[instance_id] = match
-        shown["layout_info"] = self.layout_info
-        if self.detail is not None:
-            shown["detail"] = self.detail
-        return shown
+def lookup_reply(answer: LookupAnswer, *, detail: bool) -> dict[str, Any]:
+    """Build the fields of a :class:`LookupReply`, without the cost of validating them."""
+    layout = {
+        match.instance_id: (match.best.location, match.best.tokens) for match in answer.instances
+    }
+    reply: dict[str, Any] = {"event_id": answer.event_id}
+    reply |= {name: found for name, found in layout.items() if name not in RESERVED_KEYS}
+    reply["layout_info"] = layout
+    if detail:
+        reply["detail"] = {
+            match.instance_id: [
+                {"location": at.location, "tokens": at.tokens, "stopped": at.stopped}
+                for at in match.locations
+            ]
+            for match in answer.instances
+        }
+    return reply
 
 
 class HealthRequest(Request):
@@ -197,7 +184,7 @@ class Worker(Reply):
 
 
 class QueryWorkerInfoReply(Reply):
-    """Registered workers, those included that have stopped to send heartbeats."""
+    """Registered workers, including those that no longer send heartbeats."""
 
     event_id: str
     worker_infos: list[Worker]

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from lmcache_kit_http_api.models import ErrorReply, Reply
-from lmcache_kit_http_api.operations import Raw
-from lmcache_kit_http_api.routes import ROUTES, Route
+from lmcache_kit_http_api.handlers import Document
+from lmcache_kit_http_api.models import ErrorReply
+from lmcache_kit_http_api.routes import Route
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-_SCHEMAS = "#/components/schemas/"
 _READING_ERRORS = (400, 408, 413, 422)
 _EVERY_ROUTE_ERRORS = (401, 403, 500)
 
 
-@cache
-def render() -> Raw:
-    """The document of this frontend as JSON."""
-    return Raw(json.dumps(document(ROUTES)).encode(), "application/json")
+_Schemas: TypeAlias = Mapping[Any, Any]
+"""A reference to the schema of each model."""
 
 
-def document(routes: Sequence[Route[Any]]) -> dict[str, Any]:
-    """The document of these routes."""
+def render(routes: Sequence[Route]) -> Document:
+    """Render the document as JSON."""
+    return Document(json.dumps(document(routes)).encode(), "application/json")
+
+
+def document(routes: Sequence[Route]) -> dict[str, Any]:
+    """Describe these routes. Two models of one name, of different plugins, stay apart."""
     models: list[type[BaseModel]] = [ErrorReply]
     for route in routes:
-        asked = route.request if route.source == "body" else None
+        asked = None if route.in_url else route.request
         models += [m for m in (asked, route.reply) if isinstance(m, type)]
-    _, definitions = models_json_schema(
-        [(model, "validation") for model in dict.fromkeys(models)],
-        ref_template=_SCHEMAS + "{model}",
+    mode: JsonSchemaMode = "validation"
+    references, definitions = models_json_schema(
+        [(model, mode) for model in dict.fromkeys(models)],
+        ref_template="#/components/schemas/{model}",
     )
+    schemas = {model: schema for (model, _), schema in references.items()}
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -58,46 +61,47 @@ def document(routes: Sequence[Route[Any]]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route[Any]) -> dict[str, Any]:
+def _operation(route: Route, schemas: _Schemas) -> dict[str, Any]:
     errors = set(route.errors) | {500}
     if not route.open:
         errors |= set(_EVERY_ROUTE_ERRORS)
     shown: dict[str, Any] = {
-        "operationId": route.operation.__name__,
+        "operationId": route.operation_id or route.handler.__name__,
         "summary": route.summary,
-        "responses": {"200": {"description": "OK", "content": _content(route.reply)}},
+        "responses": {"200": {"description": "OK", "content": _content(route.reply, schemas)}},
     }
-    if route.request is not None and route.source == "url":
+    if route.request is not None and route.in_url:
         errors.add(422)
         shown["parameters"] = _parameters(route)
     elif route.request is not None:
         errors |= set(_READING_ERRORS)
-        shown["requestBody"] = {"required": True, "content": _content(route.request)}
+        shown["requestBody"] = {"required": True, "content": _content(route.request, schemas)}
     if route.open:
         shown["security"] = [{}]
     for status in sorted(errors):
         shown["responses"][str(status)] = {
             "description": HTTPStatus(status).phrase,
-            "content": _content(ErrorReply),
+            "content": _content(ErrorReply, schemas),
         }
     return shown
 
 
-def _parameters(route: Route[Any]) -> list[dict[str, Any]]:
-    """Names in the path, and parameters of the query; none of those is required."""
-    fields = route.request.model_json_schema()["properties"] if route.request else {}
+def _parameters(route: Route) -> list[dict[str, Any]]:
+    """List the names in the path, and the parameters of the query."""
+    schema = route.request.model_json_schema() if route.request else {}
+    required = schema.get("required", ())
     shown = []
-    for name, schema in fields.items():
+    for name, field in schema.get("properties", {}).items():
         in_path = f"{{{name}}}" in route.path
         where: dict[str, Any] = {"name": name, "in": "path" if in_path else "query"}
-        if in_path:
+        if in_path or name in required:
             where["required"] = True
-        shown.append({**where, "schema": schema})
+        shown.append({**where, "schema": field})
     return shown
 
 
-def _content(what: type[Reply] | str) -> dict[str, Any]:
+def _content(what: type[BaseModel] | str, schemas: _Schemas) -> dict[str, Any]:
     if isinstance(what, str):
         kind = "object" if what == "application/json" else "string"
         return {what: {"schema": {"type": kind}}}
-    return {"application/json": {"schema": {"$ref": _SCHEMAS + what.__name__}}}
+    return {"application/json": {"schema": schemas[what]}}

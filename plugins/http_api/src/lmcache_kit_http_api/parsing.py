@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from lmcache_kit_http_api.problems import ApiError, clip
+from lmcache_kit_http_api.errors import ApiError, clip
 
 if TYPE_CHECKING:
     from multidict import MultiMapping
@@ -19,14 +19,14 @@ _R = TypeVar("_R", bound=BaseModel)
 _SHOWN_ERRORS = 5
 
 
-def parse(model: type[_R], body: bytes, *, max_tokens: int) -> _R:
+def parse(model: type[_R], body: bytes, limits: Mapping[str, int]) -> _R:
     """Raises ApiError: 400 for what is not JSON, 422 for JSON that does not fit the model."""
     if not body:
         raise ApiError(
             400, "missing_body", "the request has no body", hint=f"Send JSON; {_fields(model)}"
         )
     try:
-        return model.model_validate_json(body, context={"max_tokens": max_tokens})
+        return model.model_validate_json(body, context=limits)
     except ValidationError as error:
         raise _explain(model, error) from None
 

@@ -1,193 +1,218 @@
-"""The one table of routes. It drives routing, validation and the OpenAPI document."""
+"""The table of routes. Routing, parsing and the OpenAPI document follow from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lmcache_kit_http_api import models, operations, order_models, orders
-from lmcache_kit_http_api.operations import Raw, Service
-from lmcache_kit_http_api.problems import ApiError, clip
+from lmcache_kit.errors import ControlError, DuplicateName
+from lmcache_kit.interfaces.routes import PluginRoute
+from lmcache_kit_http_api import handlers, models, operation_models
+from lmcache_kit_http_api.errors import defect_of
+from lmcache_kit_http_api.handlers import Context, Document
 
-_Q = TypeVar("_Q")
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
-Answer: TypeAlias = models.Reply | Raw
+BUILT_IN = "the frontend http"
+
+Handler: TypeAlias = Callable[[Context, Any], Any]
+"""Takes the parsed request, or None; returns a reply or an awaitable of one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Route(Generic[_Q]):
-    """``path``: may have names in braces, each of which stands for one part. ``request``: the
-    model of what is asked, None for a route that asks for nothing. ``source``: whether that is
-    the JSON body, or path and query. ``reply``: a model, or the content type of a document.
-    ``errors``: statuses beyond those that every route may answer. ``open``: served without a
-    token.
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """One method of one path.
+
+    ``path`` may have names in braces, each of which stands for one segment. ``request`` is the
+    model of what is asked, or None; :attr:`in_url` says where its fields stand. ``reply`` is a
+    model, or the content type of a document. ``errors`` are the statuses beyond those of every
+    route. An ``open`` route needs no token. ``owner`` is who answers for it.
     """
 
     method: str
     path: str
-    operation: Callable[[Service, _Q], Answer | Coroutine[Any, Any, Answer]]
-    request: type[_Q] | None
-    reply: type[models.Reply] | str
+    handler: Handler
+    request: type[BaseModel] | None
+    reply: type[BaseModel] | str
     summary: str
     errors: tuple[int, ...] = ()
-    source: Literal["body", "url"] = "body"
     open: bool = False
+    owner: str = BUILT_IN
+    operation_id: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+    @property
+    def in_url(self) -> bool:
+        """Whether fields are read from path and query, and not from a JSON body."""
+        return self.method in ("GET", "DELETE") or "{" in self.path
+
+    def collides_with(self, other: Route) -> bool:
+        """Whether one path can stand for both routes. One owner may give a path many methods."""
+        if (self.path, self.owner) == (other.path, other.owner):
+            return self.method == other.method
+        ours, theirs = self.path.split("/"), other.path.split("/")
+        return len(ours) == len(theirs) and all(
+            mine == its or "{" in mine + its for mine, its in zip(ours, theirs, strict=True)
+        )
 
 
-class Found(NamedTuple):
-    """A route, and the names in its path."""
-
-    route: Route[Any]
-    names: Mapping[str, str]
+_OPERATION_ERRORS = (404, 409, 502, 503, 504)
 
 
-_ORDER_ERRORS = (404, 409, 502, 503, 504)
-
-
-ROUTES: tuple[Route[Any], ...] = (
+ROUTES: tuple[Route, ...] = (
     Route(
-        "POST", "/lookup", operations.lookup, models.LookupRequest, models.LookupReply,
+        "POST", "/lookup", handlers.lookup, models.LookupRequest, models.LookupReply,
         "Find who holds the KV of a prompt",
         errors=(404,),
     ),
     Route(
-        "POST", "/health", operations.health, models.HealthRequest, models.HealthReply,
+        "POST", "/health", handlers.health, models.HealthRequest, models.HealthReply,
         "Ask the workers of an instance whether they are well",
         errors=(404, 503, 504),
     ),
     Route(
-        "POST", "/query_worker_info", operations.query_worker_info,
+        "POST", "/query_worker_info", handlers.query_worker_info,
         models.QueryWorkerInfoRequest, models.QueryWorkerInfoReply,
         "List the workers of one instance or of all",
         errors=(404,),
     ),
     Route(
-        "POST", "/query_instance", operations.query_instance,
+        "POST", "/query_instance", handlers.query_instance,
         models.QueryInstanceRequest, models.QueryInstanceReply,
         "Name the instance that registered from an address",
     ),
     Route(
-        "POST", "/pin", orders.pin, order_models.PinRequest, order_models.OrderReply,
+        "POST", "/pin", handlers.pin,
+        operation_models.PinRequest, operation_models.OperationAccepted,
         "Keep what is stored of a prompt, whatever else is evicted",
-        errors=_ORDER_ERRORS,
+        errors=_OPERATION_ERRORS,
     ),
     Route(
-        "POST", "/unpin", orders.unpin, order_models.UnpinRequest, order_models.OrderReply,
+        "POST", "/unpin", handlers.unpin,
+        operation_models.UnpinRequest, operation_models.OperationAccepted,
         "End pins",
-        errors=_ORDER_ERRORS,
+        errors=_OPERATION_ERRORS,
     ),
     Route(
-        "POST", "/clear", orders.clear, order_models.ClearRequest, order_models.OrderReply,
-        "Forget what is stored of a prompt, or everything at a location",
-        errors=_ORDER_ERRORS,
+        "POST", "/clear", handlers.clear,
+        operation_models.ClearRequest, operation_models.OperationAccepted,
+        "Delete what is stored of a prompt, or everything at a location",
+        errors=_OPERATION_ERRORS,
     ),
     Route(
-        "POST", "/compress", orders.compress, order_models.CodecRequest, order_models.OrderReply,
-        "Begin to encode what is stored of a prompt, or everything at a location",
-        errors=_ORDER_ERRORS,
+        "POST", "/compress", handlers.compress,
+        operation_models.CompressRequest, operation_models.OperationAccepted,
+        "Start to encode what is stored of a prompt, or everything at a location",
+        errors=_OPERATION_ERRORS,
     ),
     Route(
-        "POST", "/decompress", orders.decompress, order_models.CodecRequest,
-        order_models.OrderReply,
-        "Begin to decode what is stored of a prompt, or everything at a location",
-        errors=_ORDER_ERRORS,
+        "POST", "/decompress", handlers.decompress,
+        operation_models.DecompressRequest, operation_models.OperationAccepted,
+        "Start to decode what is stored of a prompt, or everything at a location",
+        errors=_OPERATION_ERRORS,
     ),
     Route(
-        "POST", "/move", orders.move, order_models.MoveRequest, order_models.OrderReply,
-        "Begin to bring what is stored of a prompt, or everything at a location, to another "
-        "instance",
-        errors=_ORDER_ERRORS,
+        "POST", "/move", handlers.move,
+        operation_models.MoveRequest, operation_models.OperationAccepted,
+        "Start to move what is stored of a prompt, or everything at a location, to another "
+        "location",
+        errors=_OPERATION_ERRORS,
     ),
     Route(
-        "GET", "/pins", orders.pins, order_models.PinsRequest, order_models.PinsReply,
+        "GET", "/pins", handlers.pins,
+        operation_models.PinsRequest, operation_models.PinsReply,
         "List pins",
-        errors=_ORDER_ERRORS, source="url",
+        errors=_OPERATION_ERRORS,
     ),
     Route(
-        "GET", "/events", orders.events, order_models.EventsRequest, order_models.EventsReply,
+        "GET", "/events", handlers.events,
+        operation_models.EventsRequest, operation_models.EventsReply,
         "List operations, the latest first",
-        source="url",
     ),
     Route(
-        "GET", "/events/{event_id}", orders.event, order_models.EventRequest,
-        order_models.EventReply,
+        "GET", "/events/{event_id}", handlers.event,
+        operation_models.EventRequest, operation_models.EventReply,
         "Tell how far an operation has come, or how it ended",
-        errors=(404,), source="url",
+        errors=(404,),
     ),
     Route(
-        "POST", "/events/{event_id}/cancel", orders.cancel, order_models.EventRequest,
-        order_models.EventReply,
+        "POST", "/events/{event_id}/cancel", handlers.cancel,
+        operation_models.EventRequest, operation_models.EventReply,
         "Stop an operation",
-        errors=(404, 409), source="url",
+        errors=(404, 409),
     ),
     Route(
-        "POST", "/check_finish", orders.check_finish, order_models.EventRequest,
-        order_models.CheckFinishReply,
+        "POST", "/check_finish", handlers.check_finish,
+        operation_models.EventRequest, operation_models.CheckFinishReply,
         "Tell the state of an operation",
         errors=(404,),
     ),
     Route(
-        "GET", "/healthz", operations.healthz, None, models.HealthzReply,
+        "GET", "/healthz", handlers.healthz, None, models.HealthzReply,
         "Say that the controller serves",
         open=True,
     ),
     Route(
-        "GET", "/metrics", operations.metrics, None, "text/plain",
+        "GET", "/metrics", handlers.metrics, None, "text/plain",
         "Metrics of controller and frontend for Prometheus",
     ),
     Route(
-        "GET", "/openapi.json", operations.openapi, None, "application/json",
+        "GET", "/openapi.json", handlers.openapi, None, "application/json",
         "This document",
     ),
 )  # fmt: skip
 
 
-class Router:
-    """Finds the route for a method and a path."""
+def with_plugin_routes(offered: Iterable[PluginRoute]) -> tuple[Route, ...]:
+    """Add the routes of plugins to the built-in ones.
 
-    def __init__(self, routes: Sequence[Route[Any]] = ROUTES) -> None:
-        self._by_path: dict[str, dict[str, Route[Any]]] = {}
-        for route in routes:
-            self._by_path.setdefault(route.path, {})[route.method] = route
-            if route.method == "GET":
-                self._by_path[route.path]["HEAD"] = route
-        self._patterns = [path for path in self._by_path if "{" in path]
-        self._known = ", ".join(f"{route.method} {route.path}" for route in routes)
+    Raises DuplicateName, which names both owners, where two paths collide.
+    """
+    table = list(ROUTES)
+    for plugin_route in offered:
+        route = _from_plugin(plugin_route)
+        for other in table:
+            if route.collides_with(other):
+                raise DuplicateName(
+                    f"route {route} of {route.owner} collides with {other} of {other.owner}",
+                    hint="Uninstall it, or block it with "
+                    f"LMCACHE_KIT_PLUGINS=-{plugin_route.plugin}",
+                )
+        table.append(route)
+    return tuple(table)
 
-    def find(self, method: str, path: str) -> Found:
-        """Raises ApiError 404, listing the routes, or 405 with ``Allow``."""
-        names: Mapping[str, str] = {}
-        methods = self._by_path.get(path)
-        if methods is None or "{" in path:
-            methods, names = self._match(path)
-        if methods is None:
-            raise ApiError(
-                404, "unknown_route", f"no route {clip(path)!r}", hint=f"Known: {self._known}"
-            )
-        route = methods.get(method)
-        if route is None:
-            allowed = ", ".join(methods)
-            raise ApiError(
-                405,
-                "method_not_allowed",
-                f"{clip(path)} does not answer {clip(method)}",
-                hint=f"Allowed: {allowed}",
-                headers={"Allow": allowed},
-            )
-        return Found(route, names)
 
-    def _match(self, path: str) -> tuple[dict[str, Route[Any]] | None, Mapping[str, str]]:
-        """Part by part, with paths that have names in them."""
-        parts = path.split("/")
-        for pattern in self._patterns:
-            wanted = pattern.split("/")
-            if len(wanted) == len(parts) and all(
-                given == want or (want.startswith("{") and given)
-                for given, want in zip(parts, wanted, strict=True)
-            ):
-                named = zip(wanted, parts, strict=True)
-                return self._by_path[pattern], {
-                    want[1:-1]: given for want, given in named if want.startswith("{")
-                }
-        return None, {}
+def _from_plugin(offered: PluginRoute) -> Route:
+    owner = f"plugin {offered.plugin!r} of {offered.distribution}"
+    return Route(
+        offered.method,
+        offered.path,
+        _guarded(offered, owner),
+        offered.request,
+        offered.reply,
+        offered.summary,
+        errors=(404, 409, 502, 503, 504),
+        owner=owner,
+        operation_id=f"{offered.plugin}.{offered.name}",
+    )
+
+
+def _guarded(offered: PluginRoute, owner: str) -> Handler:
+    """Answer whatever a plugin raises or returns; a defect is logged with the plugin's name."""
+
+    async def handle(context: Context, request: BaseModel | None) -> Document:
+        try:
+            reply = await offered.handler(context.controller, request)
+            if not isinstance(reply, offered.reply):
+                raise TypeError(f"{reply!r} is no {offered.reply.__name__}")
+            return Document(reply.model_dump_json().encode(), "application/json")
+        except (ControlError, TimeoutError):
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary to plugin code
+            raise defect_of(f"route {offered.name!r} of {owner}", error) from None
+
+    return handle

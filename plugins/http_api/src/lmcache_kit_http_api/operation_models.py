@@ -1,8 +1,8 @@
-"""Requests and replies of operations that take their time."""
+"""Requests that start an operation, and replies that show operations and pins."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -14,35 +14,26 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from lmcache_kit.interfaces.frontend import EventInfo, EventPart, EventState, InstancePin, PinList
-from lmcache_kit.interfaces.operations import Transfer
-from lmcache_kit_http_api.models import Name, Reply, Request, Tokens
+from lmcache_kit.interfaces.frontend import EventState
+from lmcache_kit_http_api.models import Name, Reply, Request, Salt, Tokens
 
 MAX_SECONDS = 10 * 365 * 86400.0
 
 
-def _not_none(tokens: list[int]) -> list[int]:
+def _not_empty(tokens: list[int]) -> list[int]:
     if not tokens:
         raise PydanticCustomError("no_tokens", "an empty list names no tokens")
     return tokens
 
 
-SomeTokens = Annotated[Tokens, AfterValidator(_not_none)]
+SomeTokens = Annotated[Tokens, AfterValidator(_not_empty)]
 Position = tuple[Name, Name]
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
-Salt = Annotated[str, StringConstraints(max_length=1024)]
 OperationName = Literal["pin", "unpin", "clear", "compress", "decompress", "move"]
 
 
-class Place(NamedTuple):
-    """A location of an instance."""
-
-    instance_id: str
-    location: str
-
-
-class AnyOrderRequest(Request):
-    """What every operation is asked with. ``place``: which cache process the order goes to."""
+class OperationFields(Request):
+    """Fields of every operation."""
 
     tokens: Tokens | None = None
     model: Name | None = Field(None, description="Only KV of this model (its served name).")
@@ -58,23 +49,15 @@ class AnyOrderRequest(Request):
         None, description="The same key with the same request is the same event."
     )
 
-    @property
-    def place(self) -> Place:
-        raise NotImplementedError
 
-
-class OrderRequest(AnyOrderRequest):
-    """What every operation at one place is asked with."""
+class LocatedFields(OperationFields):
+    """Fields of every operation at one location."""
 
     instance_id: Name
     location: Name = Field(description="Name of the storage, such as LocalCPUBackend.")
 
-    @property
-    def place(self) -> Place:
-        return Place(self.instance_id, self.location)
 
-
-class PinRequest(OrderRequest):
+class PinRequest(LocatedFields):
     """Keep what is stored of these tokens."""
 
     tokens: SomeTokens = Field(description="Token ids of the prompt, from its first token.")
@@ -84,7 +67,7 @@ class PinRequest(OrderRequest):
     )
 
 
-class UnpinRequest(OrderRequest):
+class UnpinRequest(LocatedFields):
     """End one pin, or all that lie within these tokens."""
 
     tokens: SomeTokens | None = Field(None, description="As they were pinned, or more.")
@@ -97,22 +80,29 @@ class UnpinRequest(OrderRequest):
         return self
 
 
-class ClearRequest(OrderRequest):
-    """Forget what is stored of these tokens, or everything there."""
+class ClearRequest(LocatedFields):
+    """Delete what is stored of these tokens, or everything at a location."""
 
     tokens: SomeTokens | None = Field(None, description="Absent: everything at that location.")
     force: bool = Field(False, description="Pinned chunks as well.")
 
 
-class CodecRequest(OrderRequest):
-    """Encode or decode what is stored of these tokens, or everything there."""
+class CompressRequest(LocatedFields):
+    """Encode what is stored of these tokens, or everything at a location."""
 
     method: Name = Field(description="Name of a codec, such as cachegen.")
     tokens: Tokens | None = Field(None, description="Absent or empty: everything at that location.")
 
 
-class MoveRequest(AnyOrderRequest):
-    """Bring what is stored of these tokens, or everything there, to another instance."""
+class DecompressRequest(LocatedFields):
+    """Decode what is stored of these tokens, or everything at a location."""
+
+    method: Name = Field(description="Name of a codec, such as cachegen.")
+    tokens: Tokens | None = Field(None, description="Absent or empty: everything at that location.")
+
+
+class MoveRequest(OperationFields):
+    """Move what is stored of these tokens, or everything at a location, to another location."""
 
     old_position: Position = Field(
         description="Instance and location to take from.",
@@ -123,36 +113,38 @@ class MoveRequest(AnyOrderRequest):
         examples=[["lmcache_instance_2", "LocalCPUBackend"]],
     )
     tokens: Tokens | None = Field(None, description="Absent or empty: everything at that location.")
-    # Models have a method of this name.
+    # BaseModel has a method ``copy``.
     copy_: bool = Field(False, alias="copy", description="Leave it where it was as well.")
     should_copy: bool | None = Field(None, description="Another name of copy.")
 
     @property
-    def place(self) -> Place:
-        return Place(*self.new_position)
-
-    @property
-    def stays(self) -> bool:
-        """Whether the source keeps it."""
+    def keeps_source(self) -> bool:
+        """Whether the source keeps its KV."""
         return self.copy_ if self.should_copy is None else self.should_copy
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
-        if "copy_" in self.model_fields_set and self.stays != self.copy_:
+        if "copy_" in self.model_fields_set and self.keeps_source != self.copy_:
             raise PydanticCustomError("two_wishes", "copy and should_copy say different things")
         return self
 
 
-class OrderReply(Reply):
-    """``num_tokens``: what it took effect on, exactly; for compress, decompress and move what it
-    is about, as they go on after the reply. ``message`` is there if there is more to say."""
+OperationRequest: TypeAlias = (
+    PinRequest | UnpinRequest | ClearRequest | CompressRequest | DecompressRequest | MoveRequest
+)
+
+
+class OperationAccepted(Reply):
+    """``num_tokens``: for pin, unpin and clear, the tokens that it took effect on; for compress,
+    decompress and move, which go on after the reply, those that it is about. ``message`` is there
+    if there is more to say."""
 
     event_id: str
     num_tokens: int
     message: str | None = None
 
     @model_serializer(mode="wrap")
-    def _short(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_empty_message(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         shown: dict[str, Any] = inner(self)
         if not self.message:
             shown.pop("message", None)
@@ -160,7 +152,7 @@ class OrderReply(Reply):
 
 
 class TransferReply(Reply):
-    """How KV comes from another cache process. ``how``: over what, and why not otherwise.
+    """The transfer of KV from another cache process. ``how``: over what, and why not otherwise.
     ``seconds``: for how long bytes were under way."""
 
     transport: str
@@ -169,22 +161,11 @@ class TransferReply(Reply):
     seconds: float
     gb_per_s: float
 
-    @classmethod
-    def of(cls, transfer: Transfer) -> TransferReply:
-        """As its cache process told it."""
-        return cls(
-            transport=transfer.transport,
-            how=transfer.how,
-            bytes=transfer.nbytes,
-            seconds=transfer.seconds,
-            gb_per_s=transfer.bytes_per_s / 1e9,
-        )
 
-
-class PartReply(Reply):
-    """How far it has come at one location. The workers named hold each chunk together; bytes are
-    those of the chunks done, before and after. ``transfer`` is null unless it is a move, and until
-    a way was found."""
+class ProgressReply(Reply):
+    """Progress at one location. The workers named hold each chunk together; bytes are those of the
+    chunks done, before and after. ``transfer`` is null unless it is a move, and until a transport
+    was chosen."""
 
     instance_id: str
     location: str
@@ -195,26 +176,11 @@ class PartReply(Reply):
     bytes_after: int
     transfer: TransferReply | None
 
-    @classmethod
-    def of(cls, part: EventPart) -> PartReply:
-        """One part of an event."""
-        transfer = part.progress.transfer
-        return cls(
-            instance_id=part.instance_id,
-            location=part.location,
-            worker_ids=part.worker_ids,
-            chunks_done=part.progress.chunks_done,
-            chunks=part.progress.chunks,
-            bytes_before=part.progress.bytes_before,
-            bytes_after=part.progress.bytes_after,
-            transfer=TransferReply.of(transfer) if transfer else None,
-        )
-
 
 class EventReply(Reply):
     """One operation. Times are seconds since the epoch; ``num_tokens`` is what it is about, and
     once it has ended what it took effect on; ``ratio`` is bytes before by bytes after. Positions
-    are null unless it is a move; ``instance_id`` and ``location`` are where that goes to."""
+    are null unless it is a move; ``instance_id`` and ``location`` are its destination."""
 
     event_id: str
     operation: str
@@ -226,34 +192,12 @@ class EventReply(Reply):
     num_tokens: int
     message: str
     ratio: float | None
-    progress: list[PartReply]
+    progress: list[ProgressReply]
     created: float
     started: float | None
     ended: float | None
     deadline: float
     idempotency_key: str | None
-
-    @classmethod
-    def of(cls, info: EventInfo) -> EventReply:
-        """What the controller knows of it."""
-        return cls(
-            event_id=info.event_id,
-            operation=info.operation,
-            instance_id=info.instance_id,
-            location=info.location,
-            old_position=info.source,
-            new_position=(info.instance_id, info.location) if info.source else None,
-            state=info.state,
-            num_tokens=info.tokens,
-            message=info.message,
-            ratio=info.ratio,
-            progress=[PartReply.of(part) for part in info.parts],
-            created=info.created,
-            started=info.started,
-            ended=info.ended,
-            deadline=info.deadline,
-            idempotency_key=info.idempotency_key,
-        )
 
 
 class EventRequest(Request):
@@ -304,29 +248,9 @@ class PinReply(Reply):
     owner: str
     expires_in_s: float | None
 
-    @classmethod
-    def of(cls, found: InstancePin) -> PinReply:
-        """As its cache process told it."""
-        pin = found.pin
-        return cls(
-            pin_id=pin.pin_id,
-            instance_id=found.instance_id,
-            location=pin.location,
-            num_tokens=pin.tokens,
-            chunks=pin.chunks,
-            bytes=pin.nbytes,
-            owner=pin.owner,
-            expires_in_s=pin.expires_in_s,
-        )
-
 
 class PinsReply(Reply):
     """Each cache process was asked; ``unanswered`` names the instances that did not answer."""
 
     pins: list[PinReply]
     unanswered: list[str]
-
-    @classmethod
-    def of(cls, found: PinList) -> PinsReply:
-        """What the controller was told."""
-        return cls(pins=[PinReply.of(pin) for pin in found.pins], unanswered=list(found.unanswered))

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a request, in one shape.
+"""Every reply that is not the one asked for, in one shape.
 
 ``{"error": {"code", "message", "hint"}}``: the code is for programs, the message names what is
 wrong, the hint says what to do next.
@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import Mapping
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from lmcache_kit.errors import (
@@ -33,8 +33,19 @@ _WHY_NONE = {
 _SHOWN_CHARACTERS = 200
 
 
+_HEADERS: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "lmcache-kit"}
+"""Headers of every response. The versions that serve are not told."""
+
+
+def respond(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Build a response. Its body is JSON unless ``headers`` have another type."""
+    return web.Response(
+        status=status, body=body, headers={**_HEADERS, **headers} if headers else _HEADERS
+    )
+
+
 class ApiError(Exception):
-    """An answer other than the one that was asked for."""
+    """An error that is answered with ``status`` and ``body``."""
 
     def __init__(
         self,
@@ -51,13 +62,8 @@ class ApiError(Exception):
         self.headers = headers
 
     def response(self) -> web.Response:
-        """The answer to send."""
-        return web.Response(
-            status=self.status,
-            body=self.body.model_dump_json().encode(),
-            content_type="application/json",
-            headers=self.headers,
-        )
+        """Build the response to send."""
+        return respond(self.status, self.body.model_dump_json().encode(), self.headers)
 
 
 _CONTROL_ERRORS: tuple[tuple[type[ControlError], int, str], ...] = (
@@ -83,12 +89,12 @@ _BROKEN_BODY = ApiError(
 
 
 def clip(text: str) -> str:
-    """What a client sent, short enough to send back."""
+    """Shorten text of a client, to send it back."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
 def too_large(limit_bytes: int) -> ApiError:
-    """The body is over ``max_body_bytes``."""
+    """Build the error for a body over ``max_body_bytes``."""
     return ApiError(
         413,
         "body_too_large",
@@ -98,7 +104,7 @@ def too_large(limit_bytes: int) -> ApiError:
 
 
 def from_exception(error: BaseException) -> ApiError:
-    """The answer for whatever an operation raised. What nobody foresaw is logged here."""
+    """Convert an exception of a handler. An unexpected one is logged, and none of it is shown."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownName):
@@ -111,7 +117,19 @@ def from_exception(error: BaseException) -> ApiError:
         return _TOO_LATE
     if isinstance(error, (web.RequestPayloadError, HttpProcessingError)):
         return _BROKEN_BODY
-    return _internal(error)
+    return defect_of("the controller", error)
+
+
+def defect_of(owner: str, error: BaseException) -> ApiError:
+    """Log an unexpected exception under a reference, and build the error that names it."""
+    reference = uuid.uuid4().hex[:12]
+    log.error("%s failed on a request, reference %s", owner, reference, exc_info=error)
+    return ApiError(
+        500,
+        "internal_error",
+        f"{owner} failed to answer; this is a defect of {owner}",
+        hint=f"The controller's log has the cause under reference {reference}",
+    )
 
 
 def _known(kind: str, names: list[str]) -> str:
@@ -120,14 +138,3 @@ def _known(kind: str, names: list[str]) -> str:
     listed = ", ".join(clip(name) for name in names[:_LISTED_NAMES])
     more = len(names) - _LISTED_NAMES
     return f"Known: {listed}" + (f" and {more} more" if more > 0 else "")
-
-
-def _internal(error: BaseException) -> ApiError:
-    reference = uuid.uuid4().hex[:12]
-    log.error("request failed, reference %s", reference, exc_info=error)
-    return ApiError(
-        500,
-        "internal_error",
-        "the controller failed to answer; this is a defect of the controller",
-        hint=f"Its log has the cause under reference {reference}",
-    )
