@@ -162,7 +162,7 @@ class PluginSuite(Suite):
         from lmcache_kit.plugins.routes import load_route
 
         for offer in offers:
-            if offer.kind != "route" or plugins.trouble(offer):
+            if offer.kind != "route" or plugins.why_unusable(offer):
                 continue
             try:
                 route = load_route(plugins, offer)
