@@ -69,10 +69,10 @@ def main() -> None:
     memory = LocalCPUBackend(2 * nbytes)
     engine = CacheEngine(memory, LRU(), location="bench")
     tokens = store(engine, memory, options.chunks)
-    keys = [key for key, _ in engine.keys(None, None)]
+    keys = [key for key, _ in engine.memory_tier.keys(None, None)]
 
     start = time.perf_counter()
-    results = [engine.encode(key, options.method, codec) for key in keys]
+    results = [engine.memory_tier.encode(key, options.method, codec) for key in keys]
     took_s = time.perf_counter() - start
     after = sum(result.bytes_after for result in results)
     print(f"{options.chunks} chunks, {nbytes / 1e6:.0f} MB, on {os.cpu_count()} cores")

@@ -56,7 +56,7 @@ class Cache:
         if folder is not None:
             store = LocalDiskBackend(DiskOptions(path=folder, max_size_gib=8))
             self.tier = StoreTier(store, LRU(), location="disk", get_codec=no_codec)
-            self.engine.subscribe(self.engine.attach([self.tier], no_codec))
+            self.engine.memory_tier.subscribe(self.engine.attach([self.tier], no_codec))
         self.tokens = pack_tokens(range(chunks * CHUNK))
         self.items = [
             StoreItem(link.parent, self.tokens[link.start * 4 : link.end * 4], nbytes, link.start)
@@ -88,10 +88,10 @@ class Cache:
         return spent
 
     def forget(self) -> None:
-        self.engine.clear()
+        self.engine.memory_tier.clear()
 
     def forget_all(self) -> None:
-        self.engine.clear()
+        self.engine.memory_tier.clear()
         if self.tier is not None:
             self.tier.clear()
 

@@ -302,7 +302,7 @@ class Taker:
         if status.state != "done" or not transfer or transfer.transport != name:
             raise RuntimeError(f"a move by {name} ended so: {status}")
         assert status.tokens == len(payload.tokens)
-        self._cache.engine.clear()
+        self._cache.engine.memory_tier.clear()
         return listener.ended_at - begun, transfer.seconds
 
     def close(self) -> None:

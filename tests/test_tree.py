@@ -24,13 +24,13 @@ MODULES = sorted(
 )
 
 FLOORS = (
-    ("errors", "layout"),
+    ("errors", "layout", "metrics"),
     ("keys",),
     ("interfaces", "specs"),
     ("hookspecs",),
     ("cache",),
-    ("config",),
     ("plugins",),
+    ("config",),
     ("protocol",),
     ("peer",),
     ("agent", "controller"),

@@ -73,14 +73,14 @@ def main(folder: str, chunks: int, rounds: int) -> None:
         while len(disk.dict) < chunks or disk.disk_worker.put_tasks:
             time.sleep(WAIT_S)
         middle = time.perf_counter()
-        engine.clear(locations=["LocalCPUBackend"])
+        engine.memory_tier.clear(locations=["LocalCPUBackend"])
         memory = engine.storage_manager.storage_backends["LocalCPUBackend"]
         assert not memory.hot_cache
         begin_again = time.perf_counter()
         mask = engine.retrieve(prompt, slot_mapping=slots)
         end = time.perf_counter()
         assert int(mask.sum()) == tokens
-        engine.clear()
+        engine.memory_tier.clear()
         for key in list(disk.dict):
             disk.remove(key)
         if number:

@@ -72,7 +72,7 @@ def main(layers: int, heads: int, width: int, tokens: int) -> None:
     prompt = torch.randint(0, 100_000, (tokens,)).tolist()
     stored_s, retrieved_s = [], []
     for number in range(ROUNDS + 1):
-        engine.clear()
+        engine.memory_tier.clear()
         begin = time.perf_counter()
         engine.store(prompt, slot_mapping=slots)
         if number:

@@ -13,7 +13,7 @@ from lmcache_kit.keys import ChunkKey
 
 
 class ChunkSource(Protocol):
-    """The part of a :class:`~lmcache_kit.cache.tier_base.Tier` that the agent uses."""
+    """The part of a :class:`~lmcache_kit.cache.tier.Tier` that the agent uses."""
 
     @property
     def location(self) -> str: ...

@@ -1,4 +1,4 @@
-"""What is counted."""
+"""Names of the counters of memory and of store tiers."""
 
 from __future__ import annotations
 

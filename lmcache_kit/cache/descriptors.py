@@ -12,8 +12,10 @@ from lmcache_kit.keys import KEY_BYTES, TOKEN_BYTES, ChunkKey, chunk_key
 
 
 class ChunkRef(NamedTuple):
-    """A chunk that is stored, and how many of its first ``tokens`` are meant. ``nbytes`` is what
-    it weighs as it is, over all ranks; ``namespace`` a digest."""
+    """A stored chunk, of which the first ``tokens`` are meant.
+
+    ``nbytes``: its size as stored, over all ranks. ``namespace``: a digest.
+    """
 
     key: ChunkKey
     namespace: bytes
@@ -40,9 +42,11 @@ class Encoding(NamedTuple):
 
 
 class ChunkDescriptor(NamedTuple):
-    """A chunk to take over, all that is to be known of it. ``tokens`` are packed, ``start`` is
-    the position of the first one. ``extents``, one per rank, lie in the memory of its holder.
-    ``encoding`` is None for raw bytes."""
+    """All that a cache must know of a chunk to take it over.
+
+    ``tokens`` are packed and ``start`` is the position of the first one. ``extents``, one per rank,
+    lie in the memory of the sender. ``encoding`` is None for raw bytes.
+    """
 
     key: ChunkKey
     namespace: bytes
@@ -57,7 +61,7 @@ class ChunkDescriptor(NamedTuple):
         return sum([extent.nbytes for extent in self.extents])
 
     def is_sound(self, info: NamespaceInfo) -> bool:
-        """Whether it is what its key says, in the namespace of ``info``."""
+        """Whether the descriptor agrees with its key, in the namespace of ``info``."""
         tokens, rest = divmod(len(self.tokens), TOKEN_BYTES)
         return (
             not rest
@@ -70,9 +74,12 @@ class ChunkDescriptor(NamedTuple):
 
 
 class Reservation(NamedTuple):
-    """Where a descriptor goes. ``present``: it is here already, and stays. ``storing``: somebody
-    stores it just now. ``full``: there is no room. ``unfit``: it cannot be kept here, ``why`` says
-    why. ``ticket`` and ``regions`` (one per rank) mean something if ``granted``."""
+    """The answer to one descriptor.
+
+    ``granted``: ``ticket`` and ``regions``, one per rank, are set. ``present``: the chunk is stored
+    here already. ``storing``: another owner is storing it. ``full``: there is no room. ``unfit``:
+    the chunk cannot be kept here; ``why`` says why.
+    """
 
     status: Literal["granted", "present", "storing", "full", "unfit"]
     ticket: int = 0
@@ -82,8 +89,11 @@ class Reservation(NamedTuple):
 
 
 class DeleteResult(NamedTuple):
-    """Chunks that a holder forgot, and those that it keeps because they are pinned, because others
-    there follow them, or because another move needs them."""
+    """How many chunks were deleted, and how many stay.
+
+    They stay because they are ``pinned``, ``followed`` by other chunks, or ``in_use`` by a move or
+    store.
+    """
 
     chunks: int = 0
     pinned: int = 0

@@ -1,43 +1,29 @@
-"""The cache engine."""
+"""The cache engine: the memory tier, the tiers below it, and lookups across them."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from lmcache_kit.cache import validation
-from lmcache_kit.cache.counters import COUNTERS
-from lmcache_kit.cache.index.chunk_index import MemoryIndex
-from lmcache_kit.cache.index.entries import NamespaceState, Payload, RankLayout
-from lmcache_kit.cache.index.leases import Leases
-from lmcache_kit.cache.lookup import Lookups, Query, Search
-from lmcache_kit.cache.memory.decoding import Decoder
-from lmcache_kit.cache.memory.pending_stores import PendingStores
-from lmcache_kit.cache.memory.transcoding import Transcoded, Transcoder
+from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.lookup import Lookups, PendingLookup
+from lmcache_kit.cache.memory.memory_tier import MemoryTier
 from lmcache_kit.cache.memory.transfers import GetCodec, Transfers
-from lmcache_kit.cache.records import (
-    Grant,
-    Match,
-    StoreItem,
-)
-from lmcache_kit.cache.tier_base import Tier
+from lmcache_kit.cache.records import Grant, Match, Query, StoreItem
+from lmcache_kit.cache.tier import Tier
 from lmcache_kit.cache.tiers.lower_tiers import LowerTiers
-from lmcache_kit.cache.tiers.promotion import Promotions
+from lmcache_kit.cache.tiers.store_tier import StoreTier
+from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend
 from lmcache_kit.keys import ChunkKey
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.tiers.store_tier import StoreTier
-    from lmcache_kit.interfaces import Codec, EvictionPolicy, MemoryBackend
 
 MAX_LOADERS = 4
 
 
-class CacheEngine(Tier):
+class CacheEngine:
     """What is stored where, who reads or writes it, and what leaves when room is needed.
 
     A library without sockets: whoever serves it names the *owner* of each lookup and store, and
@@ -66,8 +52,6 @@ class CacheEngine(Tier):
     >>> engine.close()
     """
 
-    _index: MemoryIndex
-
     def __init__(
         self,
         backend: MemoryBackend,
@@ -79,64 +63,43 @@ class CacheEngine(Tier):
         loaders: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        index = MemoryIndex(backend, policy)
-        super().__init__(
-            location,
-            index,
-            int(index.capacity_bytes * max_pinned_share),
-            Counter(dict.fromkeys(COUNTERS, 0)),
-            threading.RLock(),
-            clock,
-        )
-        self._ttl_s = lease_ttl_s
-        self._leases = Leases(lease_ttl_s, clock)
-        self._stores = PendingStores(self._index, self._counters, clock)
         self._loaders = loaders or ThreadPoolExecutor(
             min(MAX_LOADERS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-load"
         )
-        decoder = Decoder(self._index, self._counters, self._lock, self._loaders)
-        self._lookups = Lookups(self._index, self._leases, decoder, self._counters)
-        self._transcoder = Transcoder(self._index, self._pins, decoder, self._counters, self._lock)
-        self.transfers = Transfers(
-            self._index, self.references, self._leases, self._counters, self._lock, clock
+        self.memory_tier = MemoryTier(
+            backend, policy, location, lease_ttl_s, max_pinned_share, self._loaders, clock
         )
         self.lower_tiers: LowerTiers | None = None
-        self._closed = False
+        self._lock = self.memory_tier.state.lock
+        self._stores = self.memory_tier.stores
+        self._lookups = Lookups(self.memory_tier)
 
     def attach(self, tiers: Sequence[StoreTier], get_codec: GetCodec) -> LowerTiers:
-        """Put tiers below memory, once: lookups find what lies there. Who closes the engine closes
-        them first."""
-        promoted = Transfers(
-            self._index,
-            self.references,
-            self._leases,
-            self._counters,
-            self._lock,
-            self._clock,
-            "promoted",
-        )
-        promotions = Promotions(
-            tiers,
-            self._index,
-            promoted,
-            self._lookups,
-            get_codec,
-            references=self.references,
-            counters=self._counters,
-            lock=self._lock,
-        )
-        self.lower_tiers = LowerTiers(tiers, self, promotions)
+        """Put tiers below memory, once, for lookups to search. The caller closes them before the
+        engine."""
+        self.lower_tiers = LowerTiers(tiers, self.memory_tier, get_codec)
+        self._lookups.promotions = self.lower_tiers.promotions
         return self.lower_tiers
 
     @property
     def locations(self) -> dict[str, Tier]:
-        """By location: ourselves, and the tiers below."""
-        return {each.location: each for each in (self, *(self.lower_tiers or ()))}
+        """The tiers by their location, memory first."""
+        return {each.location: each for each in (self.memory_tier, *(self.lower_tiers or ()))}
+
+    @property
+    def location(self) -> str:
+        """The location of the memory tier."""
+        return self.memory_tier.location
 
     @property
     def memory(self) -> MemoryBackend:
-        """Where the chunks lie."""
-        return self._index.memory
+        """The backend that holds the bytes of the memory tier."""
+        return self.memory_tier.backend
+
+    @property
+    def transfers(self) -> Transfers:
+        """Both ends of moves out of and into memory."""
+        return self.memory_tier.transfers
 
     # Reading.
 
@@ -157,10 +120,10 @@ class CacheEngine(Tier):
         brought up; where that takes longer than ``wait_s``, the prefix ends.
         """
         ready = threading.Event()
-        search = self.begin_lookup(namespace, tokens, chunk_size, world_size, owner, ready.set)
-        if search.waiting:
+        pending = self.begin_lookup(namespace, tokens, chunk_size, world_size, owner, ready.set)
+        if pending.waiting:
             ready.wait(wait_s)
-        return self.finish_lookup(search)
+        return self.finish_lookup(pending)
 
     def begin_lookup(  # noqa: PLR0917 - as lookup
         self,
@@ -170,47 +133,35 @@ class CacheEngine(Tier):
         world_size: int,
         owner: Hashable,
         on_ready: Callable[[], None],
-    ) -> Search:
-        """Do what :meth:`lookup` does before it waits, which it must if ``waiting`` is not 0.
-        ``on_ready`` is called then, from any thread; but not to wait for it is allowed, too."""
+    ) -> PendingLookup:
+        """Do the part of :meth:`lookup` before its wait.
+
+        If the result is ``waiting``, ``on_ready`` will be called, from any thread. The caller may
+        call :meth:`finish_lookup` before that.
+        """
         validation.check_shape(namespace, chunk_size, world_size)
         validation.check_lookup(tokens)
-        query = Query(namespace, tokens, chunk_size, world_size)
-        search = Search(query, owner, on_ready)
+        lookup = PendingLookup(Query(namespace, tokens, chunk_size, world_size), owner, on_ready)
         with self._lock:
-            walk = self._lookups.walk(query)
-            if self.lower_tiers is None or not self.lower_tiers.promotions.begin(search, walk):
-                self._lookups.begin(search, walk)
-        return search
+            self._lookups.begin(lookup)
+        return lookup
 
-    def finish_lookup(self, search: Search) -> Match:
-        """Do the rest, once."""
+    def finish_lookup(self, lookup: PendingLookup) -> Match:
+        """Do the part of :meth:`lookup` after its wait, once."""
         with self._lock:
-            if self.lower_tiers and search.promotion:
-                self.lower_tiers.promotions.cancel(search.promotion)
-                self._lookups.begin(search, self._lookups.walk(search.query))
-            return self._lookups.finish(search)
+            return self._lookups.finish(lookup)
 
     def release(self, lease: int, rank: int | None) -> bool:
-        """One rank is done with a lease, or all are (None). False when it did not hold it."""
-        with self._lock:
-            payloads = self._leases.release(lease, rank)
-            self._release_unused(payloads or ())
-            return payloads is not None
+        """End one rank's part of a lease, or all of it (None). False when it was not held."""
+        return self.memory_tier.release(lease, rank)
 
     def drop_corrupt(self, key: ChunkKey) -> bool:
-        """Forget a chunk whose bytes are not what was stored. False when it is not here."""
-        with self._lock:
-            entry = self._index.entries.get(key)
-            if entry is None or not entry.complete:
-                return False
-            self._counters["corrupt_total"] += 1
-            self._index.unlink(entry)
-            return True
+        """Delete a chunk whose bytes a reader found to be wrong. False when it is not here."""
+        return self.memory_tier.drop_corrupt(key)
 
     # Writing.
 
-    def allocate(  # noqa: PLR0917 - what is stored, by whom: one fact each
+    def allocate(  # noqa: PLR0917 - one fact each
         self,
         namespace: bytes,
         rank: int,
@@ -220,110 +171,62 @@ class CacheEngine(Tier):
         owner: Hashable,
         rank_layout: RankLayout | None = None,
     ) -> list[Grant]:
-        """Memory for one rank's payloads of some chunks; one grant per item, in order.
+        """Reserve memory for one rank's payloads of some chunks; one grant per item, in order.
 
-        ``present``: it is stored, or this rank's part of it is being stored. ``refused``: it is
-        larger than the whole memory, or too much of that is in use; so is all that follows it
-        in this batch. Only payloads of ranks that declare a ``rank_layout`` can be
-        encoded.
+        ``present``: the chunk is stored, or this rank's payload of it is being stored.
+        ``refused``: it is larger than the whole memory, or too much of that is in use; so is each
+        item that follows it in this batch. Only payloads of ranks that declare a ``rank_layout``
+        can be encoded.
         """
         validation.check_shape(namespace, chunk_size, world_size)
         validation.check_store(items, rank, world_size, chunk_size)
-        with self._lock:
-            self._expire_holds()
-            state = self._index.namespace(namespace, chunk_size, world_size)
-            state = state or NamespaceState(namespace, chunk_size, world_size)
-            if rank_layout is not None:
-                state.rank_layouts[rank] = rank_layout
-            return self._stores.allocate(state, rank, items, owner)
+        return self.memory_tier.allocate(
+            namespace, rank, world_size, chunk_size, items, owner, rank_layout
+        )
 
     def commit(self, written: Sequence[tuple[int, int]], owner: Hashable) -> int:
-        """The payloads of these ``(ticket, checksum)`` are written. Returns how many counted."""
+        """Commit the payloads of these ``(ticket, checksum)``; returns how many counted."""
         validation.check_written(written)
         with self._lock:
             return sum([self._stores.commit(*pair, owner) for pair in written])
 
     def abandon(self, tickets: Sequence[int], owner: Hashable) -> int:
-        """These will not be written, so what other ranks wrote of these chunks goes too."""
+        """Give stores up, with what other ranks wrote of these chunks; returns how many."""
         with self._lock:
             return sum([self._stores.abandon(ticket, owner) for ticket in tickets])
 
-    # What operators ask for, beside what every inventory offers.
+    # Waiting for changes in memory.
 
-    def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
-        """See :class:`~lmcache_kit.cache.tier_base.Tier`; those who read the raw bytes keep
-        them until they are done."""
-        return self._transcoder.encode(key, method, codec)
+    def wait_for(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until ``predicate`` is true: see
+        :meth:`~lmcache_kit.cache.index.state.TierState.wait_for`."""
+        return self.memory_tier.state.wait_for(predicate, timeout_s)
 
-    def decode(self, key: ChunkKey, method: str) -> Transcoded:
-        """See :class:`~lmcache_kit.cache.tier_base.Tier`."""
-        return self._transcoder.decode(key, method)
-
-    # The end of things.
+    # The end of owners, leases and the engine.
 
     def drop_owner(self, owner: Hashable) -> None:
-        """An owner has died: its leases end, and what it was storing goes."""
+        """End the leases of an owner that has died, and give its stores and lookups up."""
         with self._lock:
-            self._release_unused(self._leases.release_owner(owner))
-            self._stores.abandon_owner(owner)
+            self.memory_tier.drop_owner(owner)
             if self.lower_tiers:
                 self.lower_tiers.promotions.drop_owner(owner)
 
     def expire(self) -> int:
-        """End leases that have outlived their time; returns how many.
+        """End leases whose time is over; returns how many.
 
-        So do pins. Chunks that some rank stored and another never began to, for as long, go too.
+        So do pins, and chunks that one rank stored that long ago and another never began.
         """
         if self.lower_tiers:
             self.lower_tiers.expire()
-        with self._lock:
-            ended = self._expire_holds()
-            self._stores.expire(self._clock() - self._ttl_s)
-            return ended
+        return self.memory_tier.expire()
 
     def stats(self) -> dict[str, float]:
-        """Counters, whose names end in ``_total``, and gauges."""
+        """Return counters, whose names end in ``_total``, and gauges."""
         tiers = self.lower_tiers.stats() if self.lower_tiers else {}
-        with self._lock:
-            usage = self._index.memory.usage()
-            pending = len(self._index.pending)
-            return {
-                **self._counters,
-                "chunks": len(self._index.entries) - pending,
-                "pending": pending,
-                "encoded_chunks": self._index.encoded,
-                "leases": len(self._leases),
-                "writers": len(self._stores),
-                "pins": len(self._pins),
-                "pinned_bytes": self._pins.pinned_bytes,
-                "namespaces": len(self._index.namespaces),
-                "capacity_bytes": usage.capacity_bytes,
-                "requested_bytes": usage.requested_bytes,
-                "allocated_bytes": usage.allocated_bytes,
-                "largest_free_bytes": usage.largest_free_bytes,
-                "external_fragmentation": usage.external_fragmentation,
-                **tiers,
-            }
+        return {**self.memory_tier.stats(), **tiers}
 
     def close(self) -> None:
-        """Forget everything and close the backend; waits for what is being decoded. Safe to call
-        twice."""
+        """Drop all chunks and close the backend, when what is being decoded has ended. Safe to
+        call twice."""
         self._loaders.shutdown(cancel_futures=True)
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._index.listeners.clear()
-                for entry in list(self._index.entries.values()):
-                    self._index.unlink(entry)
-                self._index.memory.close()
-
-    def _expire_holds(self) -> int:
-        super()._expire_holds()
-        ended, payloads = self._leases.release_expired()
-        self._counters["expired_leases_total"] += ended
-        self._release_unused(payloads)
-        return ended
-
-    def _release_unused(self, payloads: Sequence[Payload]) -> None:
-        for payload in payloads:
-            self._index.release_if_unused(payload)
+        self.memory_tier.close()

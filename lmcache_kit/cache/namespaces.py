@@ -1,4 +1,4 @@
-"""The namespaces that workers of this process registered, and which of them a request means."""
+"""The registered namespaces, and the choice among them by model and salt."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from lmcache_kit.keys import Namespace
 
 
 class NamespaceRegistry:
-    """Base namespaces, in the order they came. Safe to use from any thread."""
+    """The base namespaces of workers, in order of registration. Thread-safe."""
 
     def __init__(self) -> None:
         self._bases: dict[Namespace, None] = {}
 
     def register(self, namespace: Namespace) -> None:
-        """Chunks are stored under this base namespace."""
+        """Register a base namespace under which chunks are stored."""
         self._bases = {**self._bases, namespace: None}
 
     @property
@@ -23,7 +23,10 @@ class NamespaceRegistry:
     def chosen(
         self, tokens: bytes | None, model: str | None, cache_salt: str
     ) -> list[bytes] | None:
-        """Digests of the namespaces that a request is about; None for all. Raises UnknownName."""
+        """Return the digests of the namespaces a request means; None for all.
+
+        Raises UnknownName.
+        """
         if tokens is None and model is None and not cache_salt:
             return None
         bases = self.bases

@@ -1,4 +1,4 @@
-"""Records that pass between the engine and those who read and write its memory."""
+"""Records that pass between the engine and its readers, writers and operators."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Literal, NamedTuple, Protocol
 
 from lmcache_kit.keys import ChunkKey
 
+OVER_PIN_BUDGET = "it is pinned, and would not fit into what may be pinned"
+
 
 class Extent(NamedTuple):
-    """Where one rank's payload of a chunk lies, and the xxh3-64 of its bytes."""
+    """The place of one rank's payload in memory, and the xxh3-64 of its bytes."""
 
     offset: int
     nbytes: int
@@ -16,10 +18,10 @@ class Extent(NamedTuple):
 
 
 class Located(NamedTuple):
-    """A stored chunk that a lookup found; leased until released.
+    """A chunk of a match, leased until the lease ends.
 
-    ``start``: position in the sequence. ``usable``: how many of its ``tokens`` match, from its
-    first one on. ``extents``: one per rank.
+    ``start``: position in the sequence. ``usable``: how many of its first ``tokens`` match.
+    ``extents``: one per rank.
     """
 
     key: ChunkKey
@@ -34,15 +36,26 @@ class Located(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What a lookup found and leased; ``lease`` is 0 when it found nothing."""
+    """The chunks that a lookup found, and their lease; 0 without any."""
 
     lease: int
     chunks: tuple[Located, ...]
 
 
+class Query(NamedTuple):
+    """A lookup's packed ``tokens``, in a namespace of this shape."""
+
+    namespace: bytes
+    tokens: bytes
+    chunk_size: int
+    world_size: int
+
+
 class StoreItem(NamedTuple):
-    """A chunk to store: its parent's key, its packed tokens and its rank's payload size.
-    ``start``: position of its first token in the sequence."""
+    """A chunk to store: its parent's key, its packed tokens and the size of a rank's payload.
+
+    ``start``: position of its first token in the sequence.
+    """
 
     parent: ChunkKey
     tokens: bytes
@@ -51,7 +64,7 @@ class StoreItem(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """Answer to one :class:`StoreItem`. ``ticket`` and ``offset`` mean something if granted."""
+    """The answer to one :class:`StoreItem`. ``ticket`` and ``offset`` are set if granted."""
 
     status: Literal["granted", "present", "refused"]
     ticket: int = 0
@@ -59,15 +72,28 @@ class Grant(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """How much some chunks are. ``tokens`` are those meant, which may be the first of a chunk's."""
+    """Sums over chunks. ``tokens`` counts the selected ones, which may be the first of a chunk."""
 
     tokens: int = 0
     chunks: int = 0
     nbytes: int = 0
 
 
+class Transcoded(NamedTuple):
+    """The result of encoding or decoding a chunk, or of moving it.
+
+    ``already``: it was so before. ``gone``: it is not here (any more). ``failed``: it stays as it
+    was; ``why`` says why. Bytes are those of all ranks.
+    """
+
+    status: Literal["done", "already", "gone", "failed"]
+    why: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
 class StoredChunk(NamedTuple):
-    """A chunk that all ranks have stored, as the control plane learns of it."""
+    """A chunk that all ranks have stored, as the control plane records it."""
 
     key: ChunkKey
     parent: ChunkKey
@@ -76,8 +102,10 @@ class StoredChunk(NamedTuple):
 
 
 class ChangeListener(Protocol):
-    """Hears of every chunk that becomes complete or goes; called under the engine's lock, so it
-    only takes a note."""
+    """Is told of every chunk that becomes complete or leaves.
+
+    Called under the engine's lock, so it must only take a note.
+    """
 
     def added(self, chunk: StoredChunk) -> None: ...
 

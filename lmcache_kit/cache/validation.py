@@ -1,4 +1,4 @@
-"""What a request to the engine must look like. Everything here raises ValueError."""
+"""Validation of requests to the engine. Every function raises ValueError."""
 
 from __future__ import annotations
 

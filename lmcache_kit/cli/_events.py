@@ -13,10 +13,10 @@ _S = TypeVar("_S", bound=msgspec.Struct)
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """How the bytes of a move come: the transport, and in ``how`` the way that it takes."""
+    """How the bytes of a move come: the transport, and its ``description``."""
 
     transport: str
-    how: str
+    description: str
     bytes: int
     gb_per_s: float
 
@@ -94,20 +94,20 @@ def describe(event: Event) -> str:
         words.append(f"{done.chunks_done} of {_counted(done.chunks, 'chunk')}")
     if event.ratio is not None and done.bytes_before != done.bytes_after:
         words.append(f"{describe_sizes(done)}, ratio {event.ratio:.2f}")
-    if size := describe_transfer(done.transfer, with_how=True):
+    if size := describe_transfer(done.transfer, described=True):
         words.append(size)
     if event.message:
         words.append(event.message)
     return "; ".join(words)
 
 
-def describe_transfer(transfer: Transfer | None, *, with_how: bool = False) -> str:
+def describe_transfer(transfer: Transfer | None, *, described: bool = False) -> str:
     """``270.0 KiB by nixl (CMA on one host), 1.2 GB/s``; empty before anything has come."""
     if transfer is None or not transfer.bytes:
         return ""
-    how = f" ({transfer.how})" if with_how and transfer.how else ""
+    details = f" ({transfer.description})" if described and transfer.description else ""
     speed = f", {_speed(transfer.gb_per_s)}" if transfer.gb_per_s else ""
-    return f"{shown_bytes(transfer.bytes)} by {transfer.transport}{how}{speed}"
+    return f"{shown_bytes(transfer.bytes)} by {transfer.transport}{details}{speed}"
 
 
 def describe_sizes(done: Part) -> str:

@@ -75,7 +75,7 @@ class ChunkReceiver:
         Raises TransportError and OperationFailed; chunks that arrived before stay.
         """
         engine, stats = self._destination.engine, self._stats
-        missing = engine.references.acquire(keys, self._owner)
+        missing = engine.memory_tier.references.acquire(keys, self._owner)
         absent = set(missing)
         stats.add_arrived([key for key in keys if key not in absent])
         if not missing:

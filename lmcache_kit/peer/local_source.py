@@ -13,7 +13,7 @@ from lmcache_kit.peer.promotion import ROOM_S, promote
 if TYPE_CHECKING:
     from lmcache_kit.cache.descriptors import ChunkRef, DeleteResult
     from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.cache.tier_base import Tier
+    from lmcache_kit.cache.tier import Tier
     from lmcache_kit.keys import ChunkKey
     from lmcache_kit.peer.move_source import MoveStats
 
@@ -43,7 +43,7 @@ class LocalSource:
         self.window_bytes = WINDOW_BYTES
         self._engine = engine
         self._source = source
-        self._wait_s = 0.0 if destination is engine else ROOM_S
+        self._wait_s = 0.0 if destination is engine.memory_tier else ROOM_S
         self._aborted = threading.Event()
         infos = source.namespaces({chunk.namespace for chunk in self.chunks})
         self._chunk_sizes = {info.digest: info.chunk_size for info in infos}
@@ -71,7 +71,7 @@ class LocalSource:
             )
         finally:
             stats.seconds += time.monotonic() - begin
-            missing = set(self._engine.references.acquire(keys, owner))
+            missing = set(self._engine.memory_tier.references.acquire(keys, owner))
             arrived = [key for key in keys if key not in missing]
             stats.add_arrived(arrived)
             stats.nbytes += sum([self._nbytes[key] for key in arrived])

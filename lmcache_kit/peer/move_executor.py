@@ -32,7 +32,6 @@ from lmcache_kit.peer.move_source import MoveSource, MoveStats
 from lmcache_kit.peer.priority import lower_priority
 from lmcache_kit.peer.remote_source import PeerAccess, RemoteSource
 from lmcache_kit.peer.report import Stopped, final_status
-from lmcache_kit.peer.waiting import wait_until_stored
 from lmcache_kit.protocol import peer as wire
 
 if TYPE_CHECKING:
@@ -190,7 +189,7 @@ class RunningMove:
             log.exception("a move from %s failed", self._request.source)
             self._why = f"{type(error).__name__}: {error}"
         finally:
-            self._context.engine.references.release(self)
+            self._context.engine.memory_tier.references.release(self)
             self._destination.references.release(self)
             if self._source:
                 self._source.close()
@@ -233,7 +232,8 @@ class RunningMove:
             retry, self._stats.retry = self._stats.retry, []
             if not retry:
                 return
-            wait_until_stored(self._context.engine, retry, min(RETRY_S, self._left_s()))
+            memory = self._context.engine.memory_tier
+            memory.wait_until_stored(retry, min(RETRY_S, self._left_s()))
             for window in self._windows(source, [self._wanted[key] for key in retry]):
                 self._receive(source, window)
 
@@ -246,7 +246,7 @@ class RunningMove:
         stats.add_present([key for key in window if key not in absent])
         if wanted:
             source.receive(wanted, owner=self, stats=stats, timeout_s=self._left_s())
-        if destination is not engine:
+        if destination is not engine.memory_tier:
             self._offload([key for key in wanted if key in stats.arrived])
         self._tell_progress()
 

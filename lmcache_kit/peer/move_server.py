@@ -271,7 +271,7 @@ class MoveSession:
     def _window_bytes(self) -> int:
         """Limit a window where chunks of a tier have to find room in memory first."""
         engine = self._server.engine
-        below = self._tier is not engine
+        below = self._tier is not engine.memory_tier
         return wire.window_bytes(len(engine.memory.memory)) if below else wire.WINDOW_BYTES
 
     def _page(self, start: int) -> tuple[ChunkRef, ...]:

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from lmcache_kit.peer.waiting import wait_for_change
-
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.cache.tier_base import Tier
+    from lmcache_kit.cache.tier import Tier
     from lmcache_kit.keys import ChunkKey
 
 ROOM_S = 5.0
 """How long a move waits until others have freed room in memory."""
+PAUSE_S = 0.02
+LONGEST_WAIT_S = 0.5
 
 
 def promote(
@@ -31,9 +31,13 @@ def promote(
     Return False when memory has no room for all of them for ``timeout_s`` seconds; those that it
     has room for are there then. Between two attempts all references of ``owner`` are released, so
     that moves which wait for each other's memory do not wait for ever. Raises BackendError.
+
+    A wait ends with any change in memory. Releasing is such a change, so two waiting moves would
+    wake each other without end: each pauses before its next attempt. A change between a failed
+    attempt and its release goes unnoticed, so no wait is longer than ``LONGEST_WAIT_S``.
     """
     tiers = engine.lower_tiers
-    if tiers is None or tier is engine:
+    if tiers is None or tier is engine.memory_tier:
         return True
     deadline = time.monotonic() + timeout_s
     while not tiers.promote(tier, keys, owner):
@@ -41,5 +45,7 @@ def promote(
         if left_s <= 0 or cancelled():
             return False
         tiers.release(owner)
-        wait_for_change(engine, left_s)
+        version = engine.memory_tier.version
+        engine.memory_tier.wait_for_change(version, min(left_s, LONGEST_WAIT_S))
+        time.sleep(min(left_s, PAUSE_S))
     return True

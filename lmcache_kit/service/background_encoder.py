@@ -47,7 +47,7 @@ class BackgroundEncoder:
         self._waiting = 0
         self._passed_over = 0
         self._pool.submit(self._warm_up)
-        engine.subscribe(self)
+        engine.memory_tier.subscribe(self)
 
     def added(self, chunk: StoredChunk) -> None:
         """Called under the engine's lock."""
@@ -70,7 +70,7 @@ class BackgroundEncoder:
     def close(self) -> None:
         """End, when the chunks at work are done. To be called before the engine's."""
         with suppress(ValueError):  # an engine that is closed has forgotten us
-            self._engine.unsubscribe(self)
+            self._engine.memory_tier.unsubscribe(self)
         self._pool.shutdown(cancel_futures=True)
 
     def _warm_up(self) -> None:
@@ -81,7 +81,9 @@ class BackgroundEncoder:
 
     def _encode(self, key: ChunkKey) -> None:
         with suppress(KitError):  # a codec that does not work was said once
-            result = self._engine.encode(key, self._method, self._codecs.get(self._method))
+            result = self._engine.memory_tier.encode(
+                key, self._method, self._codecs.get(self._method)
+            )
             if result.why:
                 logger.debug("chunk %s stays raw: %s", key.hex(), result.why)
         with self._lock:

@@ -17,7 +17,7 @@ from lmcache_kit.interfaces.operations import (
 )
 
 if TYPE_CHECKING:
-    from lmcache_kit.cache.memory.transcoding import Transcoded
+    from lmcache_kit.cache.records import Transcoded
     from lmcache_kit.keys import ChunkKey
 
 GRACE_S = 2.0

@@ -33,8 +33,8 @@ from lmcache_kit.service.codecs import encoding_threads
 
 if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.cache.memory.transcoding import Transcoded
-    from lmcache_kit.cache.tier_base import Tier
+    from lmcache_kit.cache.records import Transcoded
+    from lmcache_kit.cache.tier import Tier
     from lmcache_kit.keys import ChunkKey
     from lmcache_kit.peer.move_executor import MoveExecutor
     from lmcache_kit.service.codecs import Codecs

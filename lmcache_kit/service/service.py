@@ -128,7 +128,7 @@ class CacheService:
                     then=self._tiers.enqueue_write if self._tiers else lambda _: None,
                 )
             elif self._tiers:
-                self.engine.subscribe(self._tiers)
+                self.engine.memory_tier.subscribe(self._tiers)
             self._agent = self._make_agent()
         except BaseException:
             self.close()

@@ -158,6 +158,22 @@ class PluginSuite(Suite):
                     f'{spec.config}: without extra="forbid" a misspelt option goes unnoticed'
                 )
 
+    def test_routes_can_be_served(self, offers: list[Offer], plugins: Plugins) -> None:
+        from lmcache_kit.plugins.routes import load_route
+
+        for offer in offers:
+            if offer.kind != "route" or plugins.why_unusable(offer):
+                continue
+            try:
+                route = load_route(plugins, offer)
+            except (PluginBroken, TypeError, ValueError) as error:
+                pytest.fail(f"route {offer.spec.name!r}: {error}", pytrace=False)
+            if route.request is not None:
+                assert route.request.model_config.get("extra") == "forbid", (
+                    f'{route.request.__name__}: without extra="forbid" a misspelt field goes '
+                    "unnoticed"
+                )
+
     def test_probes_tell_quickly(self, offers: list[Offer]) -> None:
         for _, spec, _ in offers:
             if spec.probe:

@@ -16,7 +16,7 @@ from lmcache_kit.interfaces import Backend, Blob, BlobRecord, Region, StoreUsage
 from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import chain, pack_tokens
 
-SPACE = bytes(range(32))
+NAMESPACE = bytes(range(32))
 CHUNK = 4
 WAIT_S = 30.0
 
@@ -109,7 +109,7 @@ class Cache:
             for name, store in zip("ABC", stores, strict=False)
         ]
         self.below = self.engine.attach(self.tiers, get_codec)
-        self.engine.subscribe(self.below)
+        self.engine.memory_tier.subscribe(self.below)
         self.below.start()
         self.settle()
 
@@ -123,11 +123,11 @@ class Cache:
         packed = pack_tokens(tokens)
         items = [
             StoreItem(link.parent, packed[link.start * 4 : link.end * 4], nbytes, link.start)
-            for link in chain(SPACE, packed, CHUNK)
+            for link in chain(NAMESPACE, packed, CHUNK)
         ]
         written = []
         for item, grant in zip(
-            items, self.engine.allocate(SPACE, 0, 1, CHUNK, items, "worker"), strict=True
+            items, self.engine.allocate(NAMESPACE, 0, 1, CHUNK, items, "worker"), strict=True
         ):
             if grant.status == "granted":
                 content = content_of(item.tokens, nbytes)
@@ -138,7 +138,7 @@ class Cache:
 
     def hit(self, tokens: Sequence[int], wait_s: float = WAIT_S) -> int:
         """How many tokens a lookup finds; what they lead to is compared."""
-        match = self.engine.lookup(SPACE, pack_tokens(tokens), CHUNK, 1, "scheduler", wait_s)
+        match = self.engine.lookup(NAMESPACE, pack_tokens(tokens), CHUNK, 1, "scheduler", wait_s)
         for located in match.chunks:
             [extent] = located.extents
             got = bytes(self.engine.memory.view(Region(extent.offset, extent.nbytes)))
@@ -151,7 +151,7 @@ class Cache:
 
     def forget_memory(self) -> None:
         """As if all of it had been evicted."""
-        self.engine.clear()
+        self.engine.memory_tier.clear()
 
     def stat(self, name: str) -> float:
         return self.engine.stats()[name]
@@ -166,7 +166,7 @@ def content_of(tokens: bytes, nbytes: int) -> bytes:
 
 
 def keys(tokens: Sequence[int]) -> list[bytes]:
-    return [link.key for link in chain(SPACE, pack_tokens(tokens), CHUNK)]
+    return [link.key for link in chain(NAMESPACE, pack_tokens(tokens), CHUNK)]
 
 
 MakeCache = Callable[..., Cache]

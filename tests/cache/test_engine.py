@@ -12,7 +12,7 @@ from lmcache_kit.cache.index.policies import FIFO, LRU
 from lmcache_kit.cache.records import Grant, Match, StoredChunk, StoreItem
 from lmcache_kit.keys import ChunkKey, chain, pack_tokens
 
-SPACE = bytes(range(32))
+NAMESPACE = bytes(range(32))
 CHUNK = 4
 
 MakeEngine = Callable[..., CacheEngine]
@@ -22,7 +22,7 @@ class Time(Protocol):
     now: float
 
 
-def items_of(tokens: Sequence[int], nbytes: int = 100, space: bytes = SPACE) -> list[StoreItem]:
+def items_of(tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE) -> list[StoreItem]:
     packed = pack_tokens(tokens)
     return [
         StoreItem(link.parent, packed[link.start * 4 : link.end * 4], nbytes)
@@ -30,7 +30,7 @@ def items_of(tokens: Sequence[int], nbytes: int = 100, space: bytes = SPACE) -> 
     ]
 
 
-def keys_of(tokens: Sequence[int], space: bytes = SPACE) -> list[ChunkKey]:
+def keys_of(tokens: Sequence[int], space: bytes = NAMESPACE) -> list[ChunkKey]:
     return [link.key for link in chain(space, pack_tokens(tokens), CHUNK)]
 
 
@@ -42,7 +42,7 @@ def allocate(
     owner: Hashable = "worker",
     rank: int = 0,
     world: int = 1,
-    space: bytes = SPACE,
+    space: bytes = NAMESPACE,
 ) -> list[Grant]:
     return engine.allocate(space, rank, world, CHUNK, items_of(tokens, nbytes, space), owner)
 
@@ -53,7 +53,7 @@ def store(
     nbytes: int = 100,
     *,
     world: int = 1,
-    space: bytes = SPACE,
+    space: bytes = NAMESPACE,
 ) -> None:
     for rank in range(world):
         grants = allocate(engine, tokens, nbytes, rank=rank, world=world, space=space)
@@ -67,12 +67,14 @@ def find(
     *,
     world: int = 1,
     owner: Hashable = "scheduler",
-    space: bytes = SPACE,
+    space: bytes = NAMESPACE,
 ) -> Match:
     return engine.lookup(space, pack_tokens(tokens), CHUNK, world, owner)
 
 
-def hit(engine: CacheEngine, tokens: Sequence[int], world: int = 1, space: bytes = SPACE) -> int:
+def hit(
+    engine: CacheEngine, tokens: Sequence[int], world: int = 1, space: bytes = NAMESPACE
+) -> int:
     """How many tokens are stored; holds nothing."""
     match = find(engine, tokens, world=world, space=space)
     engine.release(match.lease, None)
@@ -182,7 +184,7 @@ def test_namespaces_do_not_see_each_other(make_engine: MakeEngine) -> None:
 
 def test_namespaces_with_the_same_root_do_not_see_each_other(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    twin = SPACE[:16] + bytes(16)
+    twin = NAMESPACE[:16] + bytes(16)
     store(engine, range(8))
     store(engine, [50], space=twin)
     assert hit(engine, range(8), space=twin) == 0
@@ -224,7 +226,7 @@ def test_what_is_stored_or_being_stored_is_not_stored_again(make_engine: MakeEng
 def test_a_chunk_named_twice_in_a_batch_is_granted_once(make_engine: MakeEngine) -> None:
     engine = make_engine()
     twice = items_of([1, 2]) * 2
-    assert statuses(engine.allocate(SPACE, 0, 1, CHUNK, twice, "w")) == ["granted", "present"]
+    assert statuses(engine.allocate(NAMESPACE, 0, 1, CHUNK, twice, "w")) == ["granted", "present"]
 
 
 def test_a_ticket_counts_once_and_only_for_its_owner(make_engine: MakeEngine) -> None:
@@ -419,7 +421,7 @@ def test_what_follows_a_refused_chunk_is_refused_too(make_engine: MakeEngine) ->
     engine = make_engine(300)
     first, second = items_of(range(5))
     items = [first._replace(nbytes=301), second]
-    assert statuses(engine.allocate(SPACE, 0, 1, CHUNK, items, "w")) == ["refused", "refused"]
+    assert statuses(engine.allocate(NAMESPACE, 0, 1, CHUNK, items, "w")) == ["refused", "refused"]
 
 
 def test_room_for_all_ranks_is_set_aside_with_the_first(make_engine: MakeEngine) -> None:
@@ -473,7 +475,7 @@ def test_clearing_forgets_everything_and_keeps_memory_in_use(make_engine: MakeEn
     store(engine, [3, 4])
     lease = find(engine, [1, 2]).lease
     [writing] = allocate(engine, [5, 6])
-    assert engine.clear()[0].chunks == 2
+    assert engine.memory_tier.clear()[0].chunks == 2
     assert [hit(engine, tokens) for tokens in ([1, 2], [3, 4])] == [0, 0]
     assert engine.stats()["requested_bytes"] == 200
     engine.release(lease, 0)
@@ -485,8 +487,8 @@ def test_listeners_hear_of_every_chunk_that_comes_or_goes(make_engine: MakeEngin
     engine = make_engine(200)
     store(engine, [1])
     ledger = Ledger()
-    [known] = engine.subscribe(ledger)
-    assert known == StoredChunk(keys_of([1])[0], SPACE[:16], 1, partial=True)
+    [known] = engine.memory_tier.subscribe(ledger)
+    assert known == StoredChunk(keys_of([1])[0], NAMESPACE[:16], 1, partial=True)
     allocate(engine, [99])
     store(engine, [2, 2, 2, 2])
     engine.drop_corrupt(keys_of([2, 2, 2, 2])[0])
@@ -495,7 +497,7 @@ def test_listeners_hear_of_every_chunk_that_comes_or_goes(make_engine: MakeEngin
         ("added", keys_of([2, 2, 2, 2])[0]),
         ("removed", keys_of([2, 2, 2, 2])[0]),
     ]
-    engine.unsubscribe(ledger)
+    engine.memory_tier.unsubscribe(ledger)
     store(engine, [3])
     assert len(ledger.heard) == 3
 
@@ -505,7 +507,7 @@ def test_a_snapshot_has_what_is_complete(make_engine: MakeEngine) -> None:
     store(engine, range(5))
     allocate(engine, [99])
     seen: list[StoredChunk] = []
-    engine.snapshot(seen.extend)
+    engine.memory_tier.snapshot(seen.extend)
     assert [(chunk.tokens, chunk.partial) for chunk in seen] == [(4, False), (1, True)]
 
 
@@ -543,10 +545,10 @@ def test_a_store_that_makes_no_sense_is_an_error_and_changes_nothing(
     make_engine: MakeEngine, change: dict[str, object], message: str
 ) -> None:
     engine = make_engine()
-    good = StoreItem(SPACE[:16], pack_tokens([1]), 10)
+    good = StoreItem(NAMESPACE[:16], pack_tokens([1]), 10)
     bad = StoreItem(**{**good._asdict(), **{k: change[k] for k in good._fields if k in change}})
     request: dict[str, object] = {
-        "namespace": SPACE,
+        "namespace": NAMESPACE,
         "rank": 0,
         "world_size": 2,
         "chunk_size": CHUNK,
@@ -560,14 +562,14 @@ def test_a_store_that_makes_no_sense_is_an_error_and_changes_nothing(
 
 
 def test_too_many_items_are_an_error(make_engine: MakeEngine) -> None:
-    item = StoreItem(SPACE[:16], pack_tokens([1]), 10)
+    item = StoreItem(NAMESPACE[:16], pack_tokens([1]), 10)
     with pytest.raises(ValueError, match="number of items is 65537"):
-        make_engine().allocate(SPACE, 0, 1, CHUNK, [item] * 65537, "w")
+        make_engine().allocate(NAMESPACE, 0, 1, CHUNK, [item] * 65537, "w")
 
 
 def test_a_lookup_of_half_a_token_is_an_error(make_engine: MakeEngine) -> None:
     with pytest.raises(ValueError, match="tokens: 6 bytes; packed tokens have 4 bytes each"):
-        make_engine().lookup(SPACE, b"123456", CHUNK, 1, "s")
+        make_engine().lookup(NAMESPACE, b"123456", CHUNK, 1, "s")
 
 
 @pytest.mark.parametrize("checksum", [-1, 1 << 64])
@@ -606,14 +608,14 @@ def test_threads_that_store_and_load_at_once_never_read_each_others_bytes() -> N
             tokens = [(name + step) % 5, step % 7, step % 3, 1, step % 11, 2]
             items = items_of(tokens, 4096 * (1 + step % 4))
             keys = keys_of(tokens)
-            grants = engine.allocate(SPACE, 0, 1, CHUNK, items, name)
+            grants = engine.allocate(NAMESPACE, 0, 1, CHUNK, items, name)
             for key, item, grant in zip(keys, items, grants, strict=True):
                 if grant.status == "granted":
                     mapped[grant.offset : grant.offset + 16] = key
                     last = grant.offset + item.nbytes
                     mapped[last - 16 : last] = key
                     engine.commit([(grant.ticket, 0)], name)
-            match = engine.lookup(SPACE, pack_tokens(tokens), CHUNK, 1, name)
+            match = engine.lookup(NAMESPACE, pack_tokens(tokens), CHUNK, 1, name)
             for chunk in match.chunks:
                 first, last = chunk.extents[0].offset, sum(chunk.extents[0][:2])
                 if not mapped[first : first + 16] == mapped[last - 16 : last] == chunk.key:
@@ -630,7 +632,7 @@ def test_threads_that_store_and_load_at_once_never_read_each_others_bytes() -> N
     assert (stats["leases"], stats["writers"], stats["pending"]) == (0, 0, 0)
     assert stats["evicted_chunks_total"] > 0, "there was pressure"
     assert stats["requested_bytes"] == memory.usage().requested_bytes
-    assert engine.clear()[0].chunks == stats["chunks"]
+    assert engine.memory_tier.clear()[0].chunks == stats["chunks"]
     assert memory.usage().allocated_bytes == 0
     mapped.close()
     engine.close()

@@ -26,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 from lmcache_kit.cache.engine import CacheEngine
 from lmcache_kit.cache.index.builtin_policies import make_eviction_policy
 from lmcache_kit.cache.index.entries import RankLayout
-from lmcache_kit.cache.lookup import Search
+from lmcache_kit.cache.lookup import PendingLookup
 from lmcache_kit.cache.records import Selected, StoredChunk, StoreItem
 from lmcache_kit.interfaces import BlobInfo, ChunkInfo, Codec, MemoryBackend, Region
 from lmcache_kit.interfaces.codec import Buffer
@@ -120,7 +120,7 @@ class Pinned:
 class Pending:
     """A lookup that waits for decoding."""
 
-    search: Search
+    search: PendingLookup
     tokens: list[int]
     parts: list[tuple[Chunk, Body]]
 
@@ -223,7 +223,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
             clock=lambda: self.now,
         )
         self.listener = Listener()
-        assert self.engine.subscribe(self.listener) == []
+        assert self.engine.memory_tier.subscribe(self.listener) == []
         self.form = RankLayout(KVLayout("float8_e4m3", 1, 1, self.unit, "mla"))
 
     def teardown(self) -> None:
@@ -495,7 +495,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
             self.leases[search.lease] = Lease(
                 owner, ranks, [body for _, body in read], self.now + TTL
             )
-        assert search.waiting == sum(not body.decoded for _, body in read)
+        assert search.undecoded == sum(not body.decoded for _, body in read)
         self.pending.append(Pending(search, tokens, read))
         if patience > 1:
             while search.waiting:
@@ -503,7 +503,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         if patience != 1 or not search.waiting:
             self.finish(self.pending.pop())
 
-    def check_found(self, space: bytes, tokens: list[int], search: Search) -> list[Chunk]:
+    def check_found(self, space: bytes, tokens: list[int], search: PendingLookup) -> list[Chunk]:
         """The chunks found, of which none could be longer; the last may be cut off for room."""
         parent, at, found = space[:16], 0, list[Chunk]()
         for located, _ in search.found:
@@ -644,9 +644,11 @@ class EngineAgainstModel(RuleBasedStateMachine):
     )
     def pin(self, space: bytes, tokens: list[int], pin_id: str, ttl_s: float | None) -> None:
         self.expire_holds()
-        there, pinned = self.engine.pin([space], pack_tokens(tokens), pin_id, ttl_s=ttl_s)
+        there, pinned = self.engine.memory_tier.pin(
+            [space], pack_tokens(tokens), pin_id, ttl_s=ttl_s
+        )
         self.pins.pop(pin_id, None)
-        entries = self.engine.keys([space], pack_tokens(tokens))
+        entries = self.engine.memory_tier.keys([space], pack_tokens(tokens))
         parts = []
         for key, count in entries:
             chunk = self.linked(key)
@@ -670,7 +672,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         self.expire_holds()
         pin = self.pins.pop(pin_id, None)
         parts = [(c, count) for c, count in pin.parts if c.linked] if pin else []
-        assert self.engine.unpin(None, None, pin_id) == selected(parts)
+        assert self.engine.memory_tier.unpin(None, None, pin_id) == selected(parts)
 
     @rule(space=namespaces, tokens=prompts)
     def unpin_tokens(self, space: bytes, tokens: list[int]) -> None:
@@ -683,7 +685,9 @@ class EngineAgainstModel(RuleBasedStateMachine):
                 for chunk, count in pin.parts:
                     if chunk.linked and freed.get(chunk.key, (chunk, 0))[1] < count:
                         freed[chunk.key] = (chunk, count)
-        assert self.engine.unpin([space], pack_tokens(tokens)) == selected(list(freed.values()))
+        assert self.engine.memory_tier.unpin([space], pack_tokens(tokens)) == selected(
+            list(freed.values())
+        )
 
     @rule(really=st.integers(0, 5), force=st.booleans())
     def clear(self, really: int, force: bool) -> None:
@@ -692,7 +696,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
             gone = [chunk for chunk in self.stored() if force or chunk not in self.pinned()]
             kept = [chunk for chunk in self.stored() if chunk not in gone]
             expected = (whole(gone), whole(kept))
-            assert self.engine.clear(force=force) == expected
+            assert self.engine.memory_tier.clear(force=force) == expected
             for chunk in self.chunks:
                 chunk.linked &= chunk in kept
 
@@ -713,7 +717,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         gone = [chunk for chunk in meant if force or chunk not in self.pinned()]
         kept = [chunk for chunk in meant if chunk not in gone]
         expected = (whole(gone), whole(kept))
-        assert self.engine.clear([space], pack_tokens(tokens), force=force) == expected
+        assert self.engine.memory_tier.clear([space], pack_tokens(tokens), force=force) == expected
         for chunk in gone:
             chunk.linked = False
 
@@ -737,7 +741,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         raw = chunk.body
         size = len(chunk.tokens) * self.unit
         with self.evicting({chunk.key}) as evicted:
-            result = self.engine.encode(chunk.key, "half", self.codec)
+            result = self.engine.memory_tier.encode(chunk.key, "half", self.codec)
         if raw.packed:
             assert result.status == "already"
         elif raw.sizes != [size] * chunk.world:
@@ -763,7 +767,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         chunk = data.draw(st.sampled_from(self.stored()))
         packed, copy = chunk.body, chunk.copy
         with self.evicting({chunk.key}) as evicted:
-            result = self.engine.decode(chunk.key, "half")
+            result = self.engine.memory_tier.decode(chunk.key, "half")
         if not packed.packed:
             assert result.status == "already"
             return
@@ -817,7 +821,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         }
         assert self.listener.known == expected
         seen: list[StoredChunk] = []
-        self.engine.snapshot(seen.extend)
+        self.engine.memory_tier.snapshot(seen.extend)
         assert {chunk.key: chunk for chunk in seen} == expected
 
     @invariant()

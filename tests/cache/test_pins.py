@@ -8,11 +8,11 @@ from typing import Protocol
 import pytest
 
 from lmcache_kit.cache.engine import CacheEngine
-from lmcache_kit.cache.index import pins
+from lmcache_kit.cache.index import holds
 from lmcache_kit.cache.records import Selected, StoreItem
 from lmcache_kit.keys import chain, pack_tokens
 
-SPACE = bytes(range(32))
+NAMESPACE = bytes(range(32))
 OTHER = bytes(32)
 CHUNK = 4
 
@@ -24,7 +24,7 @@ class Time(Protocol):
 
 
 def store(
-    engine: CacheEngine, tokens: Sequence[int], nbytes: int = 100, space: bytes = SPACE
+    engine: CacheEngine, tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE
 ) -> None:
     packed = pack_tokens(tokens)
     items = [
@@ -36,7 +36,7 @@ def store(
     assert engine.commit(written, "worker") == len(written)
 
 
-def hit(engine: CacheEngine, tokens: Sequence[int], space: bytes = SPACE) -> int:
+def hit(engine: CacheEngine, tokens: Sequence[int], space: bytes = NAMESPACE) -> int:
     match = engine.lookup(space, pack_tokens(tokens), CHUNK, 1, "scheduler")
     engine.release(match.lease, None)
     return match.chunks[-1].end if match.chunks else 0
@@ -45,15 +45,15 @@ def hit(engine: CacheEngine, tokens: Sequence[int], space: bytes = SPACE) -> int
 def pin(
     engine: CacheEngine, tokens: Sequence[int], pin_id: str = "p", ttl_s: float | None = None
 ) -> Selected:
-    return engine.pin([SPACE], pack_tokens(tokens), pin_id, ttl_s=ttl_s)[1]
+    return engine.memory_tier.pin([NAMESPACE], pack_tokens(tokens), pin_id, ttl_s=ttl_s)[1]
 
 
 def unpin(engine: CacheEngine, tokens: Sequence[int]) -> Selected:
-    return engine.unpin([SPACE], pack_tokens(tokens))
+    return engine.memory_tier.unpin([NAMESPACE], pack_tokens(tokens))
 
 
 def clear(engine: CacheEngine, tokens: Sequence[int], force: bool = False) -> Selected:
-    return engine.clear([SPACE], pack_tokens(tokens), force=force)[0]
+    return engine.memory_tier.clear([NAMESPACE], pack_tokens(tokens), force=force)[0]
 
 
 def crowd(engine: CacheEngine, chunks: int = 30) -> None:
@@ -88,10 +88,10 @@ def test_a_pin_ends_when_its_time_is_over(make_engine: MakeEngine, clock: Time) 
     engine = make_engine(1000)
     store(engine, range(10))
     pin(engine, range(10), ttl_s=30)
-    [info] = engine.pins()
+    [info] = engine.memory_tier.pins()
     assert (info.tokens, info.chunks, info.nbytes, info.expires_in_s) == (10, 3, 300, 30)
     clock.now += 30
-    assert engine.pins() == []
+    assert engine.memory_tier.pins() == []
     assert engine.stats()["expired_pins_total"] == 1
     crowd(engine)
     assert hit(engine, range(10)) == 0
@@ -102,7 +102,7 @@ def test_a_pin_of_no_end_has_none(make_engine: MakeEngine, clock: Time) -> None:
     store(engine, [1])
     pin(engine, [1])
     clock.now += 1e9
-    assert engine.pins()[0].expires_in_s is None
+    assert engine.memory_tier.pins()[0].expires_in_s is None
 
 
 def test_a_pin_counts_the_tokens_that_it_holds_to_the_token(make_engine: MakeEngine) -> None:
@@ -116,16 +116,16 @@ def test_a_pin_counts_the_tokens_that_it_holds_to_the_token(make_engine: MakeEng
 def test_a_pin_of_nothing_is_no_pin(make_engine: MakeEngine) -> None:
     engine = make_engine()
     assert pin(engine, range(4)) == Selected()
-    assert engine.pins() == []
+    assert engine.memory_tier.pins() == []
 
 
 def test_over_the_budget_the_longest_prefix_that_fits_is_pinned(make_engine: MakeEngine) -> None:
     engine = make_engine(1000)
     store(engine, range(32))
-    there, pinned = engine.pin([SPACE], pack_tokens(range(32)), "p")
+    there, pinned = engine.memory_tier.pin([NAMESPACE], pack_tokens(range(32)), "p")
     assert there == Selected(32, 8, 800)
     assert pinned == Selected(20, 5, 500)
-    assert engine.stats()["pinned_bytes"] == engine.pin_budget_bytes == 500
+    assert engine.stats()["pinned_bytes"] == engine.memory_tier.pin_budget_bytes == 500
 
 
 def test_a_chunk_that_is_pinned_twice_counts_once_against_the_budget(
@@ -143,7 +143,7 @@ def test_a_chunk_is_held_until_its_last_pin_ends(make_engine: MakeEngine) -> Non
     store(engine, range(10))
     pin(engine, range(10), "a")
     pin(engine, range(8), "b")
-    assert engine.unpin(None, None, "a") == Selected(10, 3, 300)
+    assert engine.memory_tier.unpin(None, None, "a") == Selected(10, 3, 300)
     crowd(engine)
     assert hit(engine, range(10)) == 8
 
@@ -153,7 +153,7 @@ def test_a_pin_of_the_same_id_takes_the_place_of_the_first(make_engine: MakeEngi
     store(engine, range(10))
     pin(engine, range(10))
     pin(engine, range(4))
-    assert [info.tokens for info in engine.pins()] == [4]
+    assert [info.tokens for info in engine.memory_tier.pins()] == [4]
     crowd(engine)
     assert hit(engine, range(10)) == 4
 
@@ -168,9 +168,9 @@ def test_unpinning_a_prompt_leaves_the_pins_of_longer_ones_and_of_others(
     pin(engine, range(12), "long")
     pin(engine, [*range(4), 9, 9], "other")
     assert unpin(engine, range(6)).tokens == 6
-    assert [info.pin_id for info in engine.pins()] == ["long", "other"]
+    assert [info.pin_id for info in engine.memory_tier.pins()] == ["long", "other"]
     assert unpin(engine, range(40)).tokens == 12
-    assert [info.pin_id for info in engine.pins()] == ["other"]
+    assert [info.pin_id for info in engine.memory_tier.pins()] == ["other"]
 
 
 def test_all_pins_can_be_ended_at_once(make_engine: MakeEngine) -> None:
@@ -178,19 +178,19 @@ def test_all_pins_can_be_ended_at_once(make_engine: MakeEngine) -> None:
     store(engine, range(8))
     store(engine, [50], space=OTHER)
     pin(engine, range(8), "a")
-    engine.pin([OTHER], pack_tokens([50]), "b")
-    assert engine.unpin([OTHER], None) == Selected(1, 1, 100)
-    assert engine.unpin(None, None) == Selected(8, 2, 200)
-    assert engine.pins() == []
+    engine.memory_tier.pin([OTHER], pack_tokens([50]), "b")
+    assert engine.memory_tier.unpin([OTHER], None) == Selected(1, 1, 100)
+    assert engine.memory_tier.unpin(None, None) == Selected(8, 2, 200)
+    assert engine.memory_tier.pins() == []
 
 
 def test_a_corrupt_chunk_goes_although_it_is_pinned(make_engine: MakeEngine) -> None:
     engine = make_engine(1000)
     store(engine, range(8))
     pin(engine, range(8))
-    keys = [link.key for link in chain(SPACE, pack_tokens(range(8)), CHUNK)]
+    keys = [link.key for link in chain(NAMESPACE, pack_tokens(range(8)), CHUNK)]
     assert engine.drop_corrupt(keys[1])
-    [info] = engine.pins()
+    [info] = engine.memory_tier.pins()
     assert (info.tokens, info.nbytes) == (4, 100)
     assert engine.stats()["pinned_bytes"] == 100
     assert unpin(engine, range(8)) == Selected(4, 1, 100)
@@ -202,17 +202,17 @@ def test_stores_are_refused_when_nothing_but_pinned_chunks_could_leave(
     engine = make_engine(1000)
     store(engine, range(20))
     pin(engine, range(20))
-    engine.clear()
-    item = StoreItem(SPACE[:16], pack_tokens([77]), 501)
-    assert engine.allocate(SPACE, 0, 1, CHUNK, [item], "w")[0].status == "refused"
-    item = StoreItem(SPACE[:16], pack_tokens([77]), 500)
-    assert engine.allocate(SPACE, 0, 1, CHUNK, [item], "w")[0].status == "granted"
+    engine.memory_tier.clear()
+    item = StoreItem(NAMESPACE[:16], pack_tokens([77]), 501)
+    assert engine.allocate(NAMESPACE, 0, 1, CHUNK, [item], "w")[0].status == "refused"
+    item = StoreItem(NAMESPACE[:16], pack_tokens([77]), 500)
+    assert engine.allocate(NAMESPACE, 0, 1, CHUNK, [item], "w")[0].status == "granted"
 
 
 def test_there_may_not_be_more_pins_than_anybody_needs(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pins, "MAX_PINS", 2)
+    monkeypatch.setattr(holds, "MAX_PINS", 2)
     engine = make_engine()
     store(engine, range(8))
     pin(engine, range(8), "a")
@@ -263,11 +263,11 @@ def test_pinned_chunks_are_cleared_only_by_force(make_engine: MakeEngine) -> Non
     engine = make_engine()
     store(engine, range(12))
     pin(engine, range(8))
-    gone, kept = engine.clear([SPACE], pack_tokens(range(12)))
+    gone, kept = engine.memory_tier.clear([NAMESPACE], pack_tokens(range(12)))
     assert (gone, kept) == (Selected(4, 1, 100), Selected(8, 2, 200))
-    assert engine.clear() == (Selected(), Selected(8, 2, 200))
+    assert engine.memory_tier.clear() == (Selected(), Selected(8, 2, 200))
     assert hit(engine, range(12)) == 8
-    assert engine.clear(force=True) == (Selected(8, 2, 200), Selected())
+    assert engine.memory_tier.clear(force=True) == (Selected(8, 2, 200), Selected())
     assert engine.stats()["allocated_bytes"] == 0
 
 
@@ -275,7 +275,7 @@ def test_clearing_one_namespace_leaves_the_others(make_engine: MakeEngine) -> No
     engine = make_engine()
     store(engine, range(8))
     store(engine, range(8), space=OTHER)
-    assert engine.clear([OTHER])[0] == Selected(8, 2, 200)
+    assert engine.memory_tier.clear([OTHER])[0] == Selected(8, 2, 200)
     assert hit(engine, range(8)) == 8
 
 
@@ -284,7 +284,7 @@ def test_memory_of_a_cleared_chunk_is_freed_when_its_reader_is_done(
 ) -> None:
     engine = make_engine()
     store(engine, range(4))
-    match = engine.lookup(SPACE, pack_tokens(range(4)), CHUNK, 1, "reader")
+    match = engine.lookup(NAMESPACE, pack_tokens(range(4)), CHUNK, 1, "reader")
     assert clear(engine, range(4)).chunks == 1
     assert engine.stats()["allocated_bytes"] == 100
     engine.release(match.lease, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Thread
 
 import pytest
@@ -19,9 +20,9 @@ from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from tests.cache.codecs import Zip
 
-SPACE = bytes(range(32))
+NAMESPACE = bytes(range(32))
 CHUNK = 4
-FORM = RankLayout(KVLayout("float8_e4m3", 32, 1, 1, "mla"))
+RANK_LAYOUT = RankLayout(KVLayout("float8_e4m3", 32, 1, 1, "mla"))
 THREADS = 4
 OPERATIONS = 2500
 
@@ -30,7 +31,8 @@ class Stress:
     def __init__(self, memory: MemoryBackend) -> None:
         self.memory = memory
         self.codec = Zip()
-        self.engine = CacheEngine(memory, LRU(), location="x")
+        self.loaders = ThreadPoolExecutor(2)
+        self.engine = CacheEngine(memory, LRU(), location="x", loaders=self.loaders)
         self.failures: list[BaseException] = []
         self.read = 0
 
@@ -61,11 +63,11 @@ class Stress:
                 32 * (link.end - link.start),
                 link.start,
             )
-            for link in chain(SPACE, tokens, CHUNK)
+            for link in chain(NAMESPACE, tokens, CHUNK)
         ]
-        grants = self.engine.allocate(SPACE, 0, 1, CHUNK, items, owner, FORM)
+        grants = self.engine.allocate(NAMESPACE, 0, 1, CHUNK, items, owner, RANK_LAYOUT)
         written = []
-        for link, item, grant in zip(chain(SPACE, tokens, CHUNK), items, grants, strict=True):
+        for link, item, grant in zip(chain(NAMESPACE, tokens, CHUNK), items, grants, strict=True):
             if grant.status == "granted":
                 data = link.key[:1] * item.nbytes
                 self.memory.view(Region(grant.offset, item.nbytes))[:] = data
@@ -77,7 +79,7 @@ class Stress:
 
     def look_up(self, choose: random.Random, owner: str) -> None:
         wait_s = choose.choice([0.0, 20.0])
-        match = self.engine.lookup(SPACE, self.prompt(choose), CHUNK, 1, owner, wait_s)
+        match = self.engine.lookup(NAMESPACE, self.prompt(choose), CHUNK, 1, owner, wait_s)
         for chunk in match.chunks:
             [extent] = chunk.extents
             data = bytes(self.memory.view(Region(extent.offset, extent.nbytes)))
@@ -89,25 +91,27 @@ class Stress:
             self.engine.release(match.lease, None)
 
     def recode(self, choose: random.Random, _: str) -> None:
-        keys = self.engine.keys(None, self.prompt(choose))
+        keys = self.engine.memory_tier.keys(None, self.prompt(choose))
         for key, _tokens in keys:
             if choose.random() < 0.7:
-                self.engine.encode(key, "zip", self.codec)
+                self.engine.memory_tier.encode(key, "zip", self.codec)
             else:
-                self.engine.decode(key, "zip")
+                self.engine.memory_tier.decode(key, "zip")
 
     def pin(self, choose: random.Random, owner: str) -> None:
         if choose.random() < 0.5:
-            self.engine.pin(None, self.prompt(choose), owner, ttl_s=choose.choice([None, 0.01]))
+            self.engine.memory_tier.pin(
+                None, self.prompt(choose), owner, ttl_s=choose.choice([None, 0.01])
+            )
         else:
-            self.engine.unpin(None, None, owner)
-        assert self.engine.stats()["pinned_bytes"] <= self.engine.pin_budget_bytes
+            self.engine.memory_tier.unpin(None, None, owner)
+        assert self.engine.stats()["pinned_bytes"] <= self.engine.memory_tier.pin_budget_bytes
 
     def clear(self, choose: random.Random, _: str) -> None:
         if choose.random() < 0.2:
-            self.engine.clear(None, self.prompt(choose), force=choose.random() < 0.3)
+            self.engine.memory_tier.clear(None, self.prompt(choose), force=choose.random() < 0.3)
         elif choose.random() < 0.05:
-            self.engine.clear(force=choose.random() < 0.3)
+            self.engine.memory_tier.clear(force=choose.random() < 0.3)
 
 
 def test_ten_thousand_operations_from_several_threads_leave_nothing_behind() -> None:
@@ -127,8 +131,8 @@ def test_ten_thousand_operations_from_several_threads_leave_nothing_behind() -> 
     assert stress.read > 1000
     for seed in range(THREADS):
         stress.engine.drop_owner(f"owner {seed}")
-    stress.engine.unpin(None, None)
-    stress.engine._loaders.shutdown()
-    stress.engine.clear(force=True)
+    stress.engine.memory_tier.unpin(None, None)
+    stress.loaders.shutdown()
+    stress.engine.memory_tier.clear(force=True)
     assert stress.memory.usage().allocated_bytes == 0
     stress.engine.close()

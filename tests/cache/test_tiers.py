@@ -12,7 +12,7 @@ from lmcache_kit.cache.tiers.tier_reader import TierReader
 from lmcache_kit.errors import BackendError
 from lmcache_kit.keys import pack_tokens
 from tests.cache.conftest import Clock
-from tests.cache.stores import CHUNK, SPACE, Dict, MakeCache, SharedDict, keys
+from tests.cache.stores import CHUNK, NAMESPACE, Dict, MakeCache, SharedDict, keys
 
 
 def test_what_is_stored_goes_to_every_tier(make: MakeCache) -> None:
@@ -302,7 +302,7 @@ def test_nothing_is_evicted_from_a_shared_store(make: MakeCache) -> None:
 def test_of_a_shared_store_no_more_is_known_than_there_is_room_for(make: MakeCache) -> None:
     cache = make(SharedDict(), memory=5000)
     [tier] = cache.tiers
-    tier._most = 4
+    tier.store.max_entries = 4
     for start in range(0, 1000, 100):
         cache.store(range(start, start + 8))
     assert cache.stat("A_chunks") == 4
@@ -318,7 +318,7 @@ def test_memory_that_is_full_of_leases_ends_what_comes_back(make: MakeCache) -> 
     cache.store(range(12))
     cache.forget_memory()
     cache.store(range(100, 104))
-    held = cache.engine.lookup(SPACE, pack_tokens(range(100, 104)), CHUNK, 1, "reader")
+    held = cache.engine.lookup(NAMESPACE, pack_tokens(range(100, 104)), CHUNK, 1, "reader")
     assert cache.hit(range(12)) == 8
     cache.engine.release(held.lease, None)
 
@@ -347,7 +347,9 @@ def test_an_owner_that_died_while_chunks_came_leaves_no_lease(make: MakeCache) -
     cache.forget_memory()
     cache.stores[0].gate.clear()
     ready = threading.Event()
-    search = cache.engine.begin_lookup(SPACE, pack_tokens(range(8)), CHUNK, 1, "gone", ready.set)
+    search = cache.engine.begin_lookup(
+        NAMESPACE, pack_tokens(range(8)), CHUNK, 1, "gone", ready.set
+    )
     assert search.waiting
     cache.engine.drop_owner("gone")
     cache.stores[0].gate.set()

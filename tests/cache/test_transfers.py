@@ -21,7 +21,7 @@ from lmcache_kit.interfaces.codec import ChunkInfo, Codec
 from lmcache_kit.keys import chain, chunk_key, pack_tokens
 from lmcache_kit.layout import KVLayout
 
-SPACE = bytes(range(32))
+NAMESPACE = bytes(range(32))
 CHUNK = 4
 MakeEngine = Callable[..., CacheEngine]
 LAYOUT = KVLayout("float16", 1, 1, 5)
@@ -39,51 +39,56 @@ def store(engine: CacheEngine, tokens: Sequence[int], nbytes: int = 100) -> None
     packed = pack_tokens(tokens)
     items = [
         StoreItem(link.parent, packed[link.start * 4 : link.end * 4], nbytes, link.start)
-        for link in chain(SPACE, packed, CHUNK)
+        for link in chain(NAMESPACE, packed, CHUNK)
     ]
-    grants = engine.allocate(SPACE, 0, 1, CHUNK, items, "worker")
+    grants = engine.allocate(NAMESPACE, 0, 1, CHUNK, items, "worker")
     written = [(grant.ticket, 7) for grant in grants if grant.status == "granted"]
     assert engine.commit(written, "worker") == len(written)
 
 
 def hit(engine: CacheEngine, tokens: Sequence[int]) -> int:
-    match = engine.lookup(SPACE, pack_tokens(tokens), CHUNK, 1, "scheduler")
+    match = engine.lookup(NAMESPACE, pack_tokens(tokens), CHUNK, 1, "scheduler")
     engine.release(match.lease, None)
     return match.chunks[-1].end if match.chunks else 0
 
 
 def keys(tokens: Sequence[int]) -> list[bytes]:
-    return [link.key for link in chain(SPACE, pack_tokens(tokens), CHUNK)]
+    return [link.key for link in chain(NAMESPACE, pack_tokens(tokens), CHUNK)]
 
 
 def receive(
     engine: CacheEngine, source: CacheEngine, tokens: Sequence[int], owner: str = "move"
 ) -> list[Reservation]:
     """Room for what the source lends of a prompt."""
-    lease, parcels = source.transfers.lease(keys(tokens), "peer")
-    spaces = {space.digest: space for space in source.namespaces([SPACE])}
-    landings = engine.transfers.reserve(parcels, spaces, owner, no_codec)
+    lease, descriptors = source.transfers.lease(keys(tokens), "peer")
+    spaces = {space.digest: space for space in source.memory_tier.namespaces([NAMESPACE])}
+    reservations = engine.transfers.reserve(descriptors, spaces, owner, no_codec)
     source.release(lease, None)
-    return landings
+    return reservations
 
 
 def one(**changes: object) -> ChunkDescriptor:
-    """A parcel of four tokens that is all right."""
+    """A descriptor of four tokens that is all right."""
     packed = pack_tokens([1, 2, 3, 4])
-    parcel = ChunkDescriptor(
-        chunk_key(SPACE, SPACE[:16], packed), SPACE, SPACE[:16], packed, 0, (Extent(0, 40, 7),)
+    descriptor = ChunkDescriptor(
+        chunk_key(NAMESPACE, NAMESPACE[:16], packed),
+        NAMESPACE,
+        NAMESPACE[:16],
+        packed,
+        0,
+        (Extent(0, 40, 7),),
     )
-    return parcel._replace(**changes)
+    return descriptor._replace(**changes)
 
 
-SPACES = {SPACE: NamespaceInfo(SPACE, CHUNK, 1, ())}
+NAMESPACES = {NAMESPACE: NamespaceInfo(NAMESPACE, CHUNK, 1, ())}
 
 
 def test_what_is_lent_stays_until_it_is_given_back(make_engine: MakeEngine) -> None:
     engine = make_engine(300)
     store(engine, range(8))
-    lease, parcels = engine.transfers.lease(keys(range(8)), "peer")
-    assert [parcel.nbytes for parcel in parcels] == [100, 100]
+    lease, descriptors = engine.transfers.lease(keys(range(8)), "peer")
+    assert [descriptor.nbytes for descriptor in descriptors] == [100, 100]
     store(engine, range(100, 108))
     assert hit(engine, range(8)) == 8
     engine.release(lease, None)
@@ -108,54 +113,54 @@ def test_what_is_not_here_cannot_be_lent(make_engine: MakeEngine) -> None:
     assert make_engine().transfers.lease(keys(range(8)), "peer") == (0, [])
 
 
-def test_a_parcel_is_found_only_once_it_has_landed(make_engine: MakeEngine) -> None:
+def test_a_descriptor_is_found_only_once_it_has_landed(make_engine: MakeEngine) -> None:
     source, goal = make_engine(), make_engine()
     store(source, range(8))
-    landings = receive(goal, source, range(8))
-    assert [landing.status for landing in landings] == ["granted", "granted"]
+    reservations = receive(goal, source, range(8))
+    assert [reservation.status for reservation in reservations] == ["granted", "granted"]
     assert hit(goal, range(8)) == 0
     assert goal.stats()["pending"] == 2
-    for landing in landings:
-        assert goal.transfers.commit(landing.ticket)
+    for reservation in reservations:
+        assert goal.transfers.commit(reservation.ticket)
     assert hit(goal, range(8)) == 8
     assert goal.stats()["pending"] == 0
     assert goal.stats()["moved_in_bytes_total"] == 200
 
 
-def test_a_parcel_that_is_discarded_leaves_no_trace(make_engine: MakeEngine) -> None:
+def test_a_descriptor_that_is_discarded_leaves_no_trace(make_engine: MakeEngine) -> None:
     source, goal = make_engine(), make_engine()
     store(source, range(8))
-    for landing in receive(goal, source, range(8)):
-        goal.transfers.abort(landing.ticket)
-        goal.transfers.abort(landing.ticket)
-        assert not goal.transfers.commit(landing.ticket)
+    for reservation in receive(goal, source, range(8)):
+        goal.transfers.abort(reservation.ticket)
+        goal.transfers.abort(reservation.ticket)
+        assert not goal.transfers.commit(reservation.ticket)
     assert goal.stats()["allocated_bytes"] == 0
 
 
-def test_a_stranded_parcels_memory_is_nobodys_until_it_is_discarded(
+def test_a_stranded_descriptors_memory_is_nobodys_until_it_is_discarded(
     make_engine: MakeEngine,
 ) -> None:
     source, goal = make_engine(), make_engine(300)
     store(source, range(4))
-    [landing] = receive(goal, source, range(4))
-    assert goal.transfers.quarantine(landing.ticket) == 100
+    [reservation] = receive(goal, source, range(4))
+    assert goal.transfers.quarantine(reservation.ticket) == 100
     store(goal, range(4))
     store(goal, range(100, 112))
     assert goal.stats()["allocated_bytes"] == 300
-    goal.transfers.abort(landing.ticket)
+    goal.transfers.abort(reservation.ticket)
     assert goal.stats()["allocated_bytes"] == 200
-    assert not goal.transfers.commit(landing.ticket)
+    assert not goal.transfers.commit(reservation.ticket)
 
 
 def test_what_landed_does_not_leave_before_its_move_lets_go(make_engine: MakeEngine) -> None:
     source, goal = make_engine(), make_engine(300)
     store(source, range(8))
-    for landing in receive(goal, source, range(8)):
-        goal.transfers.commit(landing.ticket)
+    for reservation in receive(goal, source, range(8)):
+        goal.transfers.commit(reservation.ticket)
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 8
-    goal.references.release("move")
+    goal.memory_tier.references.release("move")
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 0
@@ -165,8 +170,8 @@ def test_a_chunk_that_is_here_is_kept_for_the_move_too(make_engine: MakeEngine) 
     source, goal = make_engine(), make_engine(300)
     store(source, range(4))
     store(goal, range(4))
-    assert goal.references.acquire(keys(range(8)), "move") == keys(range(8))[1:]
-    assert [landing.status for landing in receive(goal, source, range(4))] == ["present"]
+    assert goal.memory_tier.references.acquire(keys(range(8)), "move") == keys(range(8))[1:]
+    assert [reservation.status for reservation in receive(goal, source, range(4))] == ["present"]
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(4)) == 4
@@ -175,9 +180,9 @@ def test_a_chunk_that_is_here_is_kept_for_the_move_too(make_engine: MakeEngine) 
 def test_a_chunk_that_a_worker_stores_just_now_is_left_to_it(make_engine: MakeEngine) -> None:
     source, goal = make_engine(), make_engine()
     store(source, range(4))
-    item = StoreItem(SPACE[:16], pack_tokens(range(4)), 100)
-    [grant] = goal.allocate(SPACE, 0, 1, CHUNK, [item], "worker")
-    assert [landing.status for landing in receive(goal, source, range(4))] == ["storing"]
+    item = StoreItem(NAMESPACE[:16], pack_tokens(range(4)), 100)
+    [grant] = goal.allocate(NAMESPACE, 0, 1, CHUNK, [item], "worker")
+    assert [reservation.status for reservation in receive(goal, source, range(4))] == ["storing"]
     assert goal.commit([(grant.ticket, 7)], "worker") == 1
 
 
@@ -185,8 +190,8 @@ def test_after_one_without_room_none_has_any(make_engine: MakeEngine) -> None:
     source, goal = make_engine(), make_engine(250)
     store(source, range(12))
     store(source, range(12, 16), nbytes=20)
-    landings = receive(goal, source, range(12))
-    assert [landing.status for landing in landings] == ["granted", "granted", "full"]
+    reservations = receive(goal, source, range(12))
+    assert [reservation.status for reservation in reservations] == ["granted", "granted", "full"]
 
 
 def test_only_what_is_behind_no_gap_has_arrived(make_engine: MakeEngine) -> None:
@@ -196,9 +201,9 @@ def test_only_what_is_behind_no_gap_has_arrived(make_engine: MakeEngine) -> None
     goal.transfers.commit(first.ticket)
     goal.transfers.abort(second.ticket)
     goal.transfers.commit(third.ticket)
-    assert goal.references.findable("move", keys(range(12))) == keys(range(4))
+    assert goal.memory_tier.references.findable("move", keys(range(12))) == keys(range(4))
     goal.drop_corrupt(keys(range(4))[0])
-    assert goal.references.findable("move", keys(range(12))) == []
+    assert goal.memory_tier.references.findable("move", keys(range(12))) == []
 
 
 def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEngine) -> None:
@@ -206,12 +211,12 @@ def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEng
     store(engine, range(8))
     store(engine, range(100, 108))
     store(engine, range(200, 204))
-    engine.pin([SPACE], pack_tokens(range(100, 104)), "p")
-    engine.references.acquire(keys(range(200, 204)), "another move")
+    engine.memory_tier.pin([NAMESPACE], pack_tokens(range(100, 104)), "p")
+    engine.memory_tier.references.acquire(keys(range(200, 204)), "another move")
     asked = [*keys(range(4)), *keys(range(100, 108)), *keys(range(200, 204)), bytes(16)]
-    assert engine.delete(asked) == DeleteResult(1, pinned=1, followed=1, in_use=1)
+    assert engine.memory_tier.delete(asked) == DeleteResult(1, pinned=1, followed=1, in_use=1)
     assert [hit(engine, range(s, s + 8)) for s in (0, 100, 200)] == [8, 4, 4]
-    assert engine.delete(keys(range(8))) == DeleteResult(2)
+    assert engine.memory_tier.delete(keys(range(8))) == DeleteResult(2)
     assert hit(engine, range(8)) == 0
 
 
@@ -225,7 +230,7 @@ def test_a_chunk_whose_bytes_changed_goes_when_it_is_looked_at_again(
     assert engine.stats()["corrupt_total"] == 1
 
 
-def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEngine) -> None:
+def test_an_encoded_descriptor_counts_as_encoded_and_goes_as_one(make_engine: MakeEngine) -> None:
     class Echo(Codec):
         format_version = 3
 
@@ -235,16 +240,20 @@ def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEn
         decode = describe = max_blob_bytes = encode  # type: ignore[assignment]
 
     goal = make_engine()
-    packing = Encoding("echo", 3, (ChunkInfo(LAYOUT, 4),))
-    [landing] = goal.transfers.reserve([one(encoding=packing)], SPACES, "move", lambda _: Echo())
-    goal.transfers.commit(landing.ticket)
+    encoding = Encoding("echo", 3, (ChunkInfo(LAYOUT, 4),))
+    [reservation] = goal.transfers.reserve(
+        [one(encoding=encoding)], NAMESPACES, "move", lambda _: Echo()
+    )
+    goal.transfers.commit(reservation.ticket)
     assert goal.stats()["encoded_chunks"] == 1
-    goal.clear()
+    goal.memory_tier.clear()
     assert goal.stats()["encoded_chunks"] == 0
     assert goal.stats()["allocated_bytes"] == 0
-    old = packing._replace(version=2)
-    [landing] = goal.transfers.reserve([one(encoding=old)], SPACES, "move", lambda _: Echo())
-    assert (landing.status, "version 2 of echo's format" in landing.why) == ("unfit", True)
+    old = encoding._replace(version=2)
+    [reservation] = goal.transfers.reserve(
+        [one(encoding=old)], NAMESPACES, "move", lambda _: Echo()
+    )
+    assert (reservation.status, "version 2 of echo's format" in reservation.why) == ("unfit", True)
 
 
 @pytest.mark.parametrize(
@@ -266,22 +275,22 @@ def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEn
     ],
     ids=str,
 )
-def test_a_parcel_that_is_not_what_it_says_is_not_taken(
+def test_a_descriptor_that_is_not_what_it_says_is_not_taken(
     make_engine: MakeEngine, change: dict[str, object]
 ) -> None:
     goal = make_engine()
-    [landing] = goal.transfers.reserve([one(**change)], SPACES, "move", no_codec)
-    assert landing.status == "unfit"
-    assert landing.why
+    [reservation] = goal.transfers.reserve([one(**change)], NAMESPACES, "move", no_codec)
+    assert reservation.status == "unfit"
+    assert reservation.why
     assert goal.stats()["allocated_bytes"] == 0
-    [landing] = goal.transfers.reserve([one()], SPACES, "move", no_codec)
-    assert landing.status == "granted"
+    [reservation] = goal.transfers.reserve([one()], NAMESPACES, "move", no_codec)
+    assert reservation.status == "granted"
 
 
 def test_a_namespace_of_another_shape_here_takes_no_parcel(make_engine: MakeEngine) -> None:
     goal = make_engine()
     store(goal, range(4))
-    spaces = {SPACE: NamespaceInfo(SPACE, 8, 1, ())}
-    [landing] = goal.transfers.reserve([one()], spaces, "move", no_codec)
-    assert landing.status == "unfit"
-    assert "chunk_size 4" in landing.why
+    spaces = {NAMESPACE: NamespaceInfo(NAMESPACE, 8, 1, ())}
+    [reservation] = goal.transfers.reserve([one()], spaces, "move", no_codec)
+    assert reservation.status == "unfit"
+    assert "chunk_size 4" in reservation.why

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -20,6 +21,7 @@ from lmcache_kit.protocol.control import Register, WorkerPort, encode
 from tests.support import rest
 from tests.support.ports import free_ports, taken_port
 from tests.support.processes import Program, run, run_python
+from tests.support.sites import FakeSite
 from tests.support.waiting import DEADLINE_S
 
 pytest.importorskip("lmcache_kit_http_api")
@@ -279,3 +281,48 @@ def test_the_help_shows_an_example():
     shown = run_python(COMMAND, "--help")
     assert "lmcache_controller --host localhost --port 9000 --monitor-port 9001" in shown
     assert "curl -X POST http://localhost:9000/lookup" in shown
+
+
+ROUTES = """
+@hookimpl
+def register_routes():
+    return [RouteSpec("count", "acme_count_api:count", "Count workers", method="GET",
+                      path="{path}", reply="acme_count_api:Count")]
+"""
+ROUTES_API = """
+from pydantic import BaseModel
+
+class Count(BaseModel):
+    workers: int
+
+async def count(controller, request):
+    return Count(workers=len(controller.workers()))
+"""
+
+
+def with_routes(site: FakeSite, path: str, api: str = ROUTES_API) -> dict[str, str]:
+    """Install a plugin with a route; returns the environment in which it is found."""
+    site.install("acme-count", ROUTES.format(path=path))
+    site.module("acme_count_api", api)
+    return {"PYTHONPATH": f"{site.folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
+def test_it_serves_the_routes_of_plugins(start, site):
+    running = start(*FREE_PORTS, **with_routes(site, "/acme/count"))
+    assert rest.ask(f"{running.url}/acme/count") == (200, {"workers": 0})
+
+
+def test_a_route_that_is_built_in_ends_the_start(site):
+    code, told = refused(FREE_PORTS, **with_routes(site, "/lookup"))
+    assert code == 2
+    assert "route GET /lookup of plugin 'acme_count' of acme-count collides with" in told
+    assert "POST /lookup of the frontend http" in told
+
+
+def test_a_plugin_whose_route_is_broken_is_a_warning(start, site):
+    running = start(*FREE_PORTS, **with_routes(site, "/acme/count", "1 / 0"))
+    assert running.lookup([1]) == 200
+    assert rest.ask(f"{running.url}/acme/count")[0] == 404
+    code, told = running.stop(signal.SIGTERM)
+    assert code == 0
+    assert "route 'count': PluginBroken:" in told

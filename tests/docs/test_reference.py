@@ -145,7 +145,7 @@ def test_every_route_has_its_fields_reply_and_errors(pages: dict[str, str]) -> N
         f"{route.method} {route.path}" for route in ROUTES
     }
     for route in ROUTES:
-        text = shown[route.operation.__name__]
+        text = shown[route.handler.__name__]
         fields = route.request.model_fields.items() if route.request else ()
         wanted = {field.alias or name for name, field in fields}
         assert set(rows(text)) == wanted

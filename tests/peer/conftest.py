@@ -94,7 +94,7 @@ class Place:
             for store, location in zip(stores, "ABC", strict=False)
         ]
         below = self.engine.attach(self.tiers, self.codecs.make)
-        self.engine.subscribe(below)
+        self.engine.memory_tier.subscribe(below)
         defaults: dict[str, object] = {
             "enable_p2p": True,
             "lmcache_instance_id": name,
@@ -214,7 +214,7 @@ class Place:
 
     def everything(self) -> set[bytes]:
         """Keys of all that is stored."""
-        return {chunk.key for chunk in self.engine.chunk_refs(None, None)}
+        return {chunk.key for chunk in self.engine.memory_tier.chunk_refs(None, None)}
 
     @property
     def idle(self) -> bool:

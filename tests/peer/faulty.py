@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 _SESSION = "lmcache_kit.peer.move_server:MoveSession"
 _TRANSFERS = "lmcache_kit.cache.memory.transfers:Transfers"
-_TIER = "lmcache_kit.cache.tier_base:Tier"
+_TIER = "lmcache_kit.cache.tier:Tier"
 _CLIENT = "lmcache_kit.peer.source_client:SourceClient"
 _MOVE = "lmcache_kit.peer.move_executor:RunningMove"
 _AGENT = "lmcache_kit.agent.agent:Agent"

@@ -115,7 +115,9 @@ def test_a_peer_may_only_lease_and_delete_what_its_capability_covers(
 ) -> None:
     source.store(range(16))
     source.store(range(100, 116))
-    [other] = [h.key for h in source.engine.chunk_refs(None, pack_tokens(range(100, 116)))]
+    [other] = [
+        h.key for h in source.engine.memory_tier.chunk_refs(None, pack_tokens(range(100, 116)))
+    ]
     for ask in (lambda c: c.lease([other], "tcp"), lambda c: c.delete([other])):
         client = open_client(source, opening(goal, source, tokens=range(16)))
         with pytest.raises(OperationFailed, match="the capability does not cover"):

@@ -76,7 +76,7 @@ def place() -> Iterator[Place]:
     """Three chunks in both tiers, and empty memory."""
     place = Place()
     place.cache.store(range(12))
-    place.engine.clear()
+    place.engine.memory_tier.clear()
     yield place
     place.close()
 

@@ -93,7 +93,7 @@ def test_what_others_follow_stays_at_the_source_and_is_named(source: Place, goal
 
 def test_a_pinned_chunk_stays_and_so_does_what_it_follows(source: Place, goal: Place) -> None:
     source.store(range(40))
-    source.engine.pin(None, pack_tokens(range(32)), "p")
+    source.engine.memory_tier.pin(None, pack_tokens(range(32)), "p")
     outcome = goal.move(source, range(40))
     assert (outcome.state, outcome.tokens) == ("done", 40)
     assert outcome.message == "the source keeps chunks: 2 that are pinned"
@@ -102,7 +102,7 @@ def test_a_pinned_chunk_stays_and_so_does_what_it_follows(source: Place, goal: P
 
 def test_a_pin_that_comes_while_the_chunks_move_holds(source: Place, goal: Place) -> None:
     source.store(range(40))
-    goal.before_confirm = lambda: source.engine.pin(None, None, "late")
+    goal.before_confirm = lambda: source.engine.memory_tier.pin(None, None, "late")
     assert goal.move(source, range(40)).state == "done"
     assert (goal.hit(range(40)), source.hit(range(40))) == (40, 40)
 
@@ -181,7 +181,7 @@ def test_chunks_that_left_the_source_meanwhile_are_counted(source: Place, goal: 
     lease = source.engine.transfers.lease
 
     def evict_first(*call: object) -> object:
-        source.engine.clear(None, pack_tokens(range(40)))
+        source.engine.memory_tier.clear(None, pack_tokens(range(40)))
         return lease(*call)  # type: ignore[arg-type]
 
     source.engine.transfers.lease = evict_first  # type: ignore[method-assign, assignment]
@@ -269,8 +269,8 @@ def test_compressed_chunks_move_compressed(source: Place, goal: Place) -> None:
     tokens = range(48)
     source.store(tokens)
     codec = source.codecs.get("cachegen")
-    for key, _ in source.engine.keys(None, None):
-        assert source.engine.encode(key, "cachegen", codec).status == "done"
+    for key, _ in source.engine.memory_tier.keys(None, None):
+        assert source.engine.memory_tier.encode(key, "cachegen", codec).status == "done"
     weight = int(source.stats()["requested_bytes"])
     assert weight < 3 * CHUNK_BYTES
     outcome = goal.move(source, tokens)
@@ -282,22 +282,30 @@ def test_compressed_chunks_move_compressed(source: Place, goal: Place) -> None:
     match = goal.engine.lookup(BASE.digest, pack_tokens(tokens), 16, 1, "reader", 30)
     assert match.chunks[-1].end == 48
     goal.engine.release(match.lease, None)
-    assert goal.engine.decode(goal.engine.keys(None, None)[0][0], "cachegen").status == "done"
+    assert (
+        goal.engine.memory_tier.decode(
+            goal.engine.memory_tier.keys(None, None)[0][0], "cachegen"
+        ).status
+        == "done"
+    )
 
 
 def test_a_raw_chunk_that_moved_can_be_compressed(source: Place, goal: Place) -> None:
     source.store(range(16))
     goal.move(source, range(16))
-    [(key, _)] = goal.engine.keys(None, None)
-    assert goal.engine.encode(key, "cachegen", goal.codecs.get("cachegen")).status == "done"
+    [(key, _)] = goal.engine.memory_tier.keys(None, None)
+    assert (
+        goal.engine.memory_tier.encode(key, "cachegen", goal.codecs.get("cachegen")).status
+        == "done"
+    )
 
 
 def test_what_the_destination_could_not_decode_stays_where_it_is(
     make_place: MakePlace, source: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source.store(range(16))
-    [(key, _)] = source.engine.keys(None, None)
-    source.engine.encode(key, "cachegen", source.codecs.get("cachegen"))
+    [(key, _)] = source.engine.memory_tier.keys(None, None)
+    source.engine.memory_tier.encode(key, "cachegen", source.codecs.get("cachegen"))
     monkeypatch.setenv("LMCACHE_KIT_PLUGINS", "-cachegen")
     goal = make_place("goal")
     outcome = goal.move(source, range(16))
@@ -404,7 +412,7 @@ def test_a_defect_at_either_end_ends_the_move_and_loses_nothing(
 ) -> None:
     source.store(range(40))
     engine = (goal if step == "reserve" else source).engine
-    part = engine if step == "delete" else engine.transfers
+    part = engine.memory_tier if step == "delete" else engine.transfers
 
     def fail(*_: object) -> None:
         raise RuntimeError("broken on purpose")

@@ -36,12 +36,12 @@ class Moves(RuleBasedStateMachine):
     @rule(at=places, prompt=prompts)
     def pin(self, at: int, prompt: str) -> None:
         self.pins += 1
-        self.places[at].engine.pin(None, pack_tokens(tokens(prompt)), str(self.pins))
+        self.places[at].engine.memory_tier.pin(None, pack_tokens(tokens(prompt)), str(self.pins))
         self.pinned[at][str(self.pins)] = self.found(at, prompt)
 
     @rule(at=places)
     def unpin_all(self, at: int) -> None:
-        self.places[at].engine.unpin(None, None)
+        self.places[at].engine.memory_tier.unpin(None, None)
         self.pinned[at].clear()
 
     @rule(source=places, goal=places, prompt=st.none() | prompts, copy=st.booleans())

@@ -51,17 +51,19 @@ def test_nothing_wrong_is_ever_read_and_nothing_stays_held(
 
     def pin(luck: random.Random, place: Place, _: Place) -> None:
         name = str(luck.randrange(4))
-        _, pinned = place.engine.pin(None, pack_tokens(luck.choice(prompts)), name)
+        _, pinned = place.engine.memory_tier.pin(None, pack_tokens(luck.choice(prompts)), name)
         did["pinned"] += pinned.chunks
-        place.engine.unpin(None, None, str(luck.randrange(4)))
+        place.engine.memory_tier.unpin(None, None, str(luck.randrange(4)))
 
     def recode(luck: random.Random, place: Place, _: Place) -> None:
-        keys = [key for key, _ in place.engine.keys(None, None)]
+        keys = [key for key, _ in place.engine.memory_tier.keys(None, None)]
         for key in luck.sample(keys, min(3, len(keys))):
             if luck.random() < 0.5:
-                did["encoded"] += place.engine.encode(key, "cachegen", codec).status == "done"
+                did["encoded"] += (
+                    place.engine.memory_tier.encode(key, "cachegen", codec).status == "done"
+                )
             else:
-                did["decoded"] += place.engine.decode(key, "cachegen").status == "done"
+                did["decoded"] += place.engine.memory_tier.decode(key, "cachegen").status == "done"
 
     jobs = [store_and_read, move, move, pin, recode]
     threads = [threading.Thread(target=worker, args=(seed, job)) for seed, job in enumerate(jobs)]
@@ -75,7 +77,7 @@ def test_nothing_wrong_is_ever_read_and_nothing_stays_held(
         eventually(lambda place=place: place.idle)
         stats = place.stats()
         assert stats["corrupt_total"] == 0
-        place.engine.unpin(None, None)
-        place.engine.clear()
+        place.engine.memory_tier.unpin(None, None)
+        place.engine.memory_tier.clear()
         assert place.stats()["allocated_bytes"] == 0
         assert place.stats()["encoded_chunks"] == 0

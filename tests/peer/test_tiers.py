@@ -23,7 +23,7 @@ def low(make_place: MakePlace) -> Place:
     place = make_place("low", stores=[Dict(), Dict()])
     place.store(range(40))
     place.settle()
-    place.engine.clear()
+    place.engine.memory_tier.clear()
     return place
 
 
@@ -51,7 +51,7 @@ def test_a_move_goes_to_a_tier_and_is_served_from_there(
     assert (outcome.state, outcome.tokens) == ("done", 40)
     assert source.everything() == set()
     assert len(goal.at("A")) == 3
-    goal.engine.clear()
+    goal.engine.memory_tier.clear()
     assert goal.hit(range(40)) == 40
 
 
@@ -72,7 +72,7 @@ def test_more_than_fits_into_the_memory_of_the_source_comes_from_a_tier(
     for start in range(0, 160, 16):
         source.store(range(start, start + 16))
         source.settle()
-    source.engine.clear()
+    source.engine.memory_tier.clear()
     outcome = goal.move(source, at="A")
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")
     assert source.at("A") == set()
@@ -88,7 +88,7 @@ def test_moves_at_once_wait_for_room_in_the_memory_of_the_source(
         for end in (16, 32, 48):
             source.store(prompt[:end])
             source.settle()
-    source.engine.clear()
+    source.engine.memory_tier.clear()
     with ThreadPoolExecutor(len(prompts)) as pool:
         outcomes = list(pool.map(lambda prompt: goal.move(source, prompt, at="A"), prompts))
     assert {(each.state, each.tokens, each.message) for each in outcomes} == {("done", 48, "")}
@@ -99,7 +99,7 @@ def test_a_source_whose_memory_stays_full_says_so(make_place: MakePlace, goal: P
     source = make_place("small", mib=mib, stores=[Dict()], room_s=0.2)
     source.store(range(48))
     source.settle()
-    source.engine.clear()
+    source.engine.memory_tier.clear()
     source.store(range(100, 148))
     source.settle()
     lease, parcels = source.engine.transfers.lease(list(source.everything()), "a reader")
@@ -153,7 +153,7 @@ def test_what_a_tier_has_already_is_not_sent(source: Place, make_place: MakePlac
     source.store(range(40))
     goal.store(range(32))
     goal.settle()
-    goal.engine.clear()
+    goal.engine.memory_tier.clear()
     outcome = goal.move(source, range(40), to="A")
     assert outcome.state == "done"
     assert "2 of 3 chunks were here already" in outcome.message
@@ -252,7 +252,7 @@ def test_what_could_not_be_found_at_the_goal_stays_at_the_source(within: Within)
     outcome = within.move("A", "B")
     assert outcome.state == "partial"
     assert len(place.at("A")) == 3
-    place.engine.clear()
+    place.engine.memory_tier.clear()
     assert place.hit(range(40)) == 40
 
 
@@ -269,7 +269,7 @@ def test_what_does_not_fit_into_memory_stays_in_the_tier(make_place: MakePlace) 
         place.store(range(start, start + 16))
         place.settle()
     within = Within(place)
-    place.engine.pin(None, pack_tokens(range(32, 48)), "p")
+    place.engine.memory_tier.pin(None, pack_tokens(range(32, 48)), "p")
     order = Move(location=PLACE, source="small", source_location="A")
     outcome = within.do(order)
     assert outcome.state == "partial"
@@ -284,7 +284,7 @@ def test_more_than_fits_into_memory_goes_from_tier_to_tier(make_place: MakePlace
         place.store(range(start, start + 16))
         place.settle()
     place.engine.locations["B"].clear()
-    place.engine.clear()
+    place.engine.memory_tier.clear()
     outcome = Within(place).do(Move(location="B", source="small", source_location="A"))
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")
     assert (len(place.at("A")), len(place.at("B"))) == (0, 10)

@@ -246,7 +246,7 @@ def test_a_backend_keeps_what_memory_loses() -> None:
     try:
         place.store(range(100))
         place.settle()
-        place.engine.clear()
+        place.engine.memory_tier.clear()
         assert place.hit(range(100)) == 100
         assert place.engine.stats()["promoted_chunks_total"] == 7
     finally:

@@ -20,13 +20,19 @@ sys.path.insert(0, str(SITE))
 
 HEAD = """
 from lmcache_kit.hookspecs import hookimpl
-from lmcache_kit.specs import CodecSpec
+from lmcache_kit.specs import CodecSpec, RouteSpec
 """
 GOOD = """
 @hookimpl
 def register_codecs():
     return [CodecSpec("{name}", "{name}.codec:Mine", "a codec", "{name}.codec:Options",
                       probe="{name}.codec:why_not")]
+
+@hookimpl
+def register_routes():
+    return [RouteSpec("{name}", "{name}.codec:answer", "a route", method="GET",
+                      path="/levels/{{level}}", request="{name}.codec:Asked",
+                      reply="{name}.codec:Told")]
 """
 CODEC = """
 from pydantic import BaseModel
@@ -37,6 +43,15 @@ class Options(BaseModel, extra="forbid"):
 
 def why_not():
     return ""
+
+class Asked(BaseModel, extra="forbid"):
+    level: int
+
+class Told(BaseModel):
+    level: int
+
+async def answer(controller, request):
+    return Told(level=request.level)
 
 class Mine(Codec):
     format_version = 1
@@ -90,6 +105,12 @@ install(
     "ChangesItsMind",
     "count = []\n" + replaced('"a codec"', 'f"codec {{count.append(1) or len(count)}}"'),
 )
+install("AnswersWithoutAsync", codec=replaced("async def", "def", CODEC))
+install("HasNoFieldForAName", replaced("{{level}}", "{{depth}}"))
+install(
+    "IgnoresMisspeltFields",
+    codec=replaced('Asked(BaseModel, extra="forbid")', "Asked(BaseModel)", CODEC),
+)
 install("IsOfAnotherVersion", group="lmcache_kit.v0")
 install("DependsOnNothing", needs="")
 (install("IsUntyped") / "py.typed").unlink()
@@ -110,6 +131,9 @@ CAUGHT_BY = {
     "HasAnOddName": "test_names_are_plain_and_its_own",
     "ListsCapabilities": "test_capabilities_are_names",
     "ChangesItsMind": "test_it_says_the_same_again",
+    "AnswersWithoutAsync": "test_routes_can_be_served",
+    "HasNoFieldForAName": "test_routes_can_be_served",
+    "IgnoresMisspeltFields": "test_routes_can_be_served",
     "IsOfAnotherVersion": "test_it_loads_without_a_failure",
     "DependsOnNothing": "test_it_says_what_it_needs",
     "IsUntyped": "test_it_is_typed",

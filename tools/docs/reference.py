@@ -6,7 +6,7 @@ import inspect
 import json
 import pkgutil
 
-from lmcache_kit_http_api.problems import from_exception
+from lmcache_kit_http_api.errors import from_exception
 
 from lmcache_kit import errors
 from lmcache_kit.config.declare import Declaration

@@ -20,6 +20,7 @@ from lmcache_kit.interfaces import (
     frontend,
     memory,
     operations,
+    routes,
     transport,
 )
 
@@ -33,6 +34,7 @@ MODULES: dict[ModuleType, str] = {
     layout: "Layout of KV",
     transport: "Transports",
     frontend: "Frontends",
+    routes: "Routes of plugins",
     operations: "Orders",
     eviction: "Eviction policies",
     cache: "Caches",

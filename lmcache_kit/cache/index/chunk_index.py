@@ -1,10 +1,11 @@
-"""The index: which chunks there are at one location, and who follows whom; in memory, also where
-they lie."""
+"""The chunk index: the chunks of one tier, and which follows which."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
+from lmcache_kit.cache.descriptors import NamespaceInfo
 from lmcache_kit.cache.index.entries import (
     Children,
     Entry,
@@ -13,23 +14,20 @@ from lmcache_kit.cache.index.entries import (
     Payload,
     big_endian,
 )
-from lmcache_kit.cache.records import Located
-from lmcache_kit.keys import TOKEN_BYTES, chain
+from lmcache_kit.cache.records import ChangeListener, Located, StoredChunk
+from lmcache_kit.interfaces import EvictionPolicy
+from lmcache_kit.keys import TOKEN_BYTES, ChunkKey, chain
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from lmcache_kit.cache.descriptors import NamespaceInfo
-    from lmcache_kit.cache.records import ChangeListener, StoredChunk
-    from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend, Region
-    from lmcache_kit.keys import ChunkKey
+Walk: TypeAlias = "list[tuple[Located, Entry]]"
+"""Chunks that match a prompt one after the other, from the first one on."""
 
 
 class ChunkIndex:
-    """Keeps entries, the policy and the listeners in step with each other.
+    """Entries by key and by parent, in step with the policy and the listeners.
 
-    An entry is *linked* from :meth:`put` to :meth:`unlink`; listeners and policy know it from
-    :meth:`complete` on. ``encoded`` counts the entries whose payload is.
+    An entry is *linked* from :meth:`put` to :meth:`unlink`. Listeners and policy know it from
+    :meth:`complete` on. ``encoded`` counts the entries with an encoded payload. Called under the
+    tier's lock; ``notify`` wakes threads that wait for a change.
     """
 
     def __init__(self, policy: EvictionPolicy) -> None:
@@ -40,10 +38,11 @@ class ChunkIndex:
         self.namespaces: dict[bytes, NamespaceState] = {}
         self.listeners: list[ChangeListener] = []
         self.encoded = 0
+        self.notify: Callable[[], None] = lambda: None
         self._pending_children: dict[ChunkKey, int] = {}
 
     def namespace(self, digest: bytes, chunk_size: int, world_size: int) -> NamespaceState | None:
-        """The namespace, if it has chunks here. Raises ValueError when the shape differs."""
+        """Return the namespace if it has chunks here. Raises ValueError for another shape."""
         namespace = self.namespaces.get(digest)
         if namespace and (namespace.chunk_size, namespace.world_size) != (chunk_size, world_size):
             raise ValueError(
@@ -54,8 +53,10 @@ class ChunkIndex:
         return namespace
 
     def namespace_of(self, info: NamespaceInfo) -> NamespaceState:
-        """The namespace that ``info`` describes, whether it has chunks here or not, with the forms
-        that were not known. Raises ValueError when the shape differs."""
+        """Return the namespace that ``info`` describes, made if it has no chunks here.
+
+        Adds the rank layouts that were not known. Raises ValueError for another shape.
+        """
         namespace = self.namespace(info.digest, info.chunk_size, info.world_size)
         namespace = namespace or NamespaceState(info.digest, info.chunk_size, info.world_size)
         for rank, rank_layout in info.rank_layouts:
@@ -63,22 +64,22 @@ class ChunkIndex:
         return namespace
 
     def records(self) -> list[StoredChunk]:
-        """All complete chunks."""
+        """Return all complete chunks."""
         return [entry.record for entry in self.entries.values() if entry.complete]
 
     def walk(
         self, namespace: NamespaceState, tokens: bytes, start: int = 0, parent: ChunkKey = b""
-    ) -> list[tuple[Located, Entry]]:
-        """The longest stored prefix of packed ``tokens``, chunk by chunk from the first, or from
-        the token ``start`` on, which follows the chunk ``parent``.
+    ) -> Walk:
+        """Return the longest stored prefix of packed ``tokens``, chunk by chunk.
 
-        Compares tokens, not keys, so the chunk after the last full match counts for as many of
-        its first tokens as agree.
+        With ``start``, the prefix begins at that token, which follows the chunk ``parent``. Tokens
+        are compared, not keys: of the chunk after the last full match, the first tokens that agree
+        count.
         """
         sort_key = big_endian(tokens)
         step = namespace.chunk_size * TOKEN_BYTES
         parent = parent or namespace.root
-        found: list[tuple[Located, Entry]] = []
+        found: Walk = []
         for at in range(start * TOKEN_BYTES, len(sort_key), step):
             children = self.children.get(parent)
             if children is None:
@@ -96,8 +97,10 @@ class ChunkIndex:
         return found
 
     def select(self, digests: Iterable[bytes] | None, tokens: bytes | None) -> list[PartialChunk]:
-        """The longest stored prefix of packed ``tokens`` in each of these namespaces, or in all
-        (None); without tokens, all complete chunks there."""
+        """Return the longest stored prefix of packed ``tokens`` in each of the namespaces.
+
+        Without ``digests`` in all namespaces; without ``tokens`` all complete chunks there.
+        """
         namespaces = self._named(digests)
         if tokens is not None:
             walks = [self.walk(namespace, tokens) for namespace in namespaces]
@@ -110,9 +113,11 @@ class ChunkIndex:
             if entry.complete and entry.namespace in namespaces
         ]
 
-    def holding(self, digests: Iterable[bytes] | None, tokens: bytes) -> list[Entry]:
-        """Complete chunks, also behind holes, that hold only KV of packed ``tokens`` or that of
-        the last of them and then more; not those that go on otherwise."""
+    def covered_by(self, digests: Iterable[bytes] | None, tokens: bytes) -> list[Entry]:
+        """Return the complete chunks that a clear of packed ``tokens`` means, also behind gaps.
+
+        A chunk is meant if it has only these tokens, or the last of these and then others.
+        """
         found: list[Entry] = []
         for namespace in self._named(digests):
             for link in chain(namespace.digest, tokens, namespace.chunk_size):
@@ -126,7 +131,7 @@ class ChunkIndex:
         return found
 
     def put(self, entry: Entry) -> None:
-        """A chunk begins to be stored."""
+        """Link a pending entry."""
         self.entries[entry.key] = entry
         self.pending[entry.key] = entry
         self._pending_children[entry.parent] = self._pending_children.get(entry.parent, 0) + 1
@@ -134,15 +139,16 @@ class ChunkIndex:
         self.encoded += entry.payload.encoding is not None
 
     def complete(self, entry: Entry) -> None:
-        """It is sealed: the chunk can be found."""
+        """Make an entry findable whose payload is complete."""
         self._no_longer_pending(entry)
         self.children.setdefault(entry.parent, Children()).add(entry)
         self.policy.added(entry.key)
         for listener in self.listeners:
             listener.added(entry.record)
+        self.notify()
 
     def unlink(self, entry: Entry) -> None:
-        """Nobody finds it from now on; its memory is freed when nobody uses it."""
+        """Make an entry unfindable, and detach its payload. Safe to call twice."""
         if not entry.linked:
             return
         entry.linked = False
@@ -161,20 +167,29 @@ class ChunkIndex:
         else:
             self._no_longer_pending(entry)
         self.detach(entry)
+        self.notify()
 
     def attach_payload(self, entry: Entry, payload: Payload) -> None:
-        """From now on the entry, whose last payload was detached, consists of this one."""
+        """Attach a new payload to an entry whose old one was detached."""
         payload.attached = True
         entry.payload = payload
         self.encoded += payload.encoding is not None
 
     def detach(self, entry: Entry) -> None:
-        """The entry's payload goes when nobody uses it any more."""
+        """Detach the payload of an entry, to be freed with its last hold."""
         entry.payload.attached = False
         self.encoded -= entry.payload.encoding is not None
 
+    def release_if_unused(self, payload: Payload) -> None:
+        """Free what a payload occupies if no entry consists of it and nothing uses it."""
+
+    def touch(self, found: Walk) -> None:
+        """Tell the policy of the chunks of a match, so that a tail leaves before its head."""
+        for located, _ in reversed(found):
+            self.policy.touched(located.key)
+
     def followers(self, key: ChunkKey) -> int:
-        """How many chunks, pending ones too, have this one as their parent."""
+        """Return how many chunks, pending ones too, have this one as their parent."""
         children = self.children.get(key)
         stored = len(children) if children else 0
         return stored + self._pending_children.get(key, 0)
@@ -191,53 +206,3 @@ class ChunkIndex:
             self._pending_children[entry.parent] = left
         else:
             del self._pending_children[entry.parent]
-
-
-class MemoryIndex(ChunkIndex):
-    """An index that frees the memory of what leaves it."""
-
-    def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
-        super().__init__(policy)
-        self.memory = memory
-        self.capacity_bytes = memory.usage().capacity_bytes
-        self._at: dict[int, Entry] = {}
-
-    def put(self, entry: Entry) -> None:
-        super().put(entry)
-        self._own(entry)
-
-    def attach_payload(self, entry: Entry, payload: Payload) -> None:
-        super().attach_payload(entry, payload)
-        self._own(entry)
-
-    def detach(self, entry: Entry) -> None:
-        super().detach(entry)
-        for region in entry.payload.regions:
-            self._at.pop(region.offset, None)
-        self.release_if_unused(entry.payload)
-
-    def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
-        """A rank needs another size than was set aside for it."""
-        self.free(entry.payload.regions[rank])
-        entry.payload.regions[rank] = region
-        self._own(entry)
-
-    def release_if_unused(self, payload: Payload) -> None:
-        """Free the memory of a payload that is neither kept nor in use."""
-        if not payload.attached and not payload.ref_count:
-            for region in payload.regions:
-                self.free(region)
-            payload.regions = []
-
-    def free(self, region: Region) -> None:
-        self._at.pop(region.offset, None)
-        self.memory.free(region)
-
-    def owner_of(self, region: Region) -> Entry | None:
-        """The linked entry whose memory this is. None for memory that is just being handed out,
-        or of payloads that are used only until their readers are done."""
-        return self._at.get(region.offset)
-
-    def _own(self, entry: Entry) -> None:
-        for region in entry.payload.regions:
-            self._at[region.offset] = entry

@@ -1,27 +1,23 @@
-"""What the engine knows of a chunk, and the index of a chunk's children."""
+"""Entries: a chunk's state in an index, and the children of a chunk."""
 
 from __future__ import annotations
 
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 from lmcache_kit.cache.records import Extent, StoredChunk
-from lmcache_kit.interfaces.codec import ChunkInfo, Rope
+from lmcache_kit.interfaces.codec import ChunkInfo, Codec, Rope
+from lmcache_kit.interfaces.memory import Region
 from lmcache_kit.keys import KEY_BYTES, TOKEN_BYTES, ChunkKey
 from lmcache_kit.layout import DTYPE_BYTES, KVLayout
 
-if TYPE_CHECKING:
-    from lmcache_kit.cache.memory.decoding import Decoding
-    from lmcache_kit.interfaces.codec import Codec
-    from lmcache_kit.interfaces.memory import Region
-
 
 class RankLayout(NamedTuple):
-    """What one rank's payloads are, as far as a codec must know it."""
+    """The layout of one rank's payloads, as codecs must know it."""
 
     layout: KVLayout
     rope: Rope | None = None
@@ -30,8 +26,10 @@ class RankLayout(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class NamespaceState:
-    """A namespace that has chunks here. Its digest fixes the next two, so they must agree.
-    ``rank_layouts``: by rank, of those that said it."""
+    """A namespace that has chunks here. ``chunk_size`` and ``world_size`` follow from the digest.
+
+    ``rank_layouts``: by rank, of the ranks that declared theirs. ``entries``: how many chunks.
+    """
 
     digest: bytes
     chunk_size: int
@@ -45,8 +43,10 @@ class NamespaceState:
 
 
 class ResolvedEncoding(NamedTuple):
-    """What made the bytes of a payload. ``version``: of the codec's format; ``chunks``: what was
-    encoded, one per rank."""
+    """The codec that made the bytes of a payload, and the version of its format.
+
+    ``chunks``: what was encoded, one per rank.
+    """
 
     method: str
     version: int
@@ -78,7 +78,7 @@ class Payload:
         return sum(self.sizes)
 
     def set_checksums(self, checksums: Sequence[int]) -> None:
-        """All is written; ``checksums``, by rank, are the xxh3-64 of it."""
+        """Complete the payload with the xxh3-64 of the bytes of each rank."""
         self.extents = tuple(
             Extent(region.offset, region.nbytes, checksum)
             for region, checksum in zip(self.regions, checksums, strict=True)
@@ -87,14 +87,13 @@ class Payload:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One chunk: pending until every rank has committed its payload, then complete.
+    """A chunk: pending until every rank has committed its payload, then complete.
 
-    ``sort_key`` is its tokens as big-endian u32, so that bytes sort as tokens do; ``start`` is the
-    position of the first one. The payload has memory for every rank from the start; ``claimed`` are
-    the ranks that write or have written theirs. ``linked`` turns false once, when the chunk is
-    evicted, dropped or given up. ``decoding`` may be a raw copy for readers of an encoded payload;
-    ``busy`` says that another payload is being made to take the place of this one. ``pins`` and
-    ``ref_count`` count the pins and the moves that keep it.
+    ``sort_key``: its tokens as big-endian u32, so that bytes sort as tokens do. ``start``: the
+    position of the first token. ``claimed``: the ranks that write or have written their payloads;
+    memory is reserved for all ranks from the start. ``linked`` turns false once, when the chunk is
+    evicted, dropped or given up. ``decoding``: a raw copy for readers of an encoded payload.
+    ``busy``: another payload is being made. ``pins`` and ``ref_count`` count pins and references.
     """
 
     key: ChunkKey
@@ -121,7 +120,7 @@ class Entry:
         return bool(self.payload.extents)
 
     def mark_complete(self) -> None:
-        """Every rank has written its payload."""
+        """Complete the payload with the checksums that the ranks committed."""
         self.payload.set_checksums(
             [self.checksums[rank] for rank in range(self.namespace.world_size)]
         )
@@ -136,7 +135,7 @@ class Entry:
         return StoredChunk(self.key, self.parent, tokens, tokens < self.namespace.chunk_size)
 
     def chunk_info(self, rank: int) -> ChunkInfo:
-        """What a codec must know of a rank's payload. Raises ValueError when that is not known."""
+        """Describe a rank's payload to a codec. Raises ValueError without a fitting layout."""
         rank_layout = self.namespace.rank_layouts.get(rank)
         if rank_layout is None:
             raise ValueError(f"rank {rank} has not said what its payloads are")
@@ -153,8 +152,23 @@ class Entry:
         return info
 
 
+@dataclass(slots=True, eq=False)
+class Decoding:
+    """A raw copy of an encoded payload, while it is made and read.
+
+    Each reader holds ``raw`` and is called through ``waiters`` when decoding has ended.
+    """
+
+    entry: Entry
+    encoded: Payload
+    raw: Payload
+    state: Literal["new", "running", "done", "failed"] = "new"
+    why: str = ""
+    waiters: list[Callable[[], None]] = field(default_factory=list)
+
+
 class PartialChunk(NamedTuple):
-    """A chunk, and how many of its first tokens somebody means."""
+    """A chunk, of which a request means the first ``tokens``."""
 
     entry: Entry
     tokens: int
@@ -185,9 +199,9 @@ class Children:
         del self._sort_keys[at], self._entries[at]
 
     def longest(self, sort_key: bytes) -> tuple[Entry, int]:
-        """The child that has most first tokens in common with ``sort_key``, and how many.
+        """Return the child that shares most first tokens with ``sort_key``, and how many.
 
-        In sorted order the longest common prefix is always one with a neighbour.
+        In sorted order the longest common prefix is always that of a neighbour.
         """
         at = bisect_left(self._sort_keys, sort_key)
         if at < len(self._sort_keys) and self._sort_keys[at] == sort_key:
@@ -202,7 +216,7 @@ class Children:
 
 
 def big_endian(tokens: bytes) -> bytes:
-    """Packed tokens with the bytes of each turned round."""
+    """Return packed tokens as big-endian u32."""
     words = array("I", tokens)
     if words.itemsize != TOKEN_BYTES:
         raise RuntimeError(f"unsigned int has {words.itemsize} bytes on this platform, not 4")
@@ -212,7 +226,7 @@ def big_endian(tokens: bytes) -> bytes:
 
 
 def common_tokens(a: bytes, b: bytes) -> int:
-    """How many first tokens two big-endian sequences share."""
+    """Return how many first tokens two big-endian sequences share."""
     size = min(len(a), len(b))
     differing = int.from_bytes(a[:size], "big") ^ int.from_bytes(b[:size], "big")
     return (size - (differing.bit_length() + 7) // 8) // TOKEN_BYTES

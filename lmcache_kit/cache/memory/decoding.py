@@ -1,59 +1,41 @@
-"""Raw copies of encoded chunks: for readers, as long as these need them, or to stay."""
+"""Decoding: raw copies of encoded chunks, for readers or to stay."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.index.entries import Payload
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
-    from lmcache_kit.cache.index.entries import Entry
-    from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.index.entries import Decoding, Entry, Payload
+from lmcache_kit.cache.index.state import TierState
+from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.memory.memory_index import MemoryIndex
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Decoding:
-    """A raw copy in the making. Who wants it holds ``raw``, and is told when it has ended."""
-
-    entry: Entry
-    encoded: Payload
-    raw: Payload
-    state: Literal["new", "running", "done", "failed"] = "new"
-    why: str = ""
-    waiters: list[Callable[[], None]] = field(default_factory=list)
-
-
 class Decoder:
-    """Decodes on the threads of ``loaders``, outside of the lock; all but :meth:`run` is called
-    under it."""
+    """Decodes on the threads of ``loaders``, outside of the lock.
+
+    A copy is ``new``, ``running`` once a thread has it, and then ``done`` or ``failed``. All
+    methods but :meth:`run` are called under the lock.
+    """
 
     def __init__(
         self,
-        index: MemoryIndex,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
+        state: TierState[MemoryIndex],
         loaders: Executor,
     ) -> None:
-        self._index = index
-        self._counters = counters
-        self._lock = lock
+        self._index = state.index
+        self._counters = state.counters
+        self._lock = state.lock
         self._loaders = loaders
 
     def copy_of(self, entry: Entry, evictor: Evictor) -> Decoding | None:
-        """The copy that others read or wait for already, or a new one; None without room for it.
+        """Return the copy that others read or wait for already, or a new one.
 
-        A new one is to be held by the caller before it is started.
+        None without room for a new one. The caller holds a new copy before it starts it.
         """
         copy = entry.decoding
         usable = (
@@ -72,13 +54,13 @@ class Decoder:
         return copy
 
     def start(self, copy: Decoding) -> None:
-        """Begin to decode, unless it has begun."""
+        """Submit a copy to the loaders, once."""
         if copy.state == "new":
             copy.state = "running"
             self._loaders.submit(self.run, copy)
 
     def run(self, copy: Decoding) -> None:
-        """Decode, if anybody still wants it; then tell who waits."""
+        """Decode, unless nothing holds the copy any more, and call the waiters."""
         with self._lock:
             if copy.raw.ref_count == 1:  # said here, so that nobody comes to wait for it after all
                 self._end(copy, [], corrupt=False)
@@ -97,7 +79,7 @@ class Decoder:
             self._end(copy, checksums, corrupt)
 
     def _decode(self, copy: Decoding) -> list[int]:
-        """Fill the copy; returns the checksums. Raises ValueError for a blob that is not intact."""
+        """Fill the copy and return its checksums. Raises ValueError for a damaged blob."""
         encoding = copy.encoded.encoding
         assert encoding is not None
         checksums = []

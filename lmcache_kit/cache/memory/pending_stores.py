@@ -1,21 +1,19 @@
-"""Stores under way: memory is granted, then written and committed, or given up."""
+"""Pending stores: memory is granted, written, and then committed or abandoned."""
 
 from __future__ import annotations
 
 import secrets
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lmcache_kit.cache.index.entries import Entry, NamespaceState, Payload, big_endian
+from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.memory.memory_index import MemoryIndex
 from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.keys import ChunkKey, chunk_key
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
 
 
 class _Ticket(NamedTuple):
@@ -26,7 +24,7 @@ class _Ticket(NamedTuple):
 
 @dataclass(slots=True)
 class _Batch:
-    """Whose stores, the room made for them, and why what was refused so far was, by key."""
+    """The stores of one request, and why chunks of it were refused, by key."""
 
     namespace: NamespaceState
     rank: int
@@ -36,14 +34,13 @@ class _Batch:
 
 
 class PendingStores:
-    """The tickets of one index. Counts what happens in ``counters``."""
+    """The tickets of one memory tier. Called under the tier's lock."""
 
-    def __init__(
-        self, index: MemoryIndex, counters: Counter[str], clock: Callable[[], float]
-    ) -> None:
-        self._index = index
-        self._counters = counters
-        self._clock = clock
+    def __init__(self, state: TierState[MemoryIndex]) -> None:
+        self._state = state
+        self._index = state.index
+        self._counters = state.counters
+        self._clock = state.clock
         # A number of an earlier life must not mean anything in this one.
         self._numbers = count(1 + secrets.randbits(48))
         self._tickets: dict[int, _Ticket] = {}
@@ -57,12 +54,12 @@ class PendingStores:
         keys = [chunk_key(namespace.digest, item.parent, item.tokens) for item in items]
         keep = {*keys, *(item.parent for item in items)}
         wanted_bytes = sum(item.nbytes for item in items) * namespace.world_size
-        evictor = Evictor(self._index, self._counters, keep, wanted_bytes)
+        evictor = Evictor(self._state, keep, wanted_bytes)
         batch = _Batch(namespace, rank, owner, evictor)
         return [self._grant(batch, key, item) for key, item in zip(keys, items, strict=True)]
 
     def commit(self, number: int, checksum: int, owner: Hashable) -> bool:
-        """False when there is no such ticket, or its chunk was given up meanwhile."""
+        """Commit a payload. False without such a ticket, or if the chunk was given up meanwhile."""
         ticket = self._take_ticket(number, owner)
         if ticket is None:
             return False
@@ -80,7 +77,7 @@ class PendingStores:
         return True
 
     def abandon(self, number: int, owner: Hashable) -> bool:
-        """Give up a chunk; what other ranks wrote of it goes too."""
+        """Give up a chunk, with what other ranks wrote of it. False without such a ticket."""
         ticket = self._take_ticket(number, owner)
         if ticket is None:
             return False
@@ -95,9 +92,11 @@ class PendingStores:
             self.abandon(number, owner)
 
     def expire(self, stale: float) -> None:
-        """Give up chunks that nobody has written to since ``stale``: some rank stored its part
-        and another one never began. A rank that does write is waited for, because the memory
-        is its own until it says so or dies."""
+        """Give up chunks that no rank has written to since ``stale``.
+
+        One rank stored its payload and another never began. A rank that writes is waited for: the
+        memory belongs to it until it commits, abandons or dies.
+        """
         for entry in list(self._index.pending.values()):
             if not entry.payload.ref_count and entry.since <= stale:
                 self._counters["expired_pending_total"] += 1
@@ -126,7 +125,7 @@ class PendingStores:
     def _set_aside(
         self, batch: _Batch, key: ChunkKey, item: StoreItem, entry: Entry | None
     ) -> Entry | None:
-        """The entry with memory for this rank's payload, or None when there is no room."""
+        """Return the entry with memory for this rank's payload; None without room."""
         if entry is None:
             regions = batch.evictor.take_all([item.nbytes] * batch.namespace.world_size)
             if not regions:

@@ -1,64 +1,46 @@
-"""Encoding chunks where they lie, and back: the old bytes serve until the new ones are verified."""
+"""Transcoding: encode chunks where they lie, and back."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from contextlib import AbstractContextManager
 from threading import Event
-from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache_kit.cache.index.entries import Payload, ResolvedEncoding
+from lmcache_kit.cache.index.entries import Entry, Payload, ResolvedEncoding
+from lmcache_kit.cache.index.state import TierState
+from lmcache_kit.cache.memory.decoding import Decoder
 from lmcache_kit.cache.memory.evictor import Evictor
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
-    from lmcache_kit.cache.index.entries import Entry
-    from lmcache_kit.cache.index.pins import Pins
-    from lmcache_kit.cache.memory.decoding import Decoder
-    from lmcache_kit.interfaces.codec import ChunkInfo, Codec
-    from lmcache_kit.keys import ChunkKey
+from lmcache_kit.cache.memory.memory_index import MemoryIndex
+from lmcache_kit.cache.records import OVER_PIN_BUDGET, Transcoded
+from lmcache_kit.interfaces.codec import ChunkInfo, Codec
+from lmcache_kit.keys import ChunkKey
 
 _BUSY = "another operation is at work on it"
-OVER_PIN_BUDGET = "it is pinned, and would not fit into what may be pinned"
 logger = logging.getLogger(__name__)
 
 
-class Transcoded(NamedTuple):
-    """What became of a chunk. ``already``: it was so before. ``gone``: it is not here (any more).
-    ``failed``: it stays as it was; ``why`` says why. Bytes are of all ranks."""
-
-    status: Literal["done", "already", "gone", "failed"]
-    why: str = ""
-    bytes_before: int = 0
-    bytes_after: int = 0
-
-
 class CorruptPayload(ValueError):
-    """A raw payload is not what was stored."""
+    """A raw payload does not match its checksum."""
 
 
 class Transcoder:
-    """Called from threads of those who want it, without the lock."""
+    """Encodes and decodes chunks of memory, in the calling threads, without the lock."""
 
     def __init__(
         self,
-        index: MemoryIndex,
-        pins: Pins,
+        state: TierState[MemoryIndex],
         decoder: Decoder,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
     ) -> None:
-        self._index = index
-        self._pins = pins
+        self._state = state
+        self._index = state.index
+        self._pins = state.pins
         self._decoder = decoder
-        self._counters = counters
-        self._lock = lock
+        self._counters = state.counters
+        self._lock = state.lock
 
     def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
-        """Encode a chunk; readers of its raw bytes keep these until they are done."""
+        """Encode a chunk. Readers of its raw bytes keep these until they are done."""
         with self._lock:
             entry = self._index.entries.get(key)
             if entry is None or not entry.complete:
@@ -93,7 +75,7 @@ class Transcoder:
             return self._end_encoding(entry, raw, encoding, blobs, checksums, why)
 
     def decode(self, key: ChunkKey, method: str) -> Transcoded:
-        """Decode a chunk for good."""
+        """Replace the encoded payload of a chunk by a raw one."""
         with self._lock:
             entry = self._index.entries.get(key)
             if entry is None or not entry.complete:
@@ -103,7 +85,7 @@ class Transcoder:
                 return Transcoded("already")
             if why := self._why_not_decode(entry, encoding, method):
                 return Transcoded("failed", why)
-            evictor = Evictor(self._index, self._counters, {key}, 0)
+            evictor = Evictor(self._state, {key}, 0)
             copy = self._decoder.copy_of(entry, evictor)
             if copy is None:
                 return Transcoded("failed", "no room for the decoded chunk")
@@ -131,8 +113,7 @@ class Transcoder:
             return result
 
     def _encode(self, raw: Payload, encoding: ResolvedEncoding) -> list[bytes]:
-        """The blobs, each decoded once to see that it can be. Raises ValueError for a chunk that
-        is to stay raw."""
+        """Return verified blobs, one per rank. Raises ValueError for a chunk that stays raw."""
         blobs = []
         for extent, region, info in zip(raw.extents, raw.regions, encoding.chunks, strict=True):
             with self._index.memory.view(region) as payload:
@@ -158,7 +139,7 @@ class Transcoder:
         if why:
             self._counters["encode_failed_total"] += 1
             return Transcoded("failed", why)
-        evictor = Evictor(self._index, self._counters, {entry.key}, 0)
+        evictor = Evictor(self._state, {entry.key}, 0)
         sizes = [len(blob) for blob in blobs]
         regions = evictor.take_all(sizes) if raw.ref_count else []
         if raw.ref_count and not regions:
@@ -178,7 +159,7 @@ class Transcoder:
         return Transcoded("done", "", bytes_before, payload.nbytes)
 
     def _swap_to_raw(self, entry: Entry, raw: Payload) -> Transcoded:
-        if self._over_pin_budget(entry, raw.nbytes):  # it may have been pinned meanwhile
+        if not self._pins.fits(entry, raw.nbytes):  # it may have been pinned meanwhile
             return Transcoded("failed", OVER_PIN_BUDGET)
         bytes_before = entry.nbytes
         self._index.detach(entry)
@@ -191,11 +172,7 @@ class Transcoder:
         if entry.busy:
             return _BUSY
         raw_bytes = sum([chunk.payload_bytes for chunk in encoding.chunks])
-        return OVER_PIN_BUDGET if self._over_pin_budget(entry, raw_bytes) else ""
-
-    def _over_pin_budget(self, entry: Entry, raw_bytes: int) -> bool:
-        growth = raw_bytes - entry.nbytes
-        return bool(entry.pins) and self._pins.pinned_bytes + growth > self._pins.budget_bytes
+        return "" if self._pins.fits(entry, raw_bytes) else OVER_PIN_BUDGET
 
     def _drop_corrupt(self, entry: Entry, why: str) -> None:
         with self._lock:
@@ -205,13 +182,13 @@ class Transcoder:
 
 
 def check_payload(payload: memoryview, checksum: int) -> None:
-    """Raises CorruptPayload when these are not the bytes that were stored."""
+    """Raise CorruptPayload unless the bytes match the checksum."""
     if xxh3_64_intdigest(payload) != checksum:
         raise CorruptPayload("the bytes do not match their checksum")
 
 
 def encode_payload(payload: memoryview, chunk: ChunkInfo, codec: Codec) -> bytes:
-    """The blob, decoded once to see that it can be. Raises ValueError for one that is of no use."""
+    """Return the blob, verified by decoding. Raises ValueError for one that is of no use."""
     blob = codec.encode(payload, chunk)
     if len(blob) >= payload.nbytes:
         raise ValueError("it would not get smaller")
@@ -220,7 +197,7 @@ def encode_payload(payload: memoryview, chunk: ChunkInfo, codec: Codec) -> bytes
 
 
 def not_raw(encoded_with: str, method: str) -> Transcoded:
-    """What becomes of a chunk that is encoded already."""
+    """Return the result for a chunk that is encoded already."""
     if encoded_with == method:
         return Transcoded("already")
     return Transcoded("failed", f"it is encoded with {encoded_with}")

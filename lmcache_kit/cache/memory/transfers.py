@@ -1,72 +1,64 @@
-"""Chunks that leave for another cache, and chunks that come from one.
+"""Transfers: chunks that leave for another cache, and chunks that come from one.
 
-A chunk that came in is anchored until its mover lets go, so that there is a copy here while the one
-at the other end goes.
+A chunk that came in is referenced by its mover until the move ends. So there is a copy here before
+the one at the other end is deleted.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.descriptors import ChunkDescriptor, Encoding, NamespaceInfo, Reservation
 from lmcache_kit.cache.index.entries import Entry, Payload, ResolvedEncoding, big_endian
+from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.memory.evictor import Evictor
+from lmcache_kit.cache.memory.memory_index import MemoryIndex
 from lmcache_kit.errors import CodecError, KitError
+from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
 
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
-    from lmcache_kit.cache.index.leases import Leases
-    from lmcache_kit.cache.index.references import References
-    from lmcache_kit.interfaces.codec import Codec
-
-GetCodec = Callable[[str], "Codec"]
+GetCodec = Callable[[str], Codec]
 """The codec of this name. Raises KitError when it cannot be had."""
 
 
 class _Incoming(NamedTuple):
-    """A chunk whose bytes are on their way, and who moves it."""
+    """A chunk whose bytes are on their way, and the owner of its move."""
 
     entry: Entry
     owner: Hashable
 
 
 class Transfers:
-    """Both ends of moves, on one index. Thread-safe; an *owner* is one move, or one peer that
-    takes. ``counted_as``: the word that what comes is counted under."""
+    """Both ends of moves, on one memory tier. Thread-safe.
 
-    def __init__(  # noqa: PLR0917 - parts of an engine
-        self,
-        index: MemoryIndex,
-        references: References,
-        leases: Leases,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
-        clock: Callable[[], float],
-        counted_as: str = "moved_in",
-    ) -> None:
+    An *owner* is one move, or one peer that reads. ``counted_as``: the stem of the counters of
+    chunks that come in.
+    """
+
+    def __init__(self, state: TierState[MemoryIndex], counted_as: str = "moved_in") -> None:
         self._counted_as = counted_as
-        self._index = index
-        self._references = references
-        self._leases = leases
-        self._counters = counters
-        self._lock = lock
-        self._clock = clock
+        self._state = state
+        self._index = state.index
+        self._references = state.references
+        self._leases = state.leases
+        self._counters = state.counters
+        self._lock = state.lock
+        self._clock = state.clock
         self._tickets = count(1 + secrets.randbits(48))
         self._incoming: dict[int, _Incoming] = {}
 
     # The end that gives.
 
     def lease(self, keys: Sequence[ChunkKey], owner: Hashable) -> tuple[int, list[ChunkDescriptor]]:
-        """Lease those of these chunks that are still here. The lease, 0 for none of them, ends as
-        one of a lookup does."""
+        """Lease those of these chunks that are still here, and describe them.
+
+        The lease is 0 if there are none; it ends as one of a lookup does.
+        """
         with self._lock:
             entries = [self._index.entries.get(key) for key in keys]
             there = [entry for entry in entries if entry is not None and entry.complete]
@@ -76,7 +68,7 @@ class Transfers:
             return lease, [_descriptor(entry) for entry in there]
 
     def recheck(self, keys: Sequence[ChunkKey]) -> int:
-        """Drop those of these chunks whose bytes are not what was stored; returns how many."""
+        """Drop those of these chunks whose bytes are damaged; returns how many."""
         dropped = 0
         for key in keys:
             with self._lock:
@@ -114,7 +106,7 @@ class Transfers:
                 descriptor.parent for descriptor in descriptors
             }
             wanted_bytes = sum([descriptor.nbytes for descriptor in descriptors])
-            evictor = Evictor(self._index, self._counters, keep, wanted_bytes)
+            evictor = Evictor(self._state, keep, wanted_bytes)
             reservations: list[Reservation] = []
             full = False
             for descriptor, codec in zip(descriptors, codecs, strict=True):
@@ -165,6 +157,7 @@ class Transfers:
                 self._index.unlink(coming.entry)
                 coming.entry.payload.ref_count -= 1
                 self._index.release_if_unused(coming.entry.payload)
+                self._state.notify()
 
     def _is_intact(self, payload: Payload) -> bool:
         for region, extent in zip(payload.regions, payload.extents, strict=True):
@@ -238,7 +231,7 @@ def _descriptor(entry: Entry) -> ChunkDescriptor:
 def _codec(
     descriptor: ChunkDescriptor, namespaces: Mapping[bytes, NamespaceInfo], get_codec: GetCodec
 ) -> Codec | str | None:
-    """The codec that a descriptor needs, None for a raw one; or why it cannot be kept here."""
+    """Return the codec of a descriptor, None for a raw one, or why it cannot be kept here."""
     info = namespaces.get(descriptor.namespace)
     if info is None or not descriptor.is_sound(info):
         return "it is not what its key says"
@@ -272,7 +265,7 @@ def _unlike_its_layout(descriptor: ChunkDescriptor, info: NamespaceInfo) -> str:
 
 
 def check_blob(codec: Codec, blob: memoryview) -> str:
-    """Why these encoded bytes cannot be decoded here; empty if their header says they can."""
+    """Return why these encoded bytes cannot be decoded here; empty if they can."""
     try:
         codec.describe(blob)
     except CodecError as error:

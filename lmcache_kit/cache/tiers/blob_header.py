@@ -1,4 +1,4 @@
-"""Labels: what a tier keeps beside a chunk's bytes, so that they can be understood without us."""
+"""Blob headers: what a store keeps beside a chunk's bytes, so that another process can use them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ _CHECKSUM_BYTES = 8
 
 
 class BlobHeader(NamedTuple):
-    """All that is to be known of a blob: the chunk, whose extents count from the start of the
-    data, and its namespace."""
+    """The description of a blob: its chunk and the namespace of that.
+
+    The extents of ``descriptor`` count from the start of the data.
+    """
 
     descriptor: ChunkDescriptor
     namespace: NamespaceInfo
 
     def encode(self) -> bytes:
-        """The xxh3-64 of what follows, and msgpack."""
+        """Return msgpack behind its xxh3-64."""
         packed = msgspec.msgpack.encode((FORMAT, self.descriptor, self.namespace))
         return xxh3_64_digest(packed) + packed
 
     @classmethod
     def decode(cls, key: ChunkKey, meta: bytes, nbytes: int | None) -> BlobHeader:
-        """Of the blob that lies under ``key`` with so many bytes of data, if that is known. Raises
-        ValueError when it is damaged, of another format or key, or not what its key says."""
+        """Decode the header of the blob under ``key``, with ``nbytes`` of data if that is known.
+
+        Raises ValueError for a header that is damaged, of another format or key, or not sound.
+        """
         checksum, packed = meta[:_CHECKSUM_BYTES], meta[_CHECKSUM_BYTES:]
         if len(meta) > MAX_META_BYTES or xxh3_64_digest(packed) != checksum:
             raise ValueError("the header is damaged")
@@ -52,7 +56,7 @@ class BlobHeader(NamedTuple):
 
 
 def packed_tight(descriptor: ChunkDescriptor) -> ChunkDescriptor:
-    """The descriptor with its extents one after the other."""
+    """Return the descriptor with its extents one after the other, from 0 on."""
     sizes = [extent.nbytes for extent in descriptor.extents]
     starts = accumulate(sizes, initial=0)
     return descriptor._replace(
@@ -64,5 +68,5 @@ def packed_tight(descriptor: ChunkDescriptor) -> ChunkDescriptor:
 
 
 def payloads(descriptor: ChunkDescriptor, data: memoryview) -> list[memoryview]:
-    """The bytes of each rank."""
+    """Return each rank's part of the data."""
     return [data[extent.offset : extent.offset + extent.nbytes] for extent in descriptor.extents]

@@ -1,22 +1,21 @@
-"""The data of a blob, on its way out of a store."""
+"""The blob reader: the data of one blob, out of a store."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces.backend import Blob, OpenBlob
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 
 logger = logging.getLogger(__name__)
 
 
 class BlobReader:
-    """Read once, from the first byte to the last, and closed; by one thread at a time. What fails
-    is told to ``breaker``. ``nbytes`` is None where only its end tells."""
+    """Reads a blob once, from first to last byte, by one thread at a time.
+
+    Failures are counted by ``breaker``. ``nbytes`` is None where only the end of the data tells it.
+    """
 
     def __init__(self, blob: Blob | OpenBlob, breaker: CircuitBreaker) -> None:
         self._breaker = breaker
@@ -33,7 +32,7 @@ class BlobReader:
             target = target[count:]
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Close the file. Safe to call twice."""
         try:
             if self._file is not None:
                 self._file.close()

@@ -1,4 +1,4 @@
-"""A circuit breaker: a store that fails is left alone for a while."""
+"""A circuit breaker: a store that fails is not called for a while."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 class CircuitBreaker:
-    """Calls a store called ``name``. After a failure it rests, twice as long after each further
-    one, up to half a minute; the first call after that tells whether the store is back."""
+    """Calls a store called ``name``.
+
+    After a failure the store rests: calls are refused for a second, for twice as long after each
+    further failure, and for half a minute at most. The first call after a rest shows whether the
+    store works again.
+    """
 
     def __init__(self, name: str, counters: Counter[str], clock: Callable[[], float]) -> None:
         self._name = name
@@ -37,8 +41,10 @@ class CircuitBreaker:
         return self._clock() < self._until
 
     def call(self, method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """What the method returns. Raises BackendError when it fails, whatever it raises, and at
-        once while the store rests."""
+        """Return what the method returns.
+
+        Raises BackendError when it fails, whatever it raises, and at once while the store rests.
+        """
         if self.resting:
             raise BackendError(f"{self._name} is left alone for a while: {self._why}")
         try:
@@ -53,7 +59,7 @@ class CircuitBreaker:
         return result
 
     def late(self) -> None:
-        """Somebody could not wait for it any longer."""
+        """Count a call as failed that its caller could not wait for."""
         self._failed(BackendError(f"{self._name} did not answer in time"))
 
     def _failed(self, error: Exception) -> None:

@@ -1,65 +1,68 @@
-"""The tiers below memory: whatever is stored goes to all of them."""
+"""The tiers below memory: every stored chunk is written to all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.memory.memory_tier import MemoryTier
+from lmcache_kit.cache.memory.transfers import GetCodec
 from lmcache_kit.cache.records import StoredChunk
+from lmcache_kit.cache.tier import Tier
+from lmcache_kit.cache.tiers.promotion import Promotions
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.interfaces import Region
 from lmcache_kit.keys import ChunkKey
 
-if TYPE_CHECKING:
-    from lmcache_kit.cache.engine import CacheEngine
-    from lmcache_kit.cache.tier_base import Tier
-    from lmcache_kit.cache.tiers.promotion import Promotions
-
 
 class LowerTiers:
-    """A :class:`~lmcache_kit.cache.records.ChangeListener` of the engine above them."""
+    """A :class:`~lmcache_kit.cache.records.ChangeListener` of the memory tier above them."""
 
-    def __init__(
-        self, tiers: Sequence[StoreTier], engine: CacheEngine, promotions: Promotions
-    ) -> None:
-        self.promotions = promotions
+    def __init__(self, tiers: Sequence[StoreTier], memory: MemoryTier, get_codec: GetCodec) -> None:
+        self.promotions = Promotions(tiers, memory, get_codec)
         self._tiers = tiers
-        self._engine = engine
+        self._memory = memory
 
     def __iter__(self) -> Iterator[StoreTier]:
         return iter(self._tiers)
 
     def start(self) -> None:
-        """Learn what lies there."""
+        """Scan the stores in the background."""
         for tier in self._tiers:
             tier.start()
 
     def added(self, chunk: StoredChunk) -> None:
-        """It is in memory: see to it that it is in all tiers."""
+        """Write a chunk that is complete in memory to all tiers."""
         self.enqueue_write(chunk.key)
 
     def removed(self, key: ChunkKey) -> None:
-        """It stays in the tiers."""
+        """Keep a chunk that left memory in the tiers."""
 
     def enqueue_write(self, key: ChunkKey) -> None:
-        """Have it written to all tiers that lack it, in the background."""
+        """Write a chunk to all tiers that lack it, in the background."""
         for tier in self._tiers:
             if not tier.contains(key):
                 tier.executor.enqueue(partial(self._write, tier, key))
 
     def promote(self, source: Tier, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
-        """Have in memory what lies at ``source``, anchored for ``owner``; what is not there (any
-        more) is passed over. False when memory has no room for all. Raises BackendError."""
-        return not isinstance(source, StoreTier) or self.promotions.promote(source, keys, owner)
+        """Promote chunks of ``source`` into memory, referenced by ``owner``.
+
+        Chunks that are not there (any more) are passed over. False when memory has no room for
+        all. Raises BackendError.
+        """
+        return not isinstance(source, StoreTier) or self.promotions.promote(
+            source.store, keys, owner
+        )
 
     def release(self, owner: Hashable) -> None:
-        """What was brought for ``owner`` may leave memory."""
-        self._engine.references.release(owner)
+        """Drop the references to what was promoted for ``owner``."""
+        self._memory.references.release(owner)
 
     def offload(self, goal: Tier, keys: Sequence[ChunkKey], owner: Hashable) -> None:
-        """Have at ``goal`` chunks that are in memory, as far as it has room; where that is a tier,
-        memory need not keep them for ``owner`` any longer. Raises BackendError."""
+        """Write chunks that are in memory to ``goal``, as far as it has room.
+
+        For a store tier the references of ``owner`` end. Raises BackendError.
+        """
         if isinstance(goal, StoreTier):
             try:
                 for key in keys:
@@ -68,12 +71,12 @@ class LowerTiers:
                 self.release(owner)
 
     def expire(self) -> None:
-        """End what has outlived its time, and try again what failed."""
+        """End pins whose time is over, and try again what failed."""
         for tier in self._tiers:
             tier.expire()
 
     def stats(self) -> dict[str, float]:
-        """Figures of each tier, by its location."""
+        """Return the figures of each tier, by its location."""
         return {
             f"{tier.location}_{name}": value
             for tier in self._tiers
@@ -81,7 +84,7 @@ class LowerTiers:
         }
 
     def close(self) -> None:
-        """To be called before the engine's. Safe to call twice."""
+        """Close before the engine does. Safe to call twice."""
         self.promotions.close()
         for tier in self._tiers:
             tier.close()
@@ -89,15 +92,15 @@ class LowerTiers:
     def _write(self, tier: StoreTier, key: ChunkKey) -> None:
         if tier.contains(key):
             return
-        lease, descriptors = self._engine.transfers.lease([key], self)
+        lease, descriptors = self._memory.transfers.lease([key], self)
         try:
             for descriptor in descriptors:
-                [namespace] = self._engine.namespaces([descriptor.namespace])
+                [namespace] = self._memory.namespaces([descriptor.namespace])
                 pieces = [
-                    self._engine.memory.view(Region(extent.offset, extent.nbytes)).toreadonly()
+                    self._memory.backend.view(Region(extent.offset, extent.nbytes)).toreadonly()
                     for extent in descriptor.extents
                 ]
-                tier.keep(descriptor, namespace, pieces)
+                tier.store.write_if_absent(descriptor, namespace, pieces)
         finally:
             if lease:
-                self._engine.release(lease, None)
+                self._memory.release(lease, None)

@@ -1,26 +1,24 @@
-"""Recalls: what a tier below holds comes back into memory."""
+"""Promotion: chunks of store tiers come back into memory, for lookups and for moves."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
+from lmcache_kit.cache.index.chunk_index import Walk
+from lmcache_kit.cache.memory.memory_tier import MemoryTier
+from lmcache_kit.cache.memory.transfers import GetCodec, Transfers
+from lmcache_kit.cache.records import Query
+from lmcache_kit.cache.tiers.blob_store import BlobStore
+from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.cache.tiers.tier_reader import PromotionTarget, TierReader
 from lmcache_kit.errors import BackendError
 from lmcache_kit.keys import TOKEN_BYTES, ChunkKey
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
-    from lmcache_kit.cache.index.references import References
-    from lmcache_kit.cache.lookup import Lookups, Search, Walk
-    from lmcache_kit.cache.memory.transfers import GetCodec, Transfers
-    from lmcache_kit.cache.tiers.store_tier import StoreTier
 
 MAX_THREADS = 4
 logger = logging.getLogger(__name__)
@@ -28,169 +26,173 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Promotion:
-    """What comes back for one lookup: all that follows the chunk ``parent``, which ends before the
-    token ``start``, and of whose successors memory has one with ``usable`` tokens in common.
-    ``asked`` is the tier that is at work; ``taken`` counts what has come."""
+    """The promotion of what follows a match in memory.
 
-    search: Search
-    start: int
-    parent: ChunkKey
-    usable: int
-    cancelled: bool = False
-    orphaned: bool = False
-    asked: StoreTier | None = None
-    taken: int = 0
+    It goes on after the chunk ``parent``, which ends before the token ``start``; of the next chunk
+    memory has ``usable`` tokens. ``store`` is the one at work; ``promoted`` counts chunks.
+
+    States: ``running`` until all that can be had has come (``complete``), the lookup's time is up
+    (``expired``), its owner has died (``orphaned``), or the cache closes (``closed``). ``on_end``
+    is called under the lock, unless the promotion expired.
+    """
+
+    query: Query
+    owner: Hashable
+    on_end: Callable[[Promotion], None]
+    start: int = 0
+    parent: ChunkKey = b""
+    usable: int = 0
+    state: Literal["running", "complete", "expired", "orphaned", "closed"] = "running"
+    store: BlobStore | None = None
+    promoted: int = 0
+
+    @property
+    def running(self) -> bool:
+        return self.state == "running"
 
 
 class Promotions:
-    """Brings chunks from ``tiers``, the first ones first, into memory. ``transfers`` lands them."""
+    """Promotes from ``tiers`` into ``memory``, asking the tiers in order."""
 
-    def __init__(
-        self,
-        tiers: Sequence[StoreTier],
-        index: MemoryIndex,
-        transfers: Transfers,
-        lookups: Lookups,
-        get_codec: GetCodec,
-        *,
-        references: References,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
-    ) -> None:
-        self._tiers = tiers
-        self._references = references
-        self._lookups = lookups
+    def __init__(self, tiers: Sequence[StoreTier], memory: MemoryTier, get_codec: GetCodec) -> None:
+        self._stores = [tier.store for tier in tiers]
+        self._state = memory.state
+        transfers = Transfers(memory.state, "promoted")
         self._readers = {
-            tier.location: TierReader(tier, index, transfers, get_codec) for tier in tiers
+            store.location: TierReader(store, memory, transfers, get_codec)
+            for store in self._stores
         }
-        self._counters = counters
-        self._lock = lock
         self._active: set[Promotion] = set()
         self._threads = ThreadPoolExecutor(
-            min(MAX_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-promote"
+            min(MAX_THREADS, len(os.sched_getaffinity(0))),
+            thread_name_prefix="lmcache-kit-promote",
         )
 
     # For lookups, under the engine's lock.
 
-    def begin(self, search: Search, walk: Walk) -> bool:
-        """Bring what memory, where ``walk`` leads, lacks; then the lookup begins there. False when
-        no tier may have it."""
-        reached = walk[-1][0].end if walk else 0
-        if reached * TOKEN_BYTES >= len(search.query.tokens):
-            return False
-        promotion = _after(search, walk)
-        if not any(self._may_help(tier, promotion) for tier in self._tiers):
-            return False
-        self._counters["promotions_total"] += 1
-        # What is here stays.
-        self._references.acquire([located.key for located, _ in walk], promotion)
-        search.promotion = promotion
-        search.waiting += 1
+    def begin(
+        self, query: Query, owner: Hashable, found: Walk, on_end: Callable[[Promotion], None]
+    ) -> Promotion | None:
+        """Start promoting the chunks that follow the match ``found`` in a tier. None when no tier
+        may have any."""
+        reached = found[-1][0].end if found else 0
+        if reached * TOKEN_BYTES >= len(query.tokens):
+            return None
+        promotion = _after(Promotion(query, owner, on_end), found)
+        if not any(_may_help(store, promotion) for store in self._stores):
+            return None
+        self._state.counters["promotions_total"] += 1
+        # The match must not be evicted for the chunks that follow it.
+        self._state.references.acquire([located.key for located, _ in found], promotion)
         self._active.add(promotion)
         self._threads.submit(self._run, promotion)
-        return True
+        return promotion
 
-    def cancel(self, promotion: Promotion) -> None:
-        """The lookup waits no longer."""
-        promotion.search.promotion = None
-        promotion.cancelled = True
-        self._counters["promotions_late_total"] += 1
-        if promotion.asked and not promotion.taken:
-            promotion.asked.late()
+    def expire(self, promotion: Promotion) -> None:
+        """End a promotion whose lookup does not wait any longer."""
+        promotion.state = "expired"
+        self._state.counters["promotions_late_total"] += 1
+        self._state.notify()
+        if promotion.store and not promotion.promoted:
+            promotion.store.late()
 
     def drop_owner(self, owner: Hashable) -> None:
-        """Nobody will come for the lookups of this owner."""
+        """End the promotions for an owner that has died."""
         for promotion in self._active:
-            if promotion.search.owner == owner:
-                promotion.cancelled = promotion.orphaned = True
+            if promotion.owner == owner and promotion.state != "expired":
+                promotion.state = "orphaned"
+        self._state.notify()
 
     def close(self) -> None:
-        """Stop, and wait for what is at work."""
-        for promotion in tuple(self._active):
-            promotion.cancelled = True
+        """End all promotions, and wait for the chunks at work."""
+        with self._state.lock:
+            for promotion in self._active:
+                if promotion.running:
+                    promotion.state = "closed"
+            self._state.notify()
         self._threads.shutdown(cancel_futures=True)
-        for tier_reader in self._readers.values():
-            tier_reader.close()
+        for reader in self._readers.values():
+            reader.close()
 
     # For moves.
 
-    def promote(self, tier: StoreTier, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
-        """Have these chunks in memory, anchored for ``owner``; what is not in the tier (any more)
-        is passed over. False when there is no room for all. Raises BackendError."""
-        absent = self._references.acquire(keys, owner)
-        with closing(self._readers[tier.location].fetch(absent, PromotionTarget(owner))) as coming:
+    def promote(self, store: BlobStore, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
+        """Have these chunks in memory, referenced by ``owner``; those that are not in the store
+        (any more) are passed over. False without room for all. Raises BackendError."""
+        absent = self._state.references.acquire(keys, owner)
+        reader = self._readers[store.location]
+        with closing(reader.fetch(absent, PromotionTarget(owner))) as coming:
             return all(
-                here or not tier.contains(key) for key, here in zip(absent, coming, strict=True)
+                here or not store.contains(key) for key, here in zip(absent, coming, strict=True)
             )
 
-    def _may_help(self, tier: StoreTier, promotion: Promotion) -> bool:
-        return not tier.resting and (tier.shared or bool(_beyond(tier, promotion)))
-
     def _run(self, promotion: Promotion) -> None:
-        search = promotion.search
         try:
             self._promote_all(promotion)
         # The thread's boundary: whatever went wrong, the lookup goes on with what is in memory.
         except Exception:
             logger.exception("a promotion failed")
-        with self._lock:
+        with self._state.lock:
             self._active.discard(promotion)
-            if search.promotion is promotion:
-                search.promotion = None
-                if not promotion.orphaned:
-                    self._lookups.begin(search, self._lookups.walk(search.query))
-                search.one_ended()
-            self._references.release(promotion)
+            if promotion.state != "expired":
+                promotion.on_end(promotion)
+            self._state.references.release(promotion)
 
     def _promote_all(self, promotion: Promotion) -> None:
-        """Chunk by chunk, each from the first tier that has it."""
-        tiers = [tier for tier in self._tiers if not tier.resting]
-        while tiers and not promotion.cancelled:
-            for tier in tuple(tiers):
-                promotion.asked = tier
-                if not self._promote_from(tier, promotion):
-                    tiers.remove(tier)
-                    continue
-                break
+        """Promote chunk by chunk, each from the first tier that has it."""
+        stores = [store for store in self._stores if not store.resting]
+        while stores and promotion.running:
+            for store in tuple(stores):
+                promotion.store = store
+                if self._promote_from(store, promotion):
+                    break
+                stores.remove(store)
 
-    def _promote_from(self, tier: StoreTier, promotion: Promotion) -> bool:
-        """What goes on from where we are; False when nothing more can be had from this tier."""
-        query = promotion.search.query
-        taken = promotion.taken
+    def _promote_from(self, store: BlobStore, promotion: Promotion) -> bool:
+        """Promote the chunks that come next; False when the store has no more of them."""
+        query, before = promotion.query, promotion.promoted
         try:
-            found = _beyond(tier, promotion)
-            if not found and tier.shared:
-                found = tier.ask(query, promotion.start, promotion.parent)
-            target = PromotionTarget(promotion, query, lambda: promotion.cancelled)
-            tier_reader = self._readers[tier.location]
-            with closing(tier_reader.fetch([key for key, _ in found], target)) as coming:
+            found = _beyond(store, promotion)
+            if not found and store.shared:
+                found = store.match_store(query, promotion.start, promotion.parent)
+            target = PromotionTarget(promotion, query, lambda: not promotion.running)
+            reader = self._readers[store.location]
+            with closing(reader.fetch([key for key, _ in found], target)) as coming:
                 for (key, usable), here in zip(found, coming, strict=True):
-                    if not here or promotion.cancelled:
+                    if not here or not promotion.running:
                         return False
-                    promotion.taken += 1
+                    promotion.promoted += 1
                     if usable < query.chunk_size:
-                        promotion.cancelled = True  # this was the last one
+                        self._complete(promotion)
                         return False
                     promotion.start += query.chunk_size
                     promotion.parent, promotion.usable = key, 0
         except BackendError as error:
-            logger.debug("a promotion from %s ended: %s", tier.location, error)
+            logger.debug("a promotion from %s ended: %s", store.location, error)
             return False
-        return promotion.taken > taken
+        return promotion.promoted > before
+
+    def _complete(self, promotion: Promotion) -> None:
+        with self._state.lock:
+            if promotion.running:
+                promotion.state = "complete"
 
 
-def _after(search: Search, walk: Walk) -> Promotion:
-    """Where what is in memory ends."""
-    promotion = Promotion(search, 0, b"", 0)
-    for located, _ in walk[-2:]:
-        if located.usable < search.query.chunk_size:
+def _after(promotion: Promotion, found: Walk) -> Promotion:
+    """Set a promotion to begin where a match ends."""
+    for located, _ in found[-2:]:
+        if located.usable < promotion.query.chunk_size:
             promotion.usable = located.usable
         else:
             promotion.start, promotion.parent = located.end, located.key
     return promotion
 
 
-def _beyond(tier: StoreTier, promotion: Promotion) -> list[tuple[ChunkKey, int]]:
-    """What the tier is known to have that goes on further than memory does."""
-    found = tier.reach(promotion.search.query, promotion.start, promotion.parent)
+def _may_help(store: BlobStore, promotion: Promotion) -> bool:
+    return not store.resting and (store.shared or bool(_beyond(store, promotion)))
+
+
+def _beyond(store: BlobStore, promotion: Promotion) -> list[tuple[ChunkKey, int]]:
+    """Return the chunks in a store's index that go further than the match in memory."""
+    found = store.match_index(promotion.query, promotion.start, promotion.parent)
     return found if found and found[0][1] > promotion.usable else []

@@ -1,4 +1,4 @@
-"""One thread that does things in order."""
+"""A serial executor: one thread that carries changes out in order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ _T = TypeVar("_T")
 
 
 class SerialExecutor:
-    """Changes to the store called ``name``, one after the other. ``waiting``: how many were sent
-    and have not begun; ``passed_over``: how many were not taken, because too many waited."""
+    """Changes of the store called ``name``, one after the other.
+
+    ``waiting``: how many changes are enqueued and have not begun. ``passed_over``: how many were
+    refused, because too many waited.
+    """
 
     def __init__(self, name: str) -> None:
         self.waiting = 0
@@ -26,7 +29,7 @@ class SerialExecutor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmcache-kit-tier")
 
     def enqueue(self, change: Callable[[], object]) -> None:
-        """Have ``change`` called in its turn; nobody hears of the BackendError that it raises."""
+        """Call ``change`` in its turn. A BackendError that it raises is dropped."""
         with self._lock:
             if self.waiting >= MAX_WAITING:
                 self.passed_over += 1
@@ -42,15 +45,17 @@ class SerialExecutor:
         self._submit(run)
 
     def call(self, change: Callable[[], _T]) -> _T:
-        """What ``change`` returns in its turn. Raises what it raises, and BackendError when this
-        is closed."""
+        """Return what ``change`` returns, in its turn.
+
+        Raises what it raises, and BackendError when the executor is closed.
+        """
         turn = self._submit(change)
         if turn is None:
             raise BackendError(f"{self._name} is closed")
         return turn.result()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was sent is done; False if it is not within ``timeout_s`` seconds."""
+        """Wait for all enqueued changes. False if ``timeout_s`` seconds are not enough."""
         turn = self._submit(lambda: None)
         with suppress(TimeoutError):
             if turn is not None:
@@ -59,11 +64,11 @@ class SerialExecutor:
         return False
 
     def cancel(self) -> None:
-        """Take nothing more, and forget what waits; what is at work goes on."""
+        """Refuse and drop all changes but the one at work."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def join(self) -> None:
-        """Wait for what is at work."""
+        """Wait for the change at work."""
         self._thread.shutdown()
 
     def _submit(self, change: Callable[[], _T]) -> Future[_T] | None:

@@ -1,22 +1,19 @@
-"""What the index of a tier knows of its chunks."""
+"""The index of a store tier: each payload stands for the data of a blob."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from lmcache_kit.cache.descriptors import Encoding
 from lmcache_kit.cache.index.chunk_index import ChunkIndex
 from lmcache_kit.cache.index.entries import Entry, Payload
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.descriptors import Encoding
-    from lmcache_kit.interfaces import EvictionPolicy
-    from lmcache_kit.keys import ChunkKey
+from lmcache_kit.interfaces import EvictionPolicy
+from lmcache_kit.keys import ChunkKey
 
 
 @dataclass(slots=True, eq=False)
 class StoredPayload(Payload):
-    """Bytes of a chunk in a store; ``extents`` count from the start of the blob's data."""
+    """A chunk's bytes in a store; ``extents`` count from the start of the blob's data."""
 
     blob_encoding: Encoding | None = None
 

@@ -1,47 +1,47 @@
-"""Chunks of one tier on their way into memory, several at a time."""
+"""The tier reader: chunks of one store on their way into memory, several at a time."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from time import monotonic
+from typing import TypeAlias
 
 from xxhash import xxh3_64
 
 from lmcache_kit.cache.descriptors import ChunkDescriptor, Reservation
-from lmcache_kit.cache.memory.transfers import check_blob
+from lmcache_kit.cache.memory.memory_tier import MemoryTier
+from lmcache_kit.cache.memory.transfers import GetCodec, Transfers, check_blob
+from lmcache_kit.cache.records import Query
 from lmcache_kit.cache.tiers.blob_header import BlobHeader
 from lmcache_kit.cache.tiers.blob_reader import BlobReader
+from lmcache_kit.cache.tiers.blob_store import BlobStore
 from lmcache_kit.errors import BackendError
 from lmcache_kit.keys import ChunkKey
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import MemoryIndex
-    from lmcache_kit.cache.lookup import Query
-    from lmcache_kit.cache.memory.transfers import GetCodec, Transfers
-    from lmcache_kit.cache.tiers.store_tier import StoreTier
 
 THREADS = 4
 AHEAD = 4
 """So many chunks are asked for before their turn, and as many copied: a store on a network, or a
 disk with many queues, is only fast when several are on their way."""
-_AGAIN_S = 0.002
-_PATIENCE = 500
+STORING_S = 1.0
+"""So long a chunk that another owner is storing is waited for."""
 _PIECE_BYTES = 2 << 20
 
-_Opened: TypeAlias = "tuple[BlobHeader, BlobReader] | None"
-_Opening: TypeAlias = "Future[_Opened]"
+_Opened: TypeAlias = tuple[BlobHeader, BlobReader] | None
+_Opening: TypeAlias = Future[_Opened]
 
 
 @dataclass(frozen=True, slots=True)
 class PromotionTarget:
-    """Whom chunks are brought for: they are anchored for ``owner``, and must fit ``query``, if it
-    has one. ``gone`` tells whether nobody waits for them any longer."""
+    """The owner that references promoted chunks.
+
+    The chunks must fit ``query``, if there is one. ``gone`` tells whether the owner waits no
+    longer.
+    """
 
     owner: Hashable
     query: Query | None = None
@@ -50,7 +50,7 @@ class PromotionTarget:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A chunk that is being copied; ``why`` will tell what is wrong with it, or nothing."""
+    """A chunk that is being copied. ``why`` becomes the reason it is unusable, or empty."""
 
     key: ChunkKey
     ticket: int
@@ -58,29 +58,29 @@ class _Copy:
     why: Future[str]
 
 
-_Begun: TypeAlias = "_Copy | bool | BackendError"
+_Begun: TypeAlias = _Copy | bool | BackendError
 """What became of a chunk in its turn: it is copied, here already or none, or that failed."""
 
 
 class TierReader:
-    """Reads from ``tier`` into memory; ``transfers`` lands the chunks."""
+    """Reads chunks of ``store`` into memory; ``transfers`` reserves and commits them."""
 
     def __init__(
-        self, tier: StoreTier, index: MemoryIndex, transfers: Transfers, get_codec: GetCodec
+        self, store: BlobStore, memory: MemoryTier, transfers: Transfers, get_codec: GetCodec
     ) -> None:
-        self._tier = tier
-        self._memory = index.memory
+        self._store = store
+        self._memory = memory
         self._transfers = transfers
         self._get_codec = get_codec
-        self._threads = ThreadPoolExecutor(THREADS, f"lmcache-kit-fetch-{tier.location}")
+        self._threads = ThreadPoolExecutor(THREADS, f"lmcache-kit-fetch-{store.location}")
 
     def fetch(
         self, keys: Sequence[ChunkKey], target: PromotionTarget
     ) -> Generator[bool, None, None]:
-        """Have these chunks in memory: whether each has come, in order. Each gets its room, and is
-        found, after those before it; those after the last one that was asked for do not come.
+        """Promote these chunks, in order; yields whether each has come.
 
-        Raises BackendError in the turn of the chunk that it is about.
+        A chunk gets its room, and is found, after those before it. Chunks after the last one that
+        was asked for do not come. Raises BackendError in the turn of the chunk that it is about.
         """
         begun: deque[_Begun] = deque()
         try:
@@ -98,7 +98,7 @@ class TierReader:
                     self._give_up(each)
 
     def close(self) -> None:
-        """Wait for what is at work."""
+        """Wait for the chunks at work."""
         self._threads.shutdown(cancel_futures=True)
 
     def _open(self, keys: Sequence[ChunkKey]) -> Generator[tuple[ChunkKey, _Opening], None, None]:
@@ -107,7 +107,7 @@ class TierReader:
         try:
             while True:
                 for key in islice(rest, AHEAD - len(coming)):
-                    coming.append((key, self._threads.submit(self._tier.open, key)))
+                    coming.append((key, self._threads.submit(self._store.open, key)))
                 if not coming:
                     return
                 yield coming[0]
@@ -118,7 +118,7 @@ class TierReader:
                 opening.add_done_callback(_close)
 
     def _begin(self, key: ChunkKey, opening: _Opening, target: PromotionTarget) -> _Begun:
-        """Room for what was found, and a thread that copies it there."""
+        """Reserve room for a chunk, and start a thread that copies it there."""
         try:
             opened = opening.result()
         except BackendError as error:
@@ -132,7 +132,7 @@ class TierReader:
             query.world_size,
         ):
             reader.close()
-            self._tier.mark_corrupt(key, "its namespace has another shape")
+            self._store.mark_corrupt(key, "its namespace has another shape")
             return False
         reservation = self._reserve(header, target)
         if reservation.status != "granted":
@@ -153,7 +153,7 @@ class TierReader:
             raise
         if why:
             self._transfers.abort(begun.ticket)
-            self._tier.mark_corrupt(begun.key, why)
+            self._store.mark_corrupt(begun.key, why)
             return False
         return self._transfers.commit(begun.ticket)
 
@@ -165,24 +165,26 @@ class TierReader:
         self._transfers.abort(copy.ticket)
 
     def _reserve(self, header: BlobHeader, target: PromotionTarget) -> Reservation:
-        """Memory for a chunk. One that is on its way for somebody else is waited for, shortly."""
+        """Reserve memory for a chunk. One that another owner is storing is waited for, shortly."""
         descriptor, namespace = header
-        for _ in range(_PATIENCE):
+        state, deadline = self._memory.state, monotonic() + STORING_S
+        pending = state.index.pending
+        while True:
             [reservation] = self._transfers.reserve(
                 [descriptor], {namespace.digest: namespace}, target.owner, self._get_codec
             )
-            if reservation.status != "storing" or target.gone():
-                break
-            time.sleep(_AGAIN_S)
-        return reservation
+            left_s = deadline - monotonic()
+            if reservation.status != "storing" or target.gone() or left_s <= 0:
+                return reservation
+            state.wait_for(lambda: descriptor.key not in pending or target.gone(), left_s)
 
     def _fill(
         self, descriptor: ChunkDescriptor, reservation: Reservation, reader: BlobReader
     ) -> str:
-        """Copy it; why it cannot be used, or nothing. Raises BackendError."""
+        """Copy a chunk; returns why it is unusable, or empty. Raises BackendError."""
         with closing(reader):
             for region, extent in zip(reservation.regions, descriptor.extents, strict=True):
-                with self._memory.view(region) as view:
+                with self._memory.backend.view(region) as view:
                     try:
                         checksum = _copied(reader, view)
                     except EOFError as error:
@@ -200,8 +202,11 @@ def _close(opening: _Opening) -> None:
 
 
 def _copied(reader: BlobReader, target: memoryview) -> int:
-    """The checksum of what is in ``target`` afterwards. Each piece is hashed while the processor's
-    cache has it, which is faster than to hash all of it in the end."""
+    """Fill ``target`` and return the checksum of its bytes.
+
+    Each piece is hashed while it is in the cache of the processor, which is faster than to hash all
+    of it afterwards.
+    """
     hashed = xxh3_64()
     for start in range(0, len(target), _PIECE_BYTES):
         piece = target[start : start + _PIECE_BYTES]

@@ -1,40 +1,37 @@
-"""Encoding and decoding what lies in a tier."""
+"""Transcoding of blobs: read, convert, verify and replace."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.descriptors import Encoding
+from lmcache_kit.cache.index.entries import Entry
 from lmcache_kit.cache.memory.transcoding import (
     CorruptPayload,
-    Transcoded,
     check_payload,
     encode_payload,
     not_raw,
 )
-from lmcache_kit.cache.records import Extent
+from lmcache_kit.cache.memory.transfers import GetCodec
+from lmcache_kit.cache.records import Extent, Transcoded
 from lmcache_kit.cache.tiers.blob_header import BlobHeader
+from lmcache_kit.cache.tiers.blob_store import BlobStore
 from lmcache_kit.errors import BackendError
+from lmcache_kit.interfaces.codec import ChunkInfo, Codec
+from lmcache_kit.keys import ChunkKey
 
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.entries import Entry
-    from lmcache_kit.cache.memory.transfers import GetCodec
-    from lmcache_kit.cache.tiers.store_tier import StoreTier
-    from lmcache_kit.interfaces.codec import ChunkInfo, Codec
-    from lmcache_kit.keys import ChunkKey
-
-Convert: TypeAlias = "Callable[[memoryview, ChunkInfo], bytes | bytearray]"
+Convert: TypeAlias = Callable[[memoryview, ChunkInfo], bytes | bytearray]
 
 logger = logging.getLogger(__name__)
 
 
-def encode_stored(tier: StoreTier, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
-    """Encode a chunk with ``codec``."""
-    entry, encoding = tier.entry(key)
+def encode_stored(store: BlobStore, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+    """Encode a chunk of a store with ``codec``."""
+    entry, encoding = store.entry(key)
     if entry is None:
         return Transcoded("gone")
     if encoding is not None:
@@ -47,12 +44,12 @@ def encode_stored(tier: StoreTier, key: ChunkKey, method: str, codec: Codec) -> 
     def encode(payload: memoryview, chunk: ChunkInfo) -> bytes:
         return encode_payload(payload, chunk, codec)
 
-    return _transcode(tier, entry, chunks, Encoding(method, codec.format_version, chunks), encode)
+    return _transcode(store, entry, chunks, Encoding(method, codec.format_version, chunks), encode)
 
 
-def decode_stored(tier: StoreTier, key: ChunkKey, method: str, get_codec: GetCodec) -> Transcoded:
-    """Decode a chunk that ``method`` has encoded."""
-    entry, encoding = tier.entry(key)
+def decode_stored(store: BlobStore, key: ChunkKey, method: str, get_codec: GetCodec) -> Transcoded:
+    """Decode a chunk of a store that ``method`` has encoded."""
+    entry, encoding = store.entry(key)
     if entry is None:
         return Transcoded("gone")
     if encoding is None:
@@ -66,19 +63,19 @@ def decode_stored(tier: StoreTier, key: ChunkKey, method: str, get_codec: GetCod
         codec.decode(blob, chunk, raw)
         return raw
 
-    return _transcode(tier, entry, encoding.chunks, None, decode)
+    return _transcode(store, entry, encoding.chunks, None, decode)
 
 
 def _transcode(
-    tier: StoreTier,
+    store: BlobStore,
     entry: Entry,
     chunks: Sequence[ChunkInfo],
     encoding: Encoding | None,
     convert: Convert,
 ) -> Transcoded:
-    """Read it, convert each rank's bytes, and write them with ``encoding`` for their header."""
+    """Read a blob, convert each rank's bytes, and replace it by one with ``encoding``."""
     try:
-        found = tier.read(entry.key)
+        found = store.read(entry.key)
         if found is None:
             return Transcoded("gone")
         header, pieces = found
@@ -87,11 +84,11 @@ def _transcode(
         made = [convert(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True)]
         extents = tuple([Extent(0, len(each), xxh3_64_intdigest(each)) for each in made])
         descriptor = header.descriptor._replace(extents=extents, encoding=encoding)
-        return tier.replace(
+        return store.replace(
             entry, BlobHeader(descriptor, header.namespace), [memoryview(each) for each in made]
         )
     except CorruptPayload as error:
-        tier.mark_corrupt(entry.key, str(error))
+        store.mark_corrupt(entry.key, str(error))
         return Transcoded("failed", str(error))
     except (BackendError, ValueError) as error:
         return Transcoded("failed", str(error))

@@ -14,6 +14,7 @@ from lmcache_kit_http_api.frontend import HttpFrontend
 from lmcache_kit_http_api.options import HttpOptions
 
 from lmcache_kit.errors import UnknownName
+from lmcache_kit.interfaces import PluginRoute
 from lmcache_kit.interfaces.frontend import (
     InstanceMatch,
     LocationMatch,
@@ -204,13 +205,15 @@ def controller() -> FakeController:
 
 @pytest.fixture
 async def serve(controller: FakeController) -> AsyncIterator[Serve]:
-    """Start a frontend with these options; the port is free, the host 127.0.0.1."""
+    """Start a frontend with these options, and routes of plugins; the port is free, the host
+    127.0.0.1."""
     started: list[HttpFrontend] = []
     async with aiohttp.ClientSession() as session:
 
-        async def start(**options: object) -> Client:
+        async def start(routes: Sequence[PluginRoute] = (), **options: object) -> Client:
             chosen = {"host": "127.0.0.1", "port": 0, **options}
             frontend = HttpFrontend(controller, HttpOptions(**chosen))
+            frontend.add_routes(routes)
             await frontend.start()
             started.append(frontend)
             return Client(frontend.endpoints[0], session)

@@ -114,7 +114,7 @@ async def test_the_documented_lookup_of_a_stored_prompt_has_the_documented_reply
 async def test_what_leaves_the_cache_is_found_no_more(rest, engine):
     store(engine, SEED_TOKENS)
     await rest.until(SEED_TOKENS, {INSTANCE: ["LocalCPUBackend", 12]})
-    gone, _ = engine.clear()
+    gone, _ = engine.memory_tier.clear()
     assert gone.chunks == 1
     await rest.until(SEED_TOKENS, {})
 

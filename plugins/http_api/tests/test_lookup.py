@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from lmcache_kit_http_api.models import LookupReply
 
 SEED_TOKENS = [128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]
 
@@ -85,3 +88,11 @@ async def test_the_content_type_does_not_matter_when_the_body_is_json(client, co
 async def test_the_largest_token_is_accepted_and_no_token_at_all_finds_nothing(client):
     assert (await client.post("/lookup", {"tokens": [0, 2**32 - 1]}))[0] == 200
     assert (await client.post("/lookup", {"tokens": []}))[0] == 200
+
+
+@pytest.mark.parametrize("detail", [False, True])
+async def test_the_reply_is_one_of_the_documented_model(client, controller, detail):
+    controller.matches = {"a": [("LocalCPUBackend", 8)], "event_id": [("Disk", 4)]}
+    _, reply = await client.post("/lookup", {"tokens": [1], "detail": detail})
+    shown = LookupReply.model_validate_json(json.dumps(reply)).model_dump(mode="json")
+    assert shown == {"detail": None, **reply}

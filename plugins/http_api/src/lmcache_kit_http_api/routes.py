@@ -21,7 +21,7 @@ Handler: TypeAlias = Callable[[Context, Any], Any]
 """Takes the parsed request, or None; returns a reply or an awaitable of one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Route:
     """One method of one path.
 

@@ -12,16 +12,15 @@ from xxhash import xxh3_64_intdigest
 from lmcache_kit.cache.engine import CacheEngine
 from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.cache.index.policies import LRU
-from lmcache_kit.cache.memory.transcoding import Transcoded
-from lmcache_kit.cache.records import Located, Match, StoredChunk, StoreItem
+from lmcache_kit.cache.records import Located, Match, StoredChunk, StoreItem, Transcoded
 from lmcache_kit.interfaces import ChunkInfo, MemoryBackend, Region, Rope
 from lmcache_kit.keys import ChunkKey, chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from tests.cache.codecs import Zip
 
-SPACE = bytes(range(32))
+NAMESPACE = bytes(range(32))
 CHUNK = 4
-FORM = RankLayout(KVLayout("float8_e4m3", 25, 1, 1, "mla"), Rope(2), 3)
+RANK_LAYOUT = RankLayout(KVLayout("float8_e4m3", 25, 1, 1, "mla"), Rope(2), 3)
 """25 bytes a token, so 100 a chunk."""
 
 
@@ -32,12 +31,15 @@ class Cache:
         self.memory = memory
         self.codec = Zip()
         self.now = 0.0
+        self.loaders = ThreadPoolExecutor(2)
         self.engine = CacheEngine(
             memory, LRU(), location="Fake", lease_ttl_s=100, clock=lambda: self.now,
-            loaders=ThreadPoolExecutor(2),
+            loaders=self.loaders,
         )  # fmt: skip
 
-    def store(self, tokens: Sequence[int], world: int = 1, form: RankLayout | None = FORM) -> None:
+    def store(
+        self, tokens: Sequence[int], world: int = 1, rank_layout: RankLayout | None = RANK_LAYOUT
+    ) -> None:
         packed = pack_tokens(tokens)
         for rank in range(world):
             items = [
@@ -45,9 +47,11 @@ class Cache:
                     link.parent, packed[link.start * 4 : link.end * 4],
                     25 * (link.end - link.start), link.start,
                 )
-                for link in chain(SPACE, packed, CHUNK)
+                for link in chain(NAMESPACE, packed, CHUNK)
             ]  # fmt: skip
-            grants = self.engine.allocate(SPACE, rank, world, CHUNK, items, "worker", form)
+            grants = self.engine.allocate(
+                NAMESPACE, rank, world, CHUNK, items, "worker", rank_layout
+            )
             written = []
             for item, grant in zip(items, grants, strict=True):
                 if grant.status == "granted":
@@ -57,13 +61,13 @@ class Cache:
             assert self.engine.commit(written, "worker") == len(written)
 
     def encode(self, tokens: Sequence[int]) -> list[Transcoded]:
-        return [self.engine.encode(key, "zip", self.codec) for key in keys_of(tokens)]
+        return [self.engine.memory_tier.encode(key, "zip", self.codec) for key in keys_of(tokens)]
 
     def decode(self, tokens: Sequence[int]) -> list[Transcoded]:
-        return [self.engine.decode(key, "zip") for key in keys_of(tokens)]
+        return [self.engine.memory_tier.decode(key, "zip") for key in keys_of(tokens)]
 
     def find(self, tokens: Sequence[int], world: int = 1, wait_s: float = 20) -> Match:
-        return self.engine.lookup(SPACE, pack_tokens(tokens), CHUNK, world, "reader", wait_s)
+        return self.engine.lookup(NAMESPACE, pack_tokens(tokens), CHUNK, world, "reader", wait_s)
 
     def hit(self, tokens: Sequence[int], wait_s: float = 20) -> int:
         """How many tokens are found, and intact; holds nothing."""
@@ -89,7 +93,7 @@ def payload_of(item: StoreItem, rank: int) -> bytes:
 
 
 def keys_of(tokens: Sequence[int]) -> list[ChunkKey]:
-    return [link.key for link in chain(SPACE, pack_tokens(tokens), CHUNK)]
+    return [link.key for link in chain(NAMESPACE, pack_tokens(tokens), CHUNK)]
 
 
 @pytest.fixture
@@ -133,8 +137,8 @@ def test_a_codec_learns_what_the_payload_is(cache: Cache) -> None:
     cache.store(range(6))
     cache.encode(range(6))
     assert cache.codec.encoded == [
-        ChunkInfo(FORM.layout, 4, 0, FORM.rope, 3),
-        ChunkInfo(FORM.layout, 2, 4, FORM.rope, 3),
+        ChunkInfo(RANK_LAYOUT.layout, 4, 0, RANK_LAYOUT.rope, 3),
+        ChunkInfo(RANK_LAYOUT.layout, 2, 4, RANK_LAYOUT.rope, 3),
     ]
 
 
@@ -182,8 +186,8 @@ def test_a_chunk_that_is_encoded_otherwise_is_left_so(cache: Cache) -> None:
     cache.encode(range(4))
     [key] = keys_of(range(4))
     why = "it is encoded with zip"
-    assert cache.engine.encode(key, "other", cache.codec) == Transcoded("failed", why)
-    assert cache.engine.decode(key, "other") == Transcoded("failed", why)
+    assert cache.engine.memory_tier.encode(key, "other", cache.codec) == Transcoded("failed", why)
+    assert cache.engine.memory_tier.decode(key, "other") == Transcoded("failed", why)
 
 
 def test_decoding_for_good_is_the_reverse(cache: Cache) -> None:
@@ -218,7 +222,7 @@ def test_listeners_do_not_hear_of_encoding(cache: Cache) -> None:
             heard.append(key)
 
     cache.store(range(8))
-    cache.engine.subscribe(Listener())
+    cache.engine.memory_tier.subscribe(Listener())
     cache.encode(range(8))
     cache.decode(range(8))
     assert heard == []
@@ -241,25 +245,25 @@ def test_a_reader_keeps_the_raw_bytes_until_it_is_done(cache: Cache) -> None:
 def test_the_raw_bytes_serve_until_the_encoded_ones_are_verified(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.gate.clear()
-    packing = Thread(target=cache.encode, args=(range(4),))
-    packing.start()
+    encoding = Thread(target=cache.encode, args=(range(4),))
+    encoding.start()
     assert cache.codec.begun.acquire(timeout=20)
     assert cache.hit(range(4), wait_s=0) == 4
     assert cache.stat("allocated_bytes") == 100
     cache.codec.gate.set()
-    packing.join()
+    encoding.join()
     assert cache.stat("allocated_bytes") < 100
 
 
 def test_only_one_operation_at_a_time_is_at_work_on_a_chunk(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.gate.clear()
-    packing = Thread(target=cache.encode, args=(range(4),))
-    packing.start()
+    encoding = Thread(target=cache.encode, args=(range(4),))
+    encoding.start()
     assert cache.codec.begun.acquire(timeout=20)
     assert cache.encode(range(4)) == [Transcoded("failed", "another operation is at work on it")]
     cache.codec.gate.set()
-    packing.join()
+    encoding.join()
 
 
 @pytest.mark.parametrize("end", ["cleared", "corrupt"])
@@ -267,15 +271,15 @@ def test_a_chunk_that_goes_while_it_is_encoded_is_gone(cache: Cache, end: str) -
     cache.store(range(4))
     cache.codec.gate.clear()
     results: list[Transcoded] = []
-    packing = Thread(target=lambda: results.extend(cache.encode(range(4))))
-    packing.start()
+    encoding = Thread(target=lambda: results.extend(cache.encode(range(4))))
+    encoding.start()
     assert cache.codec.begun.acquire(timeout=20)
     if end == "cleared":
-        cache.engine.clear()
+        cache.engine.memory_tier.clear()
     else:
         cache.engine.drop_corrupt(keys_of(range(4))[0])
     cache.codec.gate.set()
-    packing.join()
+    encoding.join()
     assert results == [Transcoded("gone")]
     assert cache.stat("allocated_bytes") == 0
 
@@ -284,13 +288,13 @@ def test_a_chunk_that_is_being_encoded_is_not_evicted(make_cache: MakeCache) -> 
     cache = make_cache(200)
     cache.store(range(4))
     cache.codec.gate.clear()
-    packing = Thread(target=cache.encode, args=(range(4),))
-    packing.start()
+    encoding = Thread(target=cache.encode, args=(range(4),))
+    encoding.start()
     assert cache.codec.begun.acquire(timeout=20)
-    item = StoreItem(SPACE[:16], pack_tokens([9]), 101)
-    assert cache.engine.allocate(SPACE, 0, 1, CHUNK, [item], "w")[0].status == "refused"
+    item = StoreItem(NAMESPACE[:16], pack_tokens([9]), 101)
+    assert cache.engine.allocate(NAMESPACE, 0, 1, CHUNK, [item], "w")[0].status == "refused"
     cache.codec.gate.set()
-    packing.join()
+    encoding.join()
 
 
 # Late, or no room.
@@ -299,7 +303,7 @@ def test_a_chunk_that_is_being_encoded_is_not_evicted(make_cache: MakeCache) -> 
 def test_what_is_not_decoded_in_time_ends_the_prefix(cache: Cache) -> None:
     cache.store(range(12))
     [_, second, _] = keys_of(range(12))
-    cache.engine.encode(second, "zip", cache.codec)
+    cache.engine.memory_tier.encode(second, "zip", cache.codec)
     cache.codec.gate.clear()
     match = cache.find(range(12), wait_s=0)
     assert [chunk.end for chunk in match.chunks] == [4]
@@ -334,13 +338,13 @@ def test_a_chunk_that_goes_while_a_lookup_waits_for_another_leaves_no_memory_beh
     cache: Cache,
 ) -> None:
     cache.store(range(8))
-    cache.engine.encode(keys_of(range(4))[0], "zip", cache.codec)
+    cache.engine.memory_tier.encode(keys_of(range(4))[0], "zip", cache.codec)
     cache.codec.gate.clear()
-    search = cache.engine.begin_lookup(SPACE, pack_tokens(range(8)), CHUNK, 1, "r", Event().set)
-    cache.engine.clear()
+    search = cache.engine.begin_lookup(NAMESPACE, pack_tokens(range(8)), CHUNK, 1, "r", Event().set)
+    cache.engine.memory_tier.clear()
     assert cache.engine.finish_lookup(search) == Match(0, ())
     cache.codec.gate.set()
-    cache.engine._loaders.shutdown()
+    cache.loaders.shutdown()
     assert cache.memory.usage().allocated_bytes == 0
 
 
@@ -369,7 +373,7 @@ def test_an_owner_that_dies_while_it_waits_gets_nothing_and_holds_nothing(cache:
         pass
     cache.codec.gate.clear()
     ended = Event()
-    search = cache.engine.begin_lookup(SPACE, pack_tokens(range(4)), CHUNK, 1, "r", ended.set)
+    search = cache.engine.begin_lookup(NAMESPACE, pack_tokens(range(4)), CHUNK, 1, "r", ended.set)
     assert cache.codec.begun.acquire(timeout=20)
     cache.engine.drop_owner("r")
     cache.codec.gate.set()
@@ -421,11 +425,11 @@ def test_pinned_bytes_shrink_and_never_grow_over_the_budget(make_cache: MakeCach
     tokens = range(16)
     cache.store(tokens)
     cache.encode(tokens)
-    there, pinned = cache.engine.pin([SPACE], pack_tokens(tokens), "p")
+    there, pinned = cache.engine.memory_tier.pin([NAMESPACE], pack_tokens(tokens), "p")
     assert there == pinned
     statuses = [each.status for each in cache.decode(tokens)]
     assert statuses.count("done") == 1
-    assert cache.stat("pinned_bytes") <= cache.engine.pin_budget_bytes
+    assert cache.stat("pinned_bytes") <= cache.engine.memory_tier.pin_budget_bytes
     refused = [each for each in cache.decode(tokens) if each.status == "failed"]
     assert "it is pinned, and would not fit" in refused[0].why
 
@@ -453,27 +457,27 @@ def test_what_does_not_get_smaller_stays_raw(cache: Cache) -> None:
     cache.store([1])
     [first] = keys_of([1])
     cache.codec.encode = lambda payload, chunk: bytes(25)  # type: ignore[method-assign]
-    assert cache.engine.encode(first, "zip", cache.codec) == Transcoded(
+    assert cache.engine.memory_tier.encode(first, "zip", cache.codec) == Transcoded(
         "failed", "it would not get smaller"
     )
 
 
 def test_chunks_of_ranks_that_do_not_say_what_they_store_stay_raw(cache: Cache) -> None:
-    cache.store(range(4), form=None)
+    cache.store(range(4), rank_layout=None)
     assert cache.encode(range(4)) == [
         Transcoded("failed", "rank 0 has not said what its payloads are")
     ]
 
 
 def test_payloads_of_an_unknown_type_stay_raw(cache: Cache) -> None:
-    cache.store(range(4), form=RankLayout(KVLayout("int3", 25, 1, 1, "mla")))
+    cache.store(range(4), rank_layout=RankLayout(KVLayout("int3", 25, 1, 1, "mla")))
     assert cache.encode(range(4)) == [
         Transcoded("failed", "rank 0 stores 'int3', which is not known")
     ]
 
 
 def test_payloads_that_do_not_fit_their_layout_stay_raw(cache: Cache) -> None:
-    cache.store(range(4), form=RankLayout(KVLayout("bfloat16", 1, 1, 8)))
+    cache.store(range(4), rank_layout=RankLayout(KVLayout("bfloat16", 1, 1, 8)))
     why = "rank 0 stored 100 bytes, and 128 are 4 tokens of its layout"
     assert cache.encode(range(4)) == [Transcoded("failed", why)]
 

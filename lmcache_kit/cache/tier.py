@@ -1,66 +1,60 @@
-"""What operators can do with the chunks of one location, whatever it keeps them in."""
+"""A tier: the chunks at one location, as operators, moves and the control plane see them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 from lmcache_kit.cache.descriptors import ChunkRef, DeleteResult, NamespaceInfo
+from lmcache_kit.cache.index.chunk_index import ChunkIndex
 from lmcache_kit.cache.index.entries import PartialChunk
-from lmcache_kit.cache.index.pins import Pins
-from lmcache_kit.cache.index.references import References
-from lmcache_kit.cache.records import ChangeListener, Selected, StoredChunk
-
-if TYPE_CHECKING:
-    from lmcache_kit.cache.index.chunk_index import ChunkIndex
-    from lmcache_kit.cache.memory.transcoding import Transcoded
-    from lmcache_kit.interfaces import Codec
-    from lmcache_kit.interfaces.operations import PinInfo
-    from lmcache_kit.keys import ChunkKey
+from lmcache_kit.cache.index.holds import References
+from lmcache_kit.cache.index.state import TierState
+from lmcache_kit.cache.records import ChangeListener, Selected, StoredChunk, Transcoded
+from lmcache_kit.interfaces.codec import Codec
+from lmcache_kit.interfaces.operations import PinInfo
+from lmcache_kit.keys import ChunkKey
 
 
 class Tier(ABC):
-    """The chunks at one location: those in memory, or those of a tier below it. Thread-safe;
-    listeners are called under the lock.
+    """The chunks at one location, in memory or in a store. Thread-safe.
 
-    ``references`` keep what moves need. ``namespaces`` are digests, None for all; ``tokens`` are
-    packed, and mean the chunks of their longest stored prefix, or with None all chunks.
+    ``namespaces`` are digests, None for all. ``tokens`` are packed; they select the chunks of their
+    longest stored prefix, and None selects all chunks. Listeners are called under the lock.
     """
 
-    def __init__(  # noqa: PLR0917 - what its subclasses share
-        self,
-        location: str,
-        index: ChunkIndex,
-        pin_budget_bytes: int,
-        counters: Counter[str],
-        lock: AbstractContextManager[object],
-        clock: Callable[[], float],
-    ) -> None:
-        self.location = location
-        self.references = References(index, lock)
-        self._index = index
-        self._pins = Pins(pin_budget_bytes, clock)
-        self._counters = counters
-        self._lock = lock
-        self._clock = clock
+    def __init__(self, state: TierState[ChunkIndex]) -> None:
+        self._state = state
+        self._index = state.index
+        self._pins = state.pins
+        self._counters = state.counters
+        self._lock = state.lock
+
+    @property
+    def location(self) -> str:
+        """The name by which operators address the tier."""
+        return self._state.location
+
+    @property
+    def references(self) -> References:
+        """Holds for moves and lookups."""
+        return self._state.references
 
     # What the control plane follows.
 
     def subscribe(self, listener: ChangeListener) -> list[StoredChunk]:
-        """All complete chunks; ``listener`` hears of every change after that."""
+        """Return all complete chunks, and tell ``listener`` of every change after that."""
         with self._lock:
             self._index.listeners.append(listener)
             return self._index.records()
 
     def unsubscribe(self, listener: ChangeListener) -> None:
+        """Stop telling ``listener``. Raises ValueError if it is not subscribed."""
         with self._lock:
             self._index.listeners.remove(listener)
 
     def snapshot(self, receive: Callable[[list[StoredChunk]], None]) -> None:
-        """Call ``receive`` with all complete chunks while nothing can change."""
+        """Call ``receive`` with all complete chunks, under the lock."""
         with self._lock:
             receive(self._index.records())
 
@@ -75,13 +69,13 @@ class Tier(ABC):
         owner: str = "",
         ttl_s: float | None = None,
     ) -> tuple[Selected, Selected]:
-        """Keep chunks until :meth:`unpin`, or for ``ttl_s``: what there is, and what of that is
-        pinned now, the first chunks that fit into the budget. A pin of the same id ends.
+        """Pin chunks until :meth:`unpin`, or for ``ttl_s`` seconds. An earlier pin of this id ends.
 
-        Raises ValueError when there are too many pins.
+        Returns the selected chunks, and those of them that are pinned now: the first ones that fit
+        into the budget. Raises ValueError when there are too many pins.
         """
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             there = self._index.select(namespaces, tokens)
             return _selected(there), _selected(self._pins.add(pin_id, owner, ttl_s, there))
 
@@ -91,22 +85,24 @@ class Tier(ABC):
         tokens: bytes | None,
         pin_id: str | None = None,
     ) -> Selected:
-        """End the pin of this id; without one, the pins that hold nothing but first tokens of
-        ``tokens``, or all. Returns what they held."""
+        """End the pin of this id; without one, the pins that lie within ``tokens``, or all.
+
+        Returns the chunks that were pinned.
+        """
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             within = self._pins.within(namespaces, tokens)
             return _selected(self._pins.remove(within if pin_id is None else [pin_id]))
 
     def pins(self) -> list[PinInfo]:
-        """All pins, the oldest first."""
+        """Return all pins, the oldest first."""
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             return self._pins.infos(self.location)
 
     @property
     def pin_budget_bytes(self) -> int:
-        """What all pinned chunks may weigh."""
+        """The bytes that all pinned chunks together may have."""
         return self._pins.budget_bytes
 
     def clear(
@@ -116,19 +112,19 @@ class Tier(ABC):
         *,
         force: bool = False,
     ) -> tuple[Selected, Selected]:
-        """Forget chunks: those that went, and those that stay because they are pinned, unless
-        ``force``. Memory in use is freed when it is released.
+        """Delete chunks; returns those deleted, and those that stay because they are pinned.
 
-        Of ``tokens``, a chunk goes when it holds only these, or also what follows the last of
-        them; not one that goes on otherwise. Without tokens, stores under way are given up too.
+        ``force`` deletes pinned ones, too. Memory in use is freed when its last hold ends. Of
+        ``tokens``, a chunk is deleted if it has only these, or the last of these and then others.
+        Without tokens, pending stores are given up, too.
         """
         with self._lock:
-            self._expire_holds()
+            self._state.expire_holds()
             if tokens is None:
                 there = [partial.entry for partial in self._index.select(namespaces, None)]
                 there += self._index.pending.values() if namespaces is None else ()
             else:
-                there = self._index.holding(namespaces, tokens)
+                there = self._index.covered_by(namespaces, tokens)
             gone = [entry for entry in there if force or not entry.pins]
             kept = [entry for entry in there if entry.pins and not force]
             cleared = _selected(
@@ -140,22 +136,21 @@ class Tier(ABC):
             return cleared, _selected([PartialChunk(entry, entry.tokens) for entry in kept])
 
     def contains(self, key: ChunkKey) -> bool:
-        """Whether a chunk is here, as far as is known."""
+        """Whether the index has a chunk."""
         entry = self._index.entries.get(key)
         return entry is not None and entry.complete
 
     def keys(
         self, namespaces: Collection[bytes] | None, tokens: bytes | None
     ) -> list[tuple[ChunkKey, int]]:
-        """Chunks, and how many tokens of each are meant."""
+        """Return the selected chunks, and how many tokens of each."""
         with self._lock:
             partial_chunks = self._index.select(namespaces, tokens)
             return [(partial.entry.key, partial.tokens) for partial in partial_chunks]
 
     @abstractmethod
     def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
-        """Encode a chunk with ``codec``, in the calling thread. Until that is verified the raw
-        bytes serve."""
+        """Encode a chunk with ``codec``, in the calling thread. The raw bytes serve until then."""
 
     @abstractmethod
     def decode(self, key: ChunkKey, method: str) -> Transcoded:
@@ -166,8 +161,7 @@ class Tier(ABC):
     def chunk_refs(
         self, namespaces: Collection[bytes] | None, tokens: bytes | None
     ) -> list[ChunkRef]:
-        """The longest stored prefix of packed ``tokens``, or everything: each chunk after the one
-        that it follows."""
+        """Return the selected chunks, parents before their children."""
         with self._lock:
             partial_chunks = self._index.select(namespaces, tokens)
             partial_chunks.sort(key=lambda partial: partial.entry.start)
@@ -182,7 +176,7 @@ class Tier(ABC):
             ]
 
     def namespaces(self, digests: Collection[bytes]) -> list[NamespaceInfo]:
-        """What is known of these namespaces, as far as they have chunks here."""
+        """Describe those of these namespaces that have chunks here."""
         with self._lock:
             found = [
                 self._index.namespaces[each] for each in digests if each in self._index.namespaces
@@ -198,8 +192,11 @@ class Tier(ABC):
             ]
 
     def delete(self, keys: Collection[ChunkKey]) -> DeleteResult:
-        """Forget chunks that another cache holds now. Pinned ones stay, and so do those that
-        other chunks here still follow, because these could not be found without them."""
+        """Delete chunks that another cache holds now.
+
+        Pinned and referenced ones stay. So do those that other chunks here follow: these could not
+        be found without them.
+        """
         with self._lock:
             wanted = {key: self._index.entries[key] for key in keys if key in self._index.entries}
             pinned = [entry for entry in wanted.values() if entry.pins]
@@ -221,11 +218,6 @@ class Tier(ABC):
                 if parent is not None and not self._index.followers(parent.key):
                     ends.append(parent)
             return DeleteResult(gone, len(pinned), len(free) - gone, len(in_use))
-
-    def _expire_holds(self) -> int:
-        """End pins, and what else has outlived its time; returns how many leases did."""
-        self._counters["expired_pins_total"] += self._pins.expire()
-        return 0
 
 
 def _selected(partial_chunks: Sequence[PartialChunk]) -> Selected:

@@ -85,7 +85,7 @@ def test_what_is_opened_comes_back_and_is_closed(make: MakeCache) -> None:
 def test_what_is_opened_can_be_encoded_where_it_lies(make: MakeCache) -> None:
     store = Opening()
     cache = forgotten(make, store)
-    found = cache.tiers[0].read(keys(MANY)[0])
+    found = cache.tiers[0].store.read(keys(MANY)[0])
     assert found is not None
     assert [len(piece) for piece in found[1]] == [100]
     all_is_closed(cache, store)
