@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from lmcache_kit.interfaces import Region
 
 PAGE_BYTES = 4096
-_WALK_ALL_BLOCKS = 256
-_HOLES_TO_TRY = 8
+WALK_ALL_BLOCKS = 256
+"""Up to so many blocks, an eviction plan looks at all of them."""
+HOLES_TO_TRY = 8
+"""Above that, it looks first around so many of the largest holes."""
 
 _Block = tuple[int, Region | None]
 """Size, and the region if it is not a hole."""
@@ -29,7 +31,15 @@ class Allocator:
     span without a gap: ``offset + size`` of one is the offset of the next.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        walk_all_blocks: int = WALK_ALL_BLOCKS,
+        holes_to_try: int = HOLES_TO_TRY,
+    ) -> None:
+        self._walk_all_blocks = walk_all_blocks
+        self._holes_to_try = holes_to_try
         self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
         self.requested_bytes = 0
         self.allocated_bytes = 0
@@ -96,8 +106,8 @@ class Allocator:
         proportion to the number of blocks in such a window, the second to that of all.
         """
         needed = pages(nbytes)
-        if len(self._ending_at) > _WALK_ALL_BLOCKS:
-            largest = [offset for _, offset in self._by_size[-_HOLES_TO_TRY:]]
+        if len(self._ending_at) > self._walk_all_blocks:
+            largest = [offset for _, offset in self._by_size[-self._holes_to_try :]]
             around = [self._around(offset, needed) for offset in largest]
             found = [
                 window for blocks in around if (window := _cheapest(blocks, needed, evictable))

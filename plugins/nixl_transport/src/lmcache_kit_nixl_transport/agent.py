@@ -125,6 +125,11 @@ class Agent:
         for transfer in abandoned:
             self.settled(transfer)
 
+    def in_flight(self) -> int:
+        """Return how many transfers NIXL has begun and not ended."""
+        with self._state:
+            return len(self._flying)
+
     def close(self) -> None:
         """End every transfer and give the memory back. Safe to call twice."""
         with self._closing:

@@ -78,7 +78,7 @@ class Address(msgspec.Struct, frozen=True):
 
 
 def pack_request(request: Request) -> bytes:
-    return _checked(
+    return with_checksum(
         _REQUEST.pack(_REQUEST_MAGIC, VERSION, request.op, request.regions, request.token)
     )
 
@@ -92,7 +92,7 @@ def unpack_request(header: bytes) -> Request:
 
 
 def pack_frame(frame: Frame) -> bytes:
-    return _checked(_FRAME.pack(_FRAME_MAGIC, VERSION, *frame))
+    return with_checksum(_FRAME.pack(_FRAME_MAGIC, VERSION, *frame))
 
 
 def unpack_frame(header: bytes) -> Frame:
@@ -128,7 +128,7 @@ def unpack_address(address: bytes) -> Address:
     return peer
 
 
-def _checked(body: bytes) -> bytes:
+def with_checksum(body: bytes) -> bytes:
     return body + _CHECK.pack(xxh32_intdigest(body))
 
 
@@ -139,6 +139,6 @@ def _body(header: bytes, magic: bytes, what: str) -> bytes:
     if version != VERSION:
         raise OtherVersion(version)
     body = header[: -_CHECK.size]
-    if _checked(body) != header:
+    if with_checksum(body) != header:
         raise TransportError(f"a {what} from the peer is corrupt: its check does not match")
     return body
