@@ -72,7 +72,7 @@ def main() -> None:
     keys = [key for key, _ in engine.keys(None, None)]
 
     start = time.perf_counter()
-    results = [engine.pack(key, options.method, codec) for key in keys]
+    results = [engine.encode(key, options.method, codec) for key in keys]
     took_s = time.perf_counter() - start
     after = sum(result.bytes_after for result in results)
     print(f"{options.chunks} chunks, {nbytes / 1e6:.0f} MB, on {os.cpu_count()} cores")

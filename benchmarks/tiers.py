@@ -76,7 +76,7 @@ class Cache:
     def flush(self) -> float:
         begun = time.perf_counter()
         if self.tier is not None:
-            assert self.tier.turns.flush(WAIT_S)
+            assert self.tier.executor.flush(WAIT_S)
         return time.perf_counter() - begun
 
     def look_up(self) -> float:
@@ -96,8 +96,8 @@ class Cache:
             self.tier.clear()
 
     def close(self) -> None:
-        if self.engine.tiers:
-            self.engine.tiers.close()
+        if self.engine.lower_tiers:
+            self.engine.lower_tiers.close()
         self.engine.close()
 
 
@@ -151,7 +151,7 @@ def main() -> None:
                 seen[f"hit {who}"] = min(cache.look_up() for _ in range(20))
                 if who == "with":
                     cache.forget()
-                    seen["recall"] = cache.look_up()
+                    seen["promote"] = cache.look_up()
                 cache.forget_all()
             if round_:  # the first one touches memory and files for the first time
                 for what, seconds in seen.items():
@@ -175,17 +175,20 @@ def main() -> None:
         "plain write": speed("plain write"),
         "plain read": speed("plain read"),
         "to the tier": f"{speed('write')}, of a plain write {ratio('write', 'plain write')}",
-        "back into memory": f"{speed('recall')}, of a plain read {ratio('recall', 'plain read')}",
+        "back into memory": (
+            f"{speed('promote')}, of a plain read {ratio('promote', 'plain read')}"
+        ),
         "a hit in memory": f"{us['without']:.0f} us without tiers, {us['with']:.0f} us with, "
         f"{ratio('hit without', 'hit with')}",
     }
     if theirs:
-        ours = {way: total / median(times[way]) / 1e9 for way in ("write", "recall")}
+        ours = {way: total / median(times[way]) / 1e9 for way in ("write", "promote")}
         rows["LMCache, to disk"] = (
             f"{theirs['down_gb_s']:.2f} GB/s, ours {ours['write'] / theirs['down_gb_s']:.2f} of it"
         )
         rows["LMCache, back"] = (
-            f"{theirs['back_gb_s']:.2f} GB/s, ours {ours['recall'] / theirs['back_gb_s']:.2f} of it"
+            f"{theirs['back_gb_s']:.2f} GB/s, "
+            f"ours {ours['promote'] / theirs['back_gb_s']:.2f} of it"
         )
     print(f"{asked.chunks} x {nbytes / MIB:.1f} MiB, {asked.rounds} rounds")
     for what, seen_ in rows.items():

@@ -22,16 +22,16 @@ class ChunkRef(NamedTuple):
 
 
 class NamespaceInfo(NamedTuple):
-    """A namespace that has chunks: ``forms`` are ``(rank, form)`` of the ranks that said theirs."""
+    """A namespace that has chunks, with ``(rank, layout)`` of the ranks that declared theirs."""
 
     digest: bytes
     chunk_size: int
     world_size: int
-    forms: tuple[tuple[int, RankLayout], ...]
+    rank_layouts: tuple[tuple[int, RankLayout], ...]
 
 
 class Encoding(NamedTuple):
-    """How a parcel's bytes are encoded: the codec's name, the version of its format, and what was
+    """How a chunk's bytes are encoded: the codec's name, the version of its format, and what was
     encoded, one per rank."""
 
     method: str
@@ -42,7 +42,7 @@ class Encoding(NamedTuple):
 class ChunkDescriptor(NamedTuple):
     """A chunk to take over, all that is to be known of it. ``tokens`` are packed, ``start`` is
     the position of the first one. ``extents``, one per rank, lie in the memory of its holder.
-    ``packing`` is None for raw bytes."""
+    ``encoding`` is None for raw bytes."""
 
     key: ChunkKey
     namespace: bytes
@@ -50,7 +50,7 @@ class ChunkDescriptor(NamedTuple):
     tokens: bytes
     start: int
     extents: tuple[Extent, ...]
-    packing: Encoding | None = None
+    encoding: Encoding | None = None
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +70,7 @@ class ChunkDescriptor(NamedTuple):
 
 
 class Reservation(NamedTuple):
-    """Where a parcel goes. ``present``: it is here already, and stays. ``storing``: somebody
+    """Where a descriptor goes. ``present``: it is here already, and stays. ``storing``: somebody
     stores it just now. ``full``: there is no room. ``unfit``: it cannot be kept here, ``why`` says
     why. ``ticket`` and ``regions`` (one per rank) mean something if ``granted``."""
 

@@ -53,11 +53,12 @@ class CacheEngine(Tier):
     >>> from lmcache_kit.keys import pack_tokens
     >>> from lmcache_kit_cpu_backend.backend import LocalCPUBackend
     >>> engine = CacheEngine(LocalCPUBackend(1 << 20), LRU(), location="LocalCPUBackend")
-    >>> space, tokens = bytes(32), pack_tokens([5, 6, 7])
-    >>> [grant] = engine.allocate(space, 0, 1, 256, [StoreItem(space[:16], tokens, 300)], "me")
+    >>> namespace, tokens = bytes(32), pack_tokens([5, 6, 7])
+    >>> item = StoreItem(namespace[:16], tokens, 300)
+    >>> [grant] = engine.allocate(namespace, 0, 1, 256, [item], "me")
     >>> engine.commit([(grant.ticket, 0)], "me")
     1
-    >>> match = engine.lookup(space, pack_tokens([5, 6, 8]), 256, 1, "me")
+    >>> match = engine.lookup(namespace, pack_tokens([5, 6, 8]), 256, 1, "me")
     >>> match.chunks[0].usable
     2
     >>> engine.release(match.lease, rank=0)
@@ -65,7 +66,7 @@ class CacheEngine(Tier):
     >>> engine.close()
     """
 
-    _shelf: MemoryIndex
+    _index: MemoryIndex
 
     def __init__(
         self,
@@ -78,64 +79,64 @@ class CacheEngine(Tier):
         loaders: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        shelf = MemoryIndex(backend, policy)
+        index = MemoryIndex(backend, policy)
         super().__init__(
             location,
-            shelf,
-            int(shelf.capacity_bytes * max_pinned_share),
+            index,
+            int(index.capacity_bytes * max_pinned_share),
             Counter(dict.fromkeys(COUNTERS, 0)),
             threading.RLock(),
             clock,
         )
         self._ttl_s = lease_ttl_s
         self._leases = Leases(lease_ttl_s, clock)
-        self._stores = PendingStores(self._shelf, self._counters, clock)
+        self._stores = PendingStores(self._index, self._counters, clock)
         self._loaders = loaders or ThreadPoolExecutor(
             min(MAX_LOADERS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-load"
         )
-        unpacker = Decoder(self._shelf, self._counters, self._lock, self._loaders)
-        self._lookups = Lookups(self._shelf, self._leases, unpacker, self._counters)
-        self._packer = Transcoder(self._shelf, self._pins, unpacker, self._counters, self._lock)
+        decoder = Decoder(self._index, self._counters, self._lock, self._loaders)
+        self._lookups = Lookups(self._index, self._leases, decoder, self._counters)
+        self._transcoder = Transcoder(self._index, self._pins, decoder, self._counters, self._lock)
         self.transfers = Transfers(
-            self._shelf, self.anchors, self._leases, self._counters, self._lock, clock
+            self._index, self.references, self._leases, self._counters, self._lock, clock
         )
-        self.tiers: LowerTiers | None = None
+        self.lower_tiers: LowerTiers | None = None
         self._closed = False
 
     def attach(self, tiers: Sequence[StoreTier], get_codec: GetCodec) -> LowerTiers:
         """Put tiers below memory, once: lookups find what lies there. Who closes the engine closes
         them first."""
-        recalled = Transfers(
-            self._shelf,
-            self.anchors,
+        promoted = Transfers(
+            self._index,
+            self.references,
             self._leases,
             self._counters,
             self._lock,
             self._clock,
-            "recalled",
+            "promoted",
         )
-        recalls = Promotions(
+        promotions = Promotions(
             tiers,
-            self._shelf,
-            recalled,
+            self._index,
+            promoted,
             self._lookups,
             get_codec,
-            anchors=self.anchors,
+            references=self.references,
             counters=self._counters,
             lock=self._lock,
         )
-        self.tiers = LowerTiers(tiers, self, recalls)
-        return self.tiers
+        self.lower_tiers = LowerTiers(tiers, self, promotions)
+        return self.lower_tiers
 
     @property
-    def inventories(self) -> dict[str, Tier]:
+    def locations(self) -> dict[str, Tier]:
         """By location: ourselves, and the tiers below."""
-        return {each.location: each for each in (self, *(self.tiers or ()))}
+        return {each.location: each for each in (self, *(self.lower_tiers or ()))}
 
     @property
     def memory(self) -> MemoryBackend:
         """Where the chunks lie."""
-        return self._shelf.memory
+        return self._index.memory
 
     # Reading.
 
@@ -178,33 +179,33 @@ class CacheEngine(Tier):
         search = Search(query, owner, on_ready)
         with self._lock:
             walk = self._lookups.walk(query)
-            if self.tiers is None or not self.tiers.recalls.begin(search, walk):
+            if self.lower_tiers is None or not self.lower_tiers.promotions.begin(search, walk):
                 self._lookups.begin(search, walk)
         return search
 
     def finish_lookup(self, search: Search) -> Match:
         """Do the rest, once."""
         with self._lock:
-            if self.tiers and search.bringing:
-                self.tiers.recalls.cancel(search.bringing)
+            if self.lower_tiers and search.promotion:
+                self.lower_tiers.promotions.cancel(search.promotion)
                 self._lookups.begin(search, self._lookups.walk(search.query))
             return self._lookups.finish(search)
 
     def release(self, lease: int, rank: int | None) -> bool:
         """One rank is done with a lease, or all are (None). False when it did not hold it."""
         with self._lock:
-            bodies = self._leases.release(lease, rank)
-            self._settle(bodies or ())
-            return bodies is not None
+            payloads = self._leases.release(lease, rank)
+            self._release_unused(payloads or ())
+            return payloads is not None
 
     def drop_corrupt(self, key: ChunkKey) -> bool:
         """Forget a chunk whose bytes are not what was stored. False when it is not here."""
         with self._lock:
-            entry = self._shelf.entries.get(key)
+            entry = self._index.entries.get(key)
             if entry is None or not entry.complete:
                 return False
             self._counters["corrupt_total"] += 1
-            self._shelf.unlink(entry)
+            self._index.unlink(entry)
             return True
 
     # Writing.
@@ -217,24 +218,24 @@ class CacheEngine(Tier):
         chunk_size: int,
         items: Sequence[StoreItem],
         owner: Hashable,
-        form: RankLayout | None = None,
+        rank_layout: RankLayout | None = None,
     ) -> list[Grant]:
         """Memory for one rank's payloads of some chunks; one grant per item, in order.
 
         ``present``: it is stored, or this rank's part of it is being stored. ``refused``: it is
         larger than the whole memory, or too much of that is in use; so is all that follows it
-        in this batch. Only ranks that say what their payloads are, as ``form``, can have them
+        in this batch. Only payloads of ranks that declare a ``rank_layout`` can be
         encoded.
         """
         validation.check_shape(namespace, chunk_size, world_size)
         validation.check_store(items, rank, world_size, chunk_size)
         with self._lock:
             self._expire_holds()
-            space = self._shelf.space(namespace, chunk_size, world_size)
-            space = space or NamespaceState(namespace, chunk_size, world_size)
-            if form is not None:
-                space.forms[rank] = form
-            return self._stores.allocate(space, rank, items, owner)
+            state = self._index.namespace(namespace, chunk_size, world_size)
+            state = state or NamespaceState(namespace, chunk_size, world_size)
+            if rank_layout is not None:
+                state.rank_layouts[rank] = rank_layout
+            return self._stores.allocate(state, rank, items, owner)
 
     def commit(self, written: Sequence[tuple[int, int]], owner: Hashable) -> int:
         """The payloads of these ``(ticket, checksum)`` are written. Returns how many counted."""
@@ -249,32 +250,32 @@ class CacheEngine(Tier):
 
     # What operators ask for, beside what every inventory offers.
 
-    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+    def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
         """See :class:`~lmcache_kit.cache.tier_base.Tier`; those who read the raw bytes keep
         them until they are done."""
-        return self._packer.pack(key, method, codec)
+        return self._transcoder.encode(key, method, codec)
 
-    def unpack(self, key: ChunkKey, method: str) -> Transcoded:
+    def decode(self, key: ChunkKey, method: str) -> Transcoded:
         """See :class:`~lmcache_kit.cache.tier_base.Tier`."""
-        return self._packer.unpack(key, method)
+        return self._transcoder.decode(key, method)
 
     # The end of things.
 
     def drop_owner(self, owner: Hashable) -> None:
         """An owner has died: its leases end, and what it was storing goes."""
         with self._lock:
-            self._settle(self._leases.release_owner(owner))
+            self._release_unused(self._leases.release_owner(owner))
             self._stores.abandon_owner(owner)
-            if self.tiers:
-                self.tiers.recalls.drop_owner(owner)
+            if self.lower_tiers:
+                self.lower_tiers.promotions.drop_owner(owner)
 
     def expire(self) -> int:
         """End leases that have outlived their time; returns how many.
 
         So do pins. Chunks that some rank stored and another never began to, for as long, go too.
         """
-        if self.tiers:
-            self.tiers.expire()
+        if self.lower_tiers:
+            self.lower_tiers.expire()
         with self._lock:
             ended = self._expire_holds()
             self._stores.expire(self._clock() - self._ttl_s)
@@ -282,20 +283,20 @@ class CacheEngine(Tier):
 
     def stats(self) -> dict[str, float]:
         """Counters, whose names end in ``_total``, and gauges."""
-        tiers = self.tiers.stats() if self.tiers else {}
+        tiers = self.lower_tiers.stats() if self.lower_tiers else {}
         with self._lock:
-            usage = self._shelf.memory.usage()
-            pending = len(self._shelf.pending)
+            usage = self._index.memory.usage()
+            pending = len(self._index.pending)
             return {
                 **self._counters,
-                "chunks": len(self._shelf.entries) - pending,
+                "chunks": len(self._index.entries) - pending,
                 "pending": pending,
-                "encoded_chunks": self._shelf.encoded,
+                "encoded_chunks": self._index.encoded,
                 "leases": len(self._leases),
                 "writers": len(self._stores),
                 "pins": len(self._pins),
                 "pinned_bytes": self._pins.pinned_bytes,
-                "namespaces": len(self._shelf.spaces),
+                "namespaces": len(self._index.namespaces),
                 "capacity_bytes": usage.capacity_bytes,
                 "requested_bytes": usage.requested_bytes,
                 "allocated_bytes": usage.allocated_bytes,
@@ -311,18 +312,18 @@ class CacheEngine(Tier):
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._shelf.listeners.clear()
-                for entry in list(self._shelf.entries.values()):
-                    self._shelf.unlink(entry)
-                self._shelf.memory.close()
+                self._index.listeners.clear()
+                for entry in list(self._index.entries.values()):
+                    self._index.unlink(entry)
+                self._index.memory.close()
 
     def _expire_holds(self) -> int:
         super()._expire_holds()
-        ended, bodies = self._leases.release_expired()
+        ended, payloads = self._leases.release_expired()
         self._counters["expired_leases_total"] += ended
-        self._settle(bodies)
+        self._release_unused(payloads)
         return ended
 
-    def _settle(self, bodies: Sequence[Payload]) -> None:
-        for body in bodies:
-            self._shelf.settle(body)
+    def _release_unused(self, payloads: Sequence[Payload]) -> None:
+        for payload in payloads:
+            self._index.release_if_unused(payload)

@@ -35,7 +35,7 @@ Walk: TypeAlias = "list[tuple[Located, Entry]]"
 
 @dataclass(slots=True, eq=False)
 class Search:
-    """A lookup under way. ``bringing``: what has to come before anything is looked for in memory.
+    """A lookup under way. ``promotion``: what has to come before anything is looked for in memory.
     ``copies``: raw ones that it waits for, by the chunk's place in ``found``; ``waiting``: how
     much has not ended. ``on_ready`` is called once, under the engine's lock and from any thread,
     when the last of it ends."""
@@ -43,7 +43,7 @@ class Search:
     query: Query
     owner: Hashable
     on_ready: Callable[[], None]
-    bringing: Promotion | None = None
+    promotion: Promotion | None = None
     lease: int = 0
     found: Walk = field(default_factory=list)
     copies: dict[int, Decoding] = field(default_factory=dict)
@@ -59,34 +59,34 @@ class Lookups:
     """Finds and leases. Called under the engine's lock."""
 
     def __init__(
-        self, shelf: MemoryIndex, leases: Leases, unpacker: Decoder, counters: Counter[str]
+        self, index: MemoryIndex, leases: Leases, decoder: Decoder, counters: Counter[str]
     ) -> None:
-        self._shelf = shelf
+        self._index = index
         self._leases = leases
-        self._unpacker = unpacker
+        self._decoder = decoder
         self._counters = counters
 
     def walk(self, query: Query) -> Walk:
         """What is in memory now. Raises ValueError when the namespace has another shape."""
-        space = self._shelf.space(query.namespace, query.chunk_size, query.world_size)
-        return self._shelf.walk(space, query.tokens) if space else []
+        namespace = self._index.namespace(query.namespace, query.chunk_size, query.world_size)
+        return self._index.walk(namespace, query.tokens) if namespace else []
 
     def begin(self, search: Search, walk: Walk) -> None:
         """Lease what is found; have decoded what is encoded, up to where there is no room."""
         self._counters["lookups_total"] += 1
         self._counters["lookup_tokens_total"] += len(search.query.tokens) // TOKEN_BYTES
         search.found = found = walk
-        if any(entry.body.encoding for _, entry in found):
+        if any(entry.payload.encoding for _, entry in found):
             self._copy_encoded(search)
         for located, _ in reversed(found):
-            self._shelf.policy.touched(located.key)
+            self._index.policy.touched(located.key)
         if found:
-            bodies = [entry.body for _, entry in found]
+            payloads = [entry.payload for _, entry in found]
             for at, copy in search.copies.items():
-                bodies[at] = copy.raw
-            search.lease = self._leases.grant(bodies, search.query.world_size, search.owner)
+                payloads[at] = copy.raw
+            search.lease = self._leases.grant(payloads, search.query.world_size, search.owner)
         for copy in search.copies.values():
-            self._unpacker.start(copy)
+            self._decoder.start(copy)
             if copy.state == "running":
                 search.waiting += 1
                 copy.waiters.append(search.one_ended)
@@ -109,8 +109,8 @@ class Lookups:
             gone = self._leases.cut(search.lease, len(chunks))
             if gone is None:  # its owner died while it waited
                 return Match(0, ())
-            for body in gone:
-                self._shelf.settle(body)
+            for payload in gone:
+                self._index.release_if_unused(payload)
         if not chunks:
             return Match(0, ())
         self._counters["hit_tokens_total"] += chunks[-1].end
@@ -118,12 +118,12 @@ class Lookups:
 
     def _copy_encoded(self, search: Search) -> None:
         keep = {located.key for located, _ in search.found}
-        encodings = [entry.body.encoding for _, entry in search.found]
+        encodings = [entry.payload.encoding for _, entry in search.found]
         wanted = sum([c.payload_bytes for each in encodings if each for c in each.chunks])
-        room = Evictor(self._shelf, self._counters, keep, wanted)
+        evictor = Evictor(self._index, self._counters, keep, wanted)
         for at, (_, entry) in enumerate(search.found):
-            if entry.body.encoding:
-                copy = self._unpacker.copy_of(entry, room)
+            if entry.payload.encoding:
+                copy = self._decoder.copy_of(entry, evictor)
                 if copy is None:
                     self._counters["decode_no_room_total"] += 1
                     del search.found[at:]

@@ -26,22 +26,22 @@ class Tier(ABC):
     """The chunks at one location: those in memory, or those of a tier below it. Thread-safe;
     listeners are called under the lock.
 
-    ``anchors`` keep what moves need. ``namespaces`` are digests, None for all; ``tokens`` are
+    ``references`` keep what moves need. ``namespaces`` are digests, None for all; ``tokens`` are
     packed, and mean the chunks of their longest stored prefix, or with None all chunks.
     """
 
     def __init__(  # noqa: PLR0917 - what its subclasses share
         self,
         location: str,
-        shelf: ChunkIndex,
+        index: ChunkIndex,
         pin_budget_bytes: int,
         counters: Counter[str],
         lock: AbstractContextManager[object],
         clock: Callable[[], float],
     ) -> None:
         self.location = location
-        self.anchors = References(shelf, lock)
-        self._shelf = shelf
+        self.references = References(index, lock)
+        self._index = index
         self._pins = Pins(pin_budget_bytes, clock)
         self._counters = counters
         self._lock = lock
@@ -52,17 +52,17 @@ class Tier(ABC):
     def subscribe(self, listener: ChangeListener) -> list[StoredChunk]:
         """All complete chunks; ``listener`` hears of every change after that."""
         with self._lock:
-            self._shelf.listeners.append(listener)
-            return self._shelf.records()
+            self._index.listeners.append(listener)
+            return self._index.records()
 
     def unsubscribe(self, listener: ChangeListener) -> None:
         with self._lock:
-            self._shelf.listeners.remove(listener)
+            self._index.listeners.remove(listener)
 
     def snapshot(self, receive: Callable[[list[StoredChunk]], None]) -> None:
         """Call ``receive`` with all complete chunks while nothing can change."""
         with self._lock:
-            receive(self._shelf.records())
+            receive(self._index.records())
 
     # What operators ask for.
 
@@ -82,7 +82,7 @@ class Tier(ABC):
         """
         with self._lock:
             self._expire_holds()
-            there = self._shelf.select(namespaces, tokens)
+            there = self._index.select(namespaces, tokens)
             return _selected(there), _selected(self._pins.add(pin_id, owner, ttl_s, there))
 
     def unpin(
@@ -125,23 +125,23 @@ class Tier(ABC):
         with self._lock:
             self._expire_holds()
             if tokens is None:
-                there = [part.entry for part in self._shelf.select(namespaces, None)]
-                there += self._shelf.pending.values() if namespaces is None else ()
+                there = [partial.entry for partial in self._index.select(namespaces, None)]
+                there += self._index.pending.values() if namespaces is None else ()
             else:
-                there = self._shelf.holding(namespaces, tokens)
+                there = self._index.holding(namespaces, tokens)
             gone = [entry for entry in there if force or not entry.pins]
             kept = [entry for entry in there if entry.pins and not force]
             cleared = _selected(
                 [PartialChunk(entry, entry.tokens) for entry in gone if entry.complete]
             )
             for entry in gone:
-                self._shelf.unlink(entry)
+                self._index.unlink(entry)
             self._counters["cleared_chunks_total"] += cleared.chunks
             return cleared, _selected([PartialChunk(entry, entry.tokens) for entry in kept])
 
-    def holds(self, key: ChunkKey) -> bool:
+    def contains(self, key: ChunkKey) -> bool:
         """Whether a chunk is here, as far as is known."""
-        entry = self._shelf.entries.get(key)
+        entry = self._index.entries.get(key)
         return entry is not None and entry.complete
 
     def keys(
@@ -149,69 +149,76 @@ class Tier(ABC):
     ) -> list[tuple[ChunkKey, int]]:
         """Chunks, and how many tokens of each are meant."""
         with self._lock:
-            parts = self._shelf.select(namespaces, tokens)
-            return [(part.entry.key, part.tokens) for part in parts]
+            partial_chunks = self._index.select(namespaces, tokens)
+            return [(partial.entry.key, partial.tokens) for partial in partial_chunks]
 
     @abstractmethod
-    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+    def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
         """Encode a chunk with ``codec``, in the calling thread. Until that is verified the raw
         bytes serve."""
 
     @abstractmethod
-    def unpack(self, key: ChunkKey, method: str) -> Transcoded:
+    def decode(self, key: ChunkKey, method: str) -> Transcoded:
         """Decode a chunk that ``method`` has encoded, in the calling thread."""
 
     # What moves ask for.
 
-    def holdings(
+    def chunk_refs(
         self, namespaces: Collection[bytes] | None, tokens: bytes | None
     ) -> list[ChunkRef]:
         """The longest stored prefix of packed ``tokens``, or everything: each chunk after the one
         that it follows."""
         with self._lock:
-            parts = self._shelf.select(namespaces, tokens)
-            parts.sort(key=lambda part: part.entry.start)
+            partial_chunks = self._index.select(namespaces, tokens)
+            partial_chunks.sort(key=lambda partial: partial.entry.start)
             return [
-                ChunkRef(part.entry.key, part.entry.space.digest, part.tokens, part.entry.nbytes)
-                for part in parts
+                ChunkRef(
+                    partial.entry.key,
+                    partial.entry.namespace.digest,
+                    partial.tokens,
+                    partial.entry.nbytes,
+                )
+                for partial in partial_chunks
             ]
 
-    def spaces(self, digests: Collection[bytes]) -> list[NamespaceInfo]:
+    def namespaces(self, digests: Collection[bytes]) -> list[NamespaceInfo]:
         """What is known of these namespaces, as far as they have chunks here."""
         with self._lock:
-            found = [self._shelf.spaces[each] for each in digests if each in self._shelf.spaces]
+            found = [
+                self._index.namespaces[each] for each in digests if each in self._index.namespaces
+            ]
             return [
                 NamespaceInfo(
-                    space.digest,
-                    space.chunk_size,
-                    space.world_size,
-                    tuple(sorted(space.forms.items())),
+                    namespace.digest,
+                    namespace.chunk_size,
+                    namespace.world_size,
+                    tuple(sorted(namespace.rank_layouts.items())),
                 )
-                for space in found
+                for namespace in found
             ]
 
-    def forget(self, keys: Collection[ChunkKey]) -> DeleteResult:
+    def delete(self, keys: Collection[ChunkKey]) -> DeleteResult:
         """Forget chunks that another cache holds now. Pinned ones stay, and so do those that
         other chunks here still follow, because these could not be found without them."""
         with self._lock:
-            wanted = {key: self._shelf.entries[key] for key in keys if key in self._shelf.entries}
+            wanted = {key: self._index.entries[key] for key in keys if key in self._index.entries}
             pinned = [entry for entry in wanted.values() if entry.pins]
-            in_use = [e for e in wanted.values() if not e.pins and (e.anchors or not e.complete)]
+            in_use = [e for e in wanted.values() if not e.pins and (e.ref_count or not e.complete)]
             free = {
                 entry.key: entry
                 for entry in wanted.values()
-                if not entry.pins and not entry.anchors and entry.complete
+                if not entry.pins and not entry.ref_count and entry.complete
             }
-            ends = [entry for entry in free.values() if not self._shelf.followers(entry.key)]
+            ends = [entry for entry in free.values() if not self._index.followers(entry.key)]
             gone = 0
             while ends:
                 entry = ends.pop()
                 self._counters["moved_out_chunks_total"] += 1
                 self._counters["moved_out_bytes_total"] += entry.nbytes
-                self._shelf.unlink(entry)
+                self._index.unlink(entry)
                 gone += 1
                 parent = free.get(entry.parent)
-                if parent is not None and not self._shelf.followers(parent.key):
+                if parent is not None and not self._index.followers(parent.key):
                     ends.append(parent)
             return DeleteResult(gone, len(pinned), len(free) - gone, len(in_use))
 
@@ -221,9 +228,9 @@ class Tier(ABC):
         return 0
 
 
-def _selected(parts: Sequence[PartialChunk]) -> Selected:
+def _selected(partial_chunks: Sequence[PartialChunk]) -> Selected:
     return Selected(
-        tokens=sum([part.tokens for part in parts]),
-        chunks=len(parts),
-        nbytes=sum([part.entry.nbytes for part in parts]),
+        tokens=sum([partial.tokens for partial in partial_chunks]),
+        chunks=len(partial_chunks),
+        nbytes=sum([partial.entry.nbytes for partial in partial_chunks]),
     )

@@ -82,7 +82,7 @@ class ChunkReceiver:
         """Have these chunks here. Raises TransportError and OperationFailed; what has come until
         then stays."""
         engine, tally = self._place.engine, self.tally
-        missing = engine.anchors.add(keys, self._owner)
+        missing = engine.references.acquire(keys, self._owner)
         absent = set(missing)
         self.keep([key for key in keys if key not in absent])
         if not missing:
@@ -92,7 +92,7 @@ class ChunkReceiver:
         tally.gone += len(missing) - len(parcels)
         if not lent.lease:
             return
-        landings = engine.transfers.receive(
+        landings = engine.transfers.reserve(
             parcels, self._spaces, self._owner, self._place.get_codec
         )
         coming: list[tuple[int, ChunkDescriptor, Reservation]] = []
@@ -144,7 +144,7 @@ class ChunkReceiver:
                 self._place.quarantine.add(self.link.transport, unsettled, left)
             else:
                 for ticket in left:
-                    self._place.engine.transfers.discard(ticket)
+                    self._place.engine.transfers.abort(ticket)
         return arrivals.spoilt
 
     def _read_into(
@@ -218,7 +218,7 @@ class _Arrivals:
         self._missing[at] -= 1
         if not self._missing[at]:
             del self._not_landed[at]
-            if self._place.engine.transfers.landed(landing.ticket):
+            if self._place.engine.transfers.commit(landing.ticket):
                 self.landed.append(parcel.key)
 
     def _is_sound(self, at: int, rank: int, checksum: int | None) -> bool:

@@ -50,14 +50,14 @@ class LocalMove:
     def shift(self, key: ChunkKey) -> Transcoded:
         """Have one chunk at the goal, and keep it there until the end."""
         try:
-            self._tiers.bring(self._source, [key], self)
-            self._tiers.lower(self._goal, [key], self)
+            self._tiers.promote(self._source, [key], self)
+            self._tiers.offload(self._goal, [key], self)
         except BackendError as error:
             return Transcoded("failed", str(error))
-        if not self._goal.anchors.add([key], self):
+        if not self._goal.references.acquire([key], self):
             self._come[key] = None
             return Transcoded("done")
-        if self._source.holds(key):
+        if self._source.contains(key):
             return Transcoded("failed", "there is no room for it")
         return Transcoded("gone")
 
@@ -66,8 +66,8 @@ class LocalMove:
         try:
             why = "" if self._copy or not self._come else self._hand_over()
         finally:
-            self._tiers.let_go(self)
-            self._goal.anchors.let_go(self)
+            self._tiers.release(self)
+            self._goal.references.release(self)
         nbytes = sum([self._sizes[key] for key in self._come])
         transfer = Transfer("local", "within the host", nbytes, time.monotonic() - self._begun)
         return msgspec.structs.replace(
@@ -79,5 +79,5 @@ class LocalMove:
     def _hand_over(self) -> str:
         if not self._confirm(self._goal.location, CONFIRM_S):
             return "the controller did not confirm it in time, so the source keeps all"
-        arrived = self._goal.anchors.arrived(self, self._sizes)
-        return kept_chunks(self._source.forget(arrived))
+        arrived = self._goal.references.findable(self, self._sizes)
+        return kept_chunks(self._source.delete(arrived))

@@ -119,7 +119,7 @@ class RunningMove:
         self._unfit: dict[str, int] = {}
         self._forgotten = DeleteResult()
         self._why = ""
-        self._goal = tools.place.engine.inventories[order.location]
+        self._goal = tools.place.engine.locations[order.location]
 
     def cancel(self) -> None:
         """See :class:`~lmcache_kit.interfaces.operations.Job`."""
@@ -140,8 +140,8 @@ class RunningMove:
             log.exception("a move from %s failed", self._name)
             self._why = f"{type(error).__name__}: {error}"
         finally:
-            self._tools.place.engine.anchors.let_go(self)
-            self._goal.anchors.let_go(self)
+            self._tools.place.engine.references.release(self)
+            self._goal.references.release(self)
             if self._remote:
                 self._remote.close()
         ended = self._outcome()
@@ -247,18 +247,18 @@ class RunningMove:
     def _take(self, intake: ChunkReceiver, window: Sequence[ChunkKey]) -> None:
         """Into memory, and from there to the tier that is meant, if one is."""
         goal, engine = self._goal, self._tools.place.engine
-        if goal is engine or engine.tiers is None:
+        if goal is engine or engine.lower_tiers is None:
             intake.take(window, self._left_s())
             return
-        wanted = goal.anchors.add(window, self)
+        wanted = goal.references.acquire(window, self)
         absent = set(wanted)
         intake.keep([key for key in window if key not in absent])
         intake.take(wanted, self._left_s())
         come = [key for key in wanted if key in intake.tally.here]
         try:
-            engine.tiers.lower(goal, come, self)
+            engine.lower_tiers.offload(goal, come, self)
         finally:
-            for key in goal.anchors.add(come, self):
+            for key in goal.references.acquire(come, self):
                 del intake.tally.here[key]
                 intake.tally.why_not[f"{goal.location} did not take it"] += 1
 
@@ -281,7 +281,7 @@ class RunningMove:
 
     def _hand_over(self, remote: SourceClient) -> None:
         """Once the controller knows of what is here, the source need not keep it."""
-        arrived = partial(self._goal.anchors.arrived, self, self._wanted)
+        arrived = partial(self._goal.references.findable, self, self._wanted)
         if not arrived():
             return
         self._check()

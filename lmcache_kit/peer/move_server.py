@@ -118,7 +118,7 @@ class MoveServer:
             return "the claim is not sealed by our controller"
         if opened.incarnation != us.incarnation:
             return f"instance {us.instance_id!r} has been restarted since it was ordered"
-        if claim.source != us.instance_id or claim.location not in self.engine.inventories:
+        if claim.source != us.instance_id or claim.location not in self.engine.locations:
             return f"{claim.location!r} of {claim.source!r} is not here"
         with self._lock:
             if claim.event_id in self._seen:
@@ -151,7 +151,7 @@ class _Session:
         self._source = source
         self._transfers = source.engine.transfers
         self._claim = opened.claim
-        self._inventory = source.engine.inventories[opened.claim.location]
+        self._inventory = source.engine.locations[opened.claim.location]
         self._holdings: list[ChunkRef] = []
         self._allowed: frozenset[bytes] = frozenset()
         self._loans: dict[int, Sequence[ChunkDescriptor]] = {}
@@ -165,12 +165,14 @@ class _Session:
             chosen = self._source.namespaces.chosen(claim.tokens, claim.model, claim.cache_salt)
         except (KitError, ValueError) as error:
             return wire.No(str(error))
-        self._holdings = self._inventory.holdings(chosen, claim.tokens)
+        self._holdings = self._inventory.chunk_refs(chosen, claim.tokens)
         self._allowed = frozenset(holding.key for holding in self._holdings)
         return wire.Welcome(
             token=self.token,
             namespaces=self._source.namespaces.bases[-_MAX_NAMESPACES:],
-            spaces=tuple(self._inventory.spaces({holding.namespace for holding in self._holdings})),
+            spaces=tuple(
+                self._inventory.namespaces({holding.namespace for holding in self._holdings})
+            ),
             transports=self._source.transports.addresses(),
             chunks=len(self._holdings),
             first=self._page(0),
@@ -230,16 +232,16 @@ class _Session:
     def _raise_and_lend(self, keys: Sequence[ChunkKey]) -> tuple[int, list[ChunkDescriptor]]:
         """What is in a tier below is lent from memory. Raises BackendError, and OperationFailed
         where memory has no room for it, also not after other peers had time to read theirs."""
-        tiers = self._source.engine.tiers
+        tiers = self._source.engine.lower_tiers
         if tiers is None:
-            return self._transfers.lend(keys, self)
+            return self._transfers.lease(keys, self)
         deadline = time.monotonic() + ROOM_S
         while True:
             try:
-                if tiers.bring(self._inventory, keys, self):
-                    return self._transfers.lend(keys, self)
+                if tiers.promote(self._inventory, keys, self):
+                    return self._transfers.lease(keys, self)
             finally:
-                tiers.let_go(self)
+                tiers.release(self)
             if time.monotonic() >= deadline:
                 raise OperationFailed(
                     f"memory has no room for what is to be read from {self._inventory.location}"
@@ -276,7 +278,7 @@ class _Session:
             return wire.No("a copy leaves its source as it is")
         if not self._allowed.issuperset(question.keys):
             return wire.No("a chunk that the claim does not name")
-        return wire.HasForgotten(self._inventory.forget(question.keys))
+        return wire.HasForgotten(self._inventory.delete(question.keys))
 
     def _end(self, lease: int) -> None:
         """First nobody reads it any more, then it may go."""

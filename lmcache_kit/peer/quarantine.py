@@ -50,7 +50,7 @@ class Quarantine:
 
     def add(self, transport: str, settled: Callable[[], bool], tickets: Sequence[int]) -> None:
         """Take these parcels over."""
-        nbytes = sum([self._transfers.strand(ticket) for ticket in tickets])
+        nbytes = sum([self._transfers.quarantine(ticket) for ticket in tickets])
         log.warning("%d bytes may still come by %s; they are kept apart", nbytes, transport)
         with self._changed:
             self._cases.append(_Case(transport, settled, tickets, nbytes))
@@ -79,7 +79,7 @@ class Quarantine:
             over = [case for case in cases if self._is_over(case)]
             for case in over:
                 for ticket in case.tickets:
-                    self._transfers.discard(ticket)
+                    self._transfers.abort(ticket)
             with self._changed:
                 self._cases = [case for case in self._cases if case not in over]
                 self._changed.wait_for(lambda: self._closed, SWEEP_S)

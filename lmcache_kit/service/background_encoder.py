@@ -81,7 +81,7 @@ class BackgroundEncoder:
 
     def _encode(self, key: ChunkKey) -> None:
         with suppress(KitError):  # a codec that does not work was said once
-            result = self._engine.pack(key, self._method, self._codecs.get(self._method))
+            result = self._engine.encode(key, self._method, self._codecs.get(self._method))
             if result.why:
                 logger.debug("chunk %s stays raw: %s", key.hex(), result.why)
         with self._lock:

@@ -105,7 +105,7 @@ class EngineOperator(Operator):
 
     def begin(self, order: Order, *, deadline_s: float, report: Report, finish: Finish) -> Job:
         """See :class:`~lmcache_kit.interfaces.operations.Operator`."""
-        inventories = self._engine.inventories
+        inventories = self._engine.locations
         if order.location not in inventories:
             raise UnknownName("location", order.location, list(inventories))
         inventory = inventories[order.location]
@@ -207,7 +207,7 @@ class EngineOperator(Operator):
         encodes = isinstance(order, Compress)
         job = RecodeJob(
             inventory.keys(namespaces, order.tokens),
-            partial(partial(self._pack, inventory) if encodes else inventory.unpack, method=method),
+            partial(partial(self._pack, inventory) if encodes else inventory.decode, method=method),
             done_word=f"encoded with {method}" if encodes else "raw",
             report=report,
             finish=finish,
@@ -219,14 +219,14 @@ class EngineOperator(Operator):
     def _shift(
         self, goal: Tier, order: Move, deadline_s: float, report: Report, finish: Finish
     ) -> Job:
-        inventories, tiers = self._engine.inventories, self._engine.tiers
+        inventories, tiers = self._engine.locations, self._engine.lower_tiers
         source = inventories.get(order.source_location)
         if source is None or tiers is None:
             raise UnknownName("location", order.source_location, list(inventories))
         if source is goal:
             raise InvalidQuery("source and destination are the same")
         namespaces = self._namespaces.chosen(order.tokens, order.model, order.cache_salt)
-        holdings = source.holdings(namespaces, order.tokens)
+        holdings = source.chunk_refs(namespaces, order.tokens)
         shift = LocalMove(tiers, source, goal, holdings, copy=order.copy, confirm=self._confirm)
         job = RecodeJob(
             [(holding.key, holding.tokens) for holding in holdings],
@@ -240,7 +240,7 @@ class EngineOperator(Operator):
         return job
 
     def _pack(self, inventory: Tier, key: ChunkKey, method: str) -> Transcoded:
-        return inventory.pack(key, method, self._codecs.get(method))
+        return inventory.encode(key, method, self._codecs.get(method))
 
 
 def _clear(

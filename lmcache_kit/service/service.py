@@ -145,7 +145,7 @@ class CacheService:
                     self.engine,
                     codecs,
                     config.store_codec,
-                    then=self._tiers.send if self._tiers else lambda _: None,
+                    then=self._tiers.enqueue_write if self._tiers else lambda _: None,
                 )
             elif self._tiers:
                 self.engine.subscribe(self._tiers)
@@ -252,7 +252,7 @@ class CacheService:
         from lmcache_kit.agent.agent import Agent
 
         return Agent(
-            tuple(self.engine.inventories.values()),
+            tuple(self.engine.locations.values()),
             url=config.controller_url,
             instance_id=config.lmcache_instance_id,
             incarnation=bytes.fromhex(self.incarnation),

@@ -116,8 +116,8 @@ class Cache:
     def settle(self) -> None:
         """Until all that was sent down is there."""
         for tier in self.tiers:
-            assert tier.turns.flush(WAIT_S)
-            assert tier.turns.flush(WAIT_S)  # what that brought about
+            assert tier.executor.flush(WAIT_S)
+            assert tier.executor.flush(WAIT_S)  # what that brought about
 
     def store(self, tokens: Sequence[int], nbytes: int = 100) -> None:
         packed = pack_tokens(tokens)

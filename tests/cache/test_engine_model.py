@@ -737,7 +737,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         raw = chunk.body
         size = len(chunk.tokens) * self.unit
         with self.evicting({chunk.key}) as evicted:
-            result = self.engine.pack(chunk.key, "half", self.codec)
+            result = self.engine.encode(chunk.key, "half", self.codec)
         if raw.packed:
             assert result.status == "already"
         elif raw.sizes != [size] * chunk.world:
@@ -763,7 +763,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         chunk = data.draw(st.sampled_from(self.stored()))
         packed, copy = chunk.body, chunk.copy
         with self.evicting({chunk.key}) as evicted:
-            result = self.engine.unpack(chunk.key, "half")
+            result = self.engine.decode(chunk.key, "half")
         if not packed.packed:
             assert result.status == "already"
             return

@@ -56,11 +56,11 @@ class Cache:
                     written.append((grant.ticket, xxh3_64_intdigest(payload)))
             assert self.engine.commit(written, "worker") == len(written)
 
-    def pack(self, tokens: Sequence[int]) -> list[Transcoded]:
-        return [self.engine.pack(key, "zip", self.codec) for key in keys_of(tokens)]
+    def encode(self, tokens: Sequence[int]) -> list[Transcoded]:
+        return [self.engine.encode(key, "zip", self.codec) for key in keys_of(tokens)]
 
-    def unpack(self, tokens: Sequence[int]) -> list[Transcoded]:
-        return [self.engine.unpack(key, "zip") for key in keys_of(tokens)]
+    def decode(self, tokens: Sequence[int]) -> list[Transcoded]:
+        return [self.engine.decode(key, "zip") for key in keys_of(tokens)]
 
     def find(self, tokens: Sequence[int], world: int = 1, wait_s: float = 20) -> Match:
         return self.engine.lookup(SPACE, pack_tokens(tokens), CHUNK, world, "reader", wait_s)
@@ -116,7 +116,7 @@ MakeCache = Callable[..., Cache]
 
 def test_encoding_frees_memory_and_says_how_much(cache: Cache) -> None:
     cache.store(range(8))
-    results = cache.pack(range(8))
+    results = cache.encode(range(8))
     assert [(each.status, each.bytes_before) for each in results] == [("done", 100)] * 2
     assert cache.stat("allocated_bytes") == sum(each.bytes_after for each in results) < 100
     assert cache.stat("encoded_chunks_total") == 2
@@ -124,14 +124,14 @@ def test_encoding_frees_memory_and_says_how_much(cache: Cache) -> None:
 
 def test_an_encoded_chunk_is_found_and_reads_as_it_was_stored(cache: Cache) -> None:
     cache.store(range(10))
-    cache.pack(range(10))
+    cache.encode(range(10))
     assert cache.hit(range(10)) == 10
     assert cache.hit(range(7)) == 7
 
 
 def test_a_codec_learns_what_the_payload_is(cache: Cache) -> None:
     cache.store(range(6))
-    cache.pack(range(6))
+    cache.encode(range(6))
     assert cache.codec.encoded == [
         ChunkInfo(FORM.layout, 4, 0, FORM.rope, 3),
         ChunkInfo(FORM.layout, 2, 4, FORM.rope, 3),
@@ -140,17 +140,17 @@ def test_a_codec_learns_what_the_payload_is(cache: Cache) -> None:
 
 def test_all_ranks_of_a_chunk_are_encoded_and_decoded(cache: Cache) -> None:
     cache.store(range(8), world=3)
-    assert [each.bytes_before for each in cache.pack(range(8))] == [300, 300]
+    assert [each.bytes_before for each in cache.encode(range(8))] == [300, 300]
     match = cache.find(range(8), world=3)
     assert [len(chunk.extents) for chunk in match.chunks] == [3, 3]
     for chunk in match.chunks:
         cache.check(chunk)
-    assert [each.status for each in cache.unpack(range(8))] == ["done", "done"]
+    assert [each.status for each in cache.decode(range(8))] == ["done", "done"]
 
 
 def test_the_decoded_copy_goes_with_its_lease(cache: Cache) -> None:
     cache.store(range(8))
-    cache.pack(range(8))
+    cache.encode(range(8))
     before = cache.stat("allocated_bytes")
     match = cache.find(range(8))
     assert cache.stat("allocated_bytes") == before + 200
@@ -160,7 +160,7 @@ def test_the_decoded_copy_goes_with_its_lease(cache: Cache) -> None:
 
 def test_two_readers_share_a_decoded_copy(cache: Cache) -> None:
     cache.store(range(8))
-    cache.pack(range(8))
+    cache.encode(range(8))
     first, second = cache.find(range(8)), cache.find(range(8))
     assert [c.extents for c in first.chunks] == [c.extents for c in second.chunks]
     assert cache.stat("decoded_chunks_total") == 2
@@ -172,35 +172,35 @@ def test_two_readers_share_a_decoded_copy(cache: Cache) -> None:
 
 def test_encoding_twice_is_fine_and_says_so(cache: Cache) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
-    assert cache.pack(range(4)) == [Transcoded("already")]
+    cache.encode(range(4))
+    assert cache.encode(range(4)) == [Transcoded("already")]
     assert cache.stat("encoded_chunks_total") == 1
 
 
 def test_a_chunk_that_is_encoded_otherwise_is_left_so(cache: Cache) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     [key] = keys_of(range(4))
     why = "it is encoded with zip"
-    assert cache.engine.pack(key, "other", cache.codec) == Transcoded("failed", why)
-    assert cache.engine.unpack(key, "other") == Transcoded("failed", why)
+    assert cache.engine.encode(key, "other", cache.codec) == Transcoded("failed", why)
+    assert cache.engine.decode(key, "other") == Transcoded("failed", why)
 
 
 def test_decoding_for_good_is_the_reverse(cache: Cache) -> None:
     cache.store(range(8))
-    cache.pack(range(8))
-    results = cache.unpack(range(8))
+    cache.encode(range(8))
+    results = cache.decode(range(8))
     assert [(each.status, each.bytes_after) for each in results] == [("done", 100)] * 2
     assert cache.stat("allocated_bytes") == 200
     assert cache.hit(range(8), wait_s=0) == 8
-    assert cache.unpack(range(8)) == [Transcoded("already")] * 2
+    assert cache.decode(range(8)) == [Transcoded("already")] * 2
 
 
 def test_decoding_for_good_keeps_a_copy_that_readers_have(cache: Cache) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     match = cache.find(range(4))
-    cache.unpack(range(4))
+    cache.decode(range(4))
     assert cache.stat("decoded_chunks_total") == 1
     assert cache.find(range(4), wait_s=0).chunks[0].extents == match.chunks[0].extents
     cache.engine.release(match.lease, None)
@@ -219,8 +219,8 @@ def test_listeners_do_not_hear_of_encoding(cache: Cache) -> None:
 
     cache.store(range(8))
     cache.engine.subscribe(Listener())
-    cache.pack(range(8))
-    cache.unpack(range(8))
+    cache.encode(range(8))
+    cache.decode(range(8))
     assert heard == []
 
 
@@ -230,7 +230,7 @@ def test_listeners_do_not_hear_of_encoding(cache: Cache) -> None:
 def test_a_reader_keeps_the_raw_bytes_until_it_is_done(cache: Cache) -> None:
     cache.store(range(4))
     match = cache.find(range(4))
-    [result] = cache.pack(range(4))
+    [result] = cache.encode(range(4))
     assert result.status == "done"
     cache.check(match.chunks[0])
     assert cache.stat("allocated_bytes") == 100 + result.bytes_after
@@ -241,7 +241,7 @@ def test_a_reader_keeps_the_raw_bytes_until_it_is_done(cache: Cache) -> None:
 def test_the_raw_bytes_serve_until_the_encoded_ones_are_verified(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.gate.clear()
-    packing = Thread(target=cache.pack, args=(range(4),))
+    packing = Thread(target=cache.encode, args=(range(4),))
     packing.start()
     assert cache.codec.begun.acquire(timeout=20)
     assert cache.hit(range(4), wait_s=0) == 4
@@ -254,10 +254,10 @@ def test_the_raw_bytes_serve_until_the_encoded_ones_are_verified(cache: Cache) -
 def test_only_one_operation_at_a_time_is_at_work_on_a_chunk(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.gate.clear()
-    packing = Thread(target=cache.pack, args=(range(4),))
+    packing = Thread(target=cache.encode, args=(range(4),))
     packing.start()
     assert cache.codec.begun.acquire(timeout=20)
-    assert cache.pack(range(4)) == [Transcoded("failed", "another operation is at work on it")]
+    assert cache.encode(range(4)) == [Transcoded("failed", "another operation is at work on it")]
     cache.codec.gate.set()
     packing.join()
 
@@ -267,7 +267,7 @@ def test_a_chunk_that_goes_while_it_is_encoded_is_gone(cache: Cache, end: str) -
     cache.store(range(4))
     cache.codec.gate.clear()
     results: list[Transcoded] = []
-    packing = Thread(target=lambda: results.extend(cache.pack(range(4))))
+    packing = Thread(target=lambda: results.extend(cache.encode(range(4))))
     packing.start()
     assert cache.codec.begun.acquire(timeout=20)
     if end == "cleared":
@@ -284,7 +284,7 @@ def test_a_chunk_that_is_being_encoded_is_not_evicted(make_cache: MakeCache) -> 
     cache = make_cache(200)
     cache.store(range(4))
     cache.codec.gate.clear()
-    packing = Thread(target=cache.pack, args=(range(4),))
+    packing = Thread(target=cache.encode, args=(range(4),))
     packing.start()
     assert cache.codec.begun.acquire(timeout=20)
     item = StoreItem(SPACE[:16], pack_tokens([9]), 101)
@@ -299,7 +299,7 @@ def test_a_chunk_that_is_being_encoded_is_not_evicted(make_cache: MakeCache) -> 
 def test_what_is_not_decoded_in_time_ends_the_prefix(cache: Cache) -> None:
     cache.store(range(12))
     [_, second, _] = keys_of(range(12))
-    cache.engine.pack(second, "zip", cache.codec)
+    cache.engine.encode(second, "zip", cache.codec)
     cache.codec.gate.clear()
     match = cache.find(range(12), wait_s=0)
     assert [chunk.end for chunk in match.chunks] == [4]
@@ -313,7 +313,7 @@ def test_what_is_not_decoded_in_time_ends_the_prefix(cache: Cache) -> None:
 
 def test_a_first_chunk_that_is_late_makes_a_miss_that_holds_nothing(cache: Cache) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     cache.codec.gate.clear()
     assert cache.find(range(4), wait_s=0) == Match(0, ())
     assert cache.stat("leases") == 0
@@ -321,7 +321,7 @@ def test_a_first_chunk_that_is_late_makes_a_miss_that_holds_nothing(cache: Cache
 
 def test_nobody_decodes_what_nobody_waits_for(cache: Cache) -> None:
     cache.store(range(40))
-    cache.pack(range(40))
+    cache.encode(range(40))
     cache.codec.gate.clear()
     before = cache.codec.decoded
     cache.find(range(40), wait_s=0)
@@ -334,7 +334,7 @@ def test_a_chunk_that_goes_while_a_lookup_waits_for_another_leaves_no_memory_beh
     cache: Cache,
 ) -> None:
     cache.store(range(8))
-    cache.engine.pack(keys_of(range(4))[0], "zip", cache.codec)
+    cache.engine.encode(keys_of(range(4))[0], "zip", cache.codec)
     cache.codec.gate.clear()
     search = cache.engine.begin_lookup(SPACE, pack_tokens(range(8)), CHUNK, 1, "r", Event().set)
     cache.engine.clear()
@@ -346,7 +346,7 @@ def test_a_chunk_that_goes_while_a_lookup_waits_for_another_leaves_no_memory_beh
 
 def test_one_who_comes_while_others_wait_gets_the_same_copy(cache: Cache) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     while cache.codec.begun.acquire(blocking=False):
         pass
     cache.codec.gate.clear()
@@ -363,7 +363,7 @@ def test_one_who_comes_while_others_wait_gets_the_same_copy(cache: Cache) -> Non
 
 def test_an_owner_that_dies_while_it_waits_gets_nothing_and_holds_nothing(cache: Cache) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     before = cache.stat("allocated_bytes")
     while cache.codec.begun.acquire(blocking=False):
         pass
@@ -382,7 +382,7 @@ def test_without_room_for_a_decoded_copy_the_prefix_ends(make_cache: MakeCache) 
     cache = make_cache(200)
     cache.store([50, 51, 52, 53])
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     match = cache.find([50, 51, 52, 53])
     assert cache.hit(range(4)) == 0
     assert cache.stat("decode_no_room_total") == 1
@@ -393,7 +393,7 @@ def test_without_room_for_a_decoded_copy_the_prefix_ends(make_cache: MakeCache) 
 def test_others_leave_to_make_room_for_a_decoded_copy(make_cache: MakeCache) -> None:
     cache = make_cache(200)
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     cache.store([50, 51, 52, 53])
     assert cache.hit(range(4)) == 4
     assert cache.stat("evicted_chunks_total") == 1
@@ -403,7 +403,7 @@ def test_a_full_cache_can_be_encoded_without_losing_anything(make_cache: MakeCac
     cache = make_cache(1000)
     cache.store(range(40))
     assert cache.stat("largest_free_bytes") == 0
-    assert [each.status for each in cache.pack(range(40))] == ["done"] * 10
+    assert [each.status for each in cache.encode(range(40))] == ["done"] * 10
     assert cache.stat("evicted_chunks_total") == 0
 
 
@@ -411,7 +411,7 @@ def test_the_same_memory_holds_more_when_it_is_encoded(make_cache: MakeCache) ->
     cache = make_cache(300)
     for first in range(0, 48, 4):
         cache.store(range(first, first + 4))
-        cache.pack(range(first, first + 4))
+        cache.encode(range(first, first + 4))
     assert cache.stat("chunks") == 12
     assert cache.stat("evicted_chunks_total") == 0
 
@@ -420,13 +420,13 @@ def test_pinned_bytes_shrink_and_never_grow_over_the_budget(make_cache: MakeCach
     cache = make_cache(400)
     tokens = range(16)
     cache.store(tokens)
-    cache.pack(tokens)
+    cache.encode(tokens)
     there, pinned = cache.engine.pin([SPACE], pack_tokens(tokens), "p")
     assert there == pinned
-    statuses = [each.status for each in cache.unpack(tokens)]
+    statuses = [each.status for each in cache.decode(tokens)]
     assert statuses.count("done") == 1
     assert cache.stat("pinned_bytes") <= cache.engine.pin_budget_bytes
-    refused = [each for each in cache.unpack(tokens) if each.status == "failed"]
+    refused = [each for each in cache.decode(tokens) if each.status == "failed"]
     assert "it is pinned, and would not fit" in refused[0].why
 
 
@@ -436,7 +436,7 @@ def test_pinned_bytes_shrink_and_never_grow_over_the_budget(make_cache: MakeCach
 def test_a_codec_that_cannot_hold_its_bound_leaves_the_chunk_raw(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.fail = ValueError("the error would be 3 times the bound")
-    assert cache.pack(range(4)) == [Transcoded("failed", "the error would be 3 times the bound")]
+    assert cache.encode(range(4)) == [Transcoded("failed", "the error would be 3 times the bound")]
     assert cache.hit(range(4), wait_s=0) == 4
     assert cache.stat("encode_failed_total") == 1
 
@@ -444,30 +444,30 @@ def test_a_codec_that_cannot_hold_its_bound_leaves_the_chunk_raw(cache: Cache) -
 def test_a_codec_with_a_bug_leaves_the_chunk_raw(cache: Cache) -> None:
     cache.store(range(4))
     cache.codec.fail = RuntimeError("bug")
-    assert cache.pack(range(4)) == [Transcoded("failed", "RuntimeError: bug")]
+    assert cache.encode(range(4)) == [Transcoded("failed", "RuntimeError: bug")]
     cache.codec.fail = None
-    assert [each.status for each in cache.pack(range(4))] == ["done"]
+    assert [each.status for each in cache.encode(range(4))] == ["done"]
 
 
 def test_what_does_not_get_smaller_stays_raw(cache: Cache) -> None:
     cache.store([1])
     [first] = keys_of([1])
     cache.codec.encode = lambda payload, chunk: bytes(25)  # type: ignore[method-assign]
-    assert cache.engine.pack(first, "zip", cache.codec) == Transcoded(
+    assert cache.engine.encode(first, "zip", cache.codec) == Transcoded(
         "failed", "it would not get smaller"
     )
 
 
 def test_chunks_of_ranks_that_do_not_say_what_they_store_stay_raw(cache: Cache) -> None:
     cache.store(range(4), form=None)
-    assert cache.pack(range(4)) == [
+    assert cache.encode(range(4)) == [
         Transcoded("failed", "rank 0 has not said what its payloads are")
     ]
 
 
 def test_payloads_of_an_unknown_type_stay_raw(cache: Cache) -> None:
     cache.store(range(4), form=RankLayout(KVLayout("int3", 25, 1, 1, "mla")))
-    assert cache.pack(range(4)) == [
+    assert cache.encode(range(4)) == [
         Transcoded("failed", "rank 0 stores 'int3', which is not known")
     ]
 
@@ -475,14 +475,14 @@ def test_payloads_of_an_unknown_type_stay_raw(cache: Cache) -> None:
 def test_payloads_that_do_not_fit_their_layout_stay_raw(cache: Cache) -> None:
     cache.store(range(4), form=RankLayout(KVLayout("bfloat16", 1, 1, 8)))
     why = "rank 0 stored 100 bytes, and 128 are 4 tokens of its layout"
-    assert cache.pack(range(4)) == [Transcoded("failed", why)]
+    assert cache.encode(range(4)) == [Transcoded("failed", why)]
 
 
 def test_a_raw_chunk_that_is_corrupt_is_dropped_instead_of_encoded(cache: Cache) -> None:
     cache.store(range(4))
     cache.memory.view(Region(7, 1))[:] = b"\xff"
     why = "the bytes do not match their checksum"
-    assert cache.pack(range(4)) == [Transcoded("failed", why)]
+    assert cache.encode(range(4)) == [Transcoded("failed", why)]
     assert cache.hit(range(4)) == 0
     assert cache.stat("corrupt_total") == 1
     assert cache.stat("allocated_bytes") == 0
@@ -491,7 +491,7 @@ def test_a_raw_chunk_that_is_corrupt_is_dropped_instead_of_encoded(cache: Cache)
 @pytest.mark.parametrize("bit", range(8))
 def test_a_flipped_bit_in_an_encoded_chunk_is_a_miss_and_drops_it(cache: Cache, bit: int) -> None:
     cache.store(range(8))
-    cache.pack(range(8))
+    cache.encode(range(8))
     _, second = sorted(cache.memory._regions)  # type: ignore[attr-defined]
     cache.memory.view(second)[bit] ^= 1 << bit
     assert cache.hit(range(8)) == 4
@@ -502,7 +502,7 @@ def test_a_flipped_bit_in_an_encoded_chunk_is_a_miss_and_drops_it(cache: Cache, 
 
 def test_a_codec_with_a_bug_is_a_miss_for_the_reader_and_no_loss(cache: Cache) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     cache.codec.fail = RuntimeError("bug")
     assert cache.hit(range(4)) == 0
     cache.codec.fail = None
@@ -510,19 +510,19 @@ def test_a_codec_with_a_bug_is_a_miss_for_the_reader_and_no_loss(cache: Cache) -
 
 
 def test_a_chunk_that_is_not_there_is_gone(cache: Cache) -> None:
-    assert cache.pack(range(4)) == [Transcoded("gone")]
-    assert cache.unpack(range(4)) == [Transcoded("gone")]
+    assert cache.encode(range(4)) == [Transcoded("gone")]
+    assert cache.decode(range(4)) == [Transcoded("gone")]
 
 
 def test_a_reader_who_comes_while_a_chunk_is_decoded_for_good_shares_the_copy(
     cache: Cache,
 ) -> None:
     cache.store(range(4))
-    cache.pack(range(4))
+    cache.encode(range(4))
     while cache.codec.begun.acquire(blocking=False):
         pass
     cache.codec.gate.clear()
-    unpacking = Thread(target=cache.unpack, args=(range(4),))
+    unpacking = Thread(target=cache.decode, args=(range(4),))
     unpacking.start()
     assert cache.codec.begun.acquire(timeout=20)
     reader = Thread(target=cache.hit, args=(range(4),))
@@ -537,7 +537,7 @@ def test_a_reader_who_comes_while_a_chunk_is_decoded_for_good_shares_the_copy(
 
 def test_one_who_comes_after_it_was_given_up_has_it_decoded_anew(cache: Cache) -> None:
     cache.store(range(20))
-    cache.pack(range(20))
+    cache.encode(range(20))
     for _ in range(200):
         cache.find(range(20), wait_s=0)
         assert cache.hit(range(20)) == 20

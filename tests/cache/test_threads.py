@@ -92,9 +92,9 @@ class Stress:
         keys = self.engine.keys(None, self.prompt(choose))
         for key, _tokens in keys:
             if choose.random() < 0.7:
-                self.engine.pack(key, "zip", self.codec)
+                self.engine.encode(key, "zip", self.codec)
             else:
-                self.engine.unpack(key, "zip")
+                self.engine.decode(key, "zip")
 
     def pin(self, choose: random.Random, owner: str) -> None:
         if choose.random() < 0.5:

@@ -31,8 +31,8 @@ def test_what_left_memory_comes_back_from_a_tier(make: MakeCache) -> None:
     assert cache.stat("chunks") == 0
     assert cache.hit(range(10)) == 10
     assert cache.stat("chunks") == 3
-    assert cache.stat("recalled_chunks_total") == 3
-    assert cache.stat("recalled_bytes_total") == 300
+    assert cache.stat("promoted_chunks_total") == 3
+    assert cache.stat("promoted_bytes_total") == 300
 
 
 def test_what_came_back_is_not_written_again(make: MakeCache) -> None:
@@ -69,7 +69,7 @@ def test_tiers_complete_each_other(make: MakeCache) -> None:
     cache.store(range(12))
     first, second = cache.stores
     cache.forget_memory()
-    cache.tiers[0].forget(keys(range(12))[2:])
+    cache.tiers[0].delete(keys(range(12))[2:])
     cache.settle()
     del second.blobs[keys(range(12))[0]]
     assert cache.hit(range(12)) == 12
@@ -108,7 +108,7 @@ def test_a_store_that_hangs_costs_a_lookup_its_time_and_the_next_one_nothing(
     cache.forget_memory()
     cache.stores[0].gate.clear()
     assert cache.hit(range(8), wait_s=0.01) == 0
-    assert cache.stat("recalls_late_total") == 1
+    assert cache.stat("promotions_late_total") == 1
     assert cache.stat("A_resting") == 1
     assert cache.hit(range(8)) == 0
 
@@ -338,7 +338,7 @@ def test_lookups_of_the_same_prompt_at_once_find_all_of_it(
     monkeypatch.setattr(TierReader, "_fill", slowly)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda _: cache.hit(range(40)), range(8))) == [40] * 8
-    assert cache.stat("recalled_chunks_total") == 10
+    assert cache.stat("promoted_chunks_total") == 10
 
 
 def test_an_owner_that_died_while_chunks_came_leaves_no_lease(make: MakeCache) -> None:

@@ -101,7 +101,7 @@ class Tiered(RuleBasedStateMachine):
     @invariant()
     def an_index_says_what_lies_in_its_store(self) -> None:
         for tier, blobs, kind in zip(self.cache.tiers, self.blobs, self.kinds, strict=True):
-            known = {holding.key for holding in tier.holdings(None, None)}
+            known = {holding.key for holding in tier.chunk_refs(None, None)}
             assert known <= blobs.keys()
             if kind is Dict and not self.broken:
                 assert known == blobs.keys()

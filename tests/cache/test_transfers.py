@@ -60,9 +60,9 @@ def receive(
     engine: CacheEngine, source: CacheEngine, tokens: Sequence[int], owner: str = "move"
 ) -> list[Reservation]:
     """Room for what the source lends of a prompt."""
-    lease, parcels = source.transfers.lend(keys(tokens), "peer")
-    spaces = {space.digest: space for space in source.spaces([SPACE])}
-    landings = engine.transfers.receive(parcels, spaces, owner, no_codec)
+    lease, parcels = source.transfers.lease(keys(tokens), "peer")
+    spaces = {space.digest: space for space in source.namespaces([SPACE])}
+    landings = engine.transfers.reserve(parcels, spaces, owner, no_codec)
     source.release(lease, None)
     return landings
 
@@ -82,7 +82,7 @@ SPACES = {SPACE: NamespaceInfo(SPACE, CHUNK, 1, ())}
 def test_what_is_lent_stays_until_it_is_given_back(make_engine: MakeEngine) -> None:
     engine = make_engine(300)
     store(engine, range(8))
-    lease, parcels = engine.transfers.lend(keys(range(8)), "peer")
+    lease, parcels = engine.transfers.lease(keys(range(8)), "peer")
     assert [parcel.nbytes for parcel in parcels] == [100, 100]
     store(engine, range(100, 108))
     assert hit(engine, range(8)) == 8
@@ -96,16 +96,16 @@ def test_what_was_lent_comes_back_when_the_peer_dies_or_after_its_time(
 ) -> None:
     engine = make_engine()
     store(engine, range(8))
-    engine.transfers.lend(keys(range(8)), "peer")
+    engine.transfers.lease(keys(range(8)), "peer")
     engine.drop_owner("peer")
     assert engine.stats()["leases"] == 0
-    engine.transfers.lend(keys(range(8)), "peer")
+    engine.transfers.lease(keys(range(8)), "peer")
     clock.now += 101
     assert engine.expire() == 1
 
 
 def test_what_is_not_here_cannot_be_lent(make_engine: MakeEngine) -> None:
-    assert make_engine().transfers.lend(keys(range(8)), "peer") == (0, [])
+    assert make_engine().transfers.lease(keys(range(8)), "peer") == (0, [])
 
 
 def test_a_parcel_is_found_only_once_it_has_landed(make_engine: MakeEngine) -> None:
@@ -116,7 +116,7 @@ def test_a_parcel_is_found_only_once_it_has_landed(make_engine: MakeEngine) -> N
     assert hit(goal, range(8)) == 0
     assert goal.stats()["pending"] == 2
     for landing in landings:
-        assert goal.transfers.landed(landing.ticket)
+        assert goal.transfers.commit(landing.ticket)
     assert hit(goal, range(8)) == 8
     assert goal.stats()["pending"] == 0
     assert goal.stats()["moved_in_bytes_total"] == 200
@@ -126,9 +126,9 @@ def test_a_parcel_that_is_discarded_leaves_no_trace(make_engine: MakeEngine) -> 
     source, goal = make_engine(), make_engine()
     store(source, range(8))
     for landing in receive(goal, source, range(8)):
-        goal.transfers.discard(landing.ticket)
-        goal.transfers.discard(landing.ticket)
-        assert not goal.transfers.landed(landing.ticket)
+        goal.transfers.abort(landing.ticket)
+        goal.transfers.abort(landing.ticket)
+        assert not goal.transfers.commit(landing.ticket)
     assert goal.stats()["allocated_bytes"] == 0
 
 
@@ -138,24 +138,24 @@ def test_a_stranded_parcels_memory_is_nobodys_until_it_is_discarded(
     source, goal = make_engine(), make_engine(300)
     store(source, range(4))
     [landing] = receive(goal, source, range(4))
-    assert goal.transfers.strand(landing.ticket) == 100
+    assert goal.transfers.quarantine(landing.ticket) == 100
     store(goal, range(4))
     store(goal, range(100, 112))
     assert goal.stats()["allocated_bytes"] == 300
-    goal.transfers.discard(landing.ticket)
+    goal.transfers.abort(landing.ticket)
     assert goal.stats()["allocated_bytes"] == 200
-    assert not goal.transfers.landed(landing.ticket)
+    assert not goal.transfers.commit(landing.ticket)
 
 
 def test_what_landed_does_not_leave_before_its_move_lets_go(make_engine: MakeEngine) -> None:
     source, goal = make_engine(), make_engine(300)
     store(source, range(8))
     for landing in receive(goal, source, range(8)):
-        goal.transfers.landed(landing.ticket)
+        goal.transfers.commit(landing.ticket)
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 8
-    goal.anchors.let_go("move")
+    goal.references.release("move")
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
     assert hit(goal, range(8)) == 0
@@ -165,7 +165,7 @@ def test_a_chunk_that_is_here_is_kept_for_the_move_too(make_engine: MakeEngine) 
     source, goal = make_engine(), make_engine(300)
     store(source, range(4))
     store(goal, range(4))
-    assert goal.anchors.add(keys(range(8)), "move") == keys(range(8))[1:]
+    assert goal.references.acquire(keys(range(8)), "move") == keys(range(8))[1:]
     assert [landing.status for landing in receive(goal, source, range(4))] == ["present"]
     for start in range(100, 1000, 100):
         store(goal, range(start, start + 4))
@@ -193,12 +193,12 @@ def test_only_what_is_behind_no_gap_has_arrived(make_engine: MakeEngine) -> None
     source, goal = make_engine(), make_engine()
     store(source, range(12))
     first, second, third = receive(goal, source, range(12))
-    goal.transfers.landed(first.ticket)
-    goal.transfers.discard(second.ticket)
-    goal.transfers.landed(third.ticket)
-    assert goal.anchors.arrived("move", keys(range(12))) == keys(range(4))
+    goal.transfers.commit(first.ticket)
+    goal.transfers.abort(second.ticket)
+    goal.transfers.commit(third.ticket)
+    assert goal.references.findable("move", keys(range(12))) == keys(range(4))
     goal.drop_corrupt(keys(range(4))[0])
-    assert goal.anchors.arrived("move", keys(range(12))) == []
+    assert goal.references.findable("move", keys(range(12))) == []
 
 
 def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEngine) -> None:
@@ -207,11 +207,11 @@ def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEng
     store(engine, range(100, 108))
     store(engine, range(200, 204))
     engine.pin([SPACE], pack_tokens(range(100, 104)), "p")
-    engine.anchors.add(keys(range(200, 204)), "another move")
+    engine.references.acquire(keys(range(200, 204)), "another move")
     asked = [*keys(range(4)), *keys(range(100, 108)), *keys(range(200, 204)), bytes(16)]
-    assert engine.forget(asked) == DeleteResult(1, pinned=1, followed=1, in_use=1)
+    assert engine.delete(asked) == DeleteResult(1, pinned=1, followed=1, in_use=1)
     assert [hit(engine, range(s, s + 8)) for s in (0, 100, 200)] == [8, 4, 4]
-    assert engine.forget(keys(range(8))) == DeleteResult(2)
+    assert engine.delete(keys(range(8))) == DeleteResult(2)
     assert hit(engine, range(8)) == 0
 
 
@@ -236,14 +236,14 @@ def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEn
 
     goal = make_engine()
     packing = Encoding("echo", 3, (ChunkInfo(LAYOUT, 4),))
-    [landing] = goal.transfers.receive([one(packing=packing)], SPACES, "move", lambda _: Echo())
-    goal.transfers.landed(landing.ticket)
+    [landing] = goal.transfers.reserve([one(encoding=packing)], SPACES, "move", lambda _: Echo())
+    goal.transfers.commit(landing.ticket)
     assert goal.stats()["encoded_chunks"] == 1
     goal.clear()
     assert goal.stats()["encoded_chunks"] == 0
     assert goal.stats()["allocated_bytes"] == 0
     old = packing._replace(version=2)
-    [landing] = goal.transfers.receive([one(packing=old)], SPACES, "move", lambda _: Echo())
+    [landing] = goal.transfers.reserve([one(encoding=old)], SPACES, "move", lambda _: Echo())
     assert (landing.status, "version 2 of echo's format" in landing.why) == ("unfit", True)
 
 
@@ -261,8 +261,8 @@ def test_an_encoded_parcel_counts_as_encoded_and_goes_as_one(make_engine: MakeEn
         {"extents": (Extent(0, 0, 7),)},
         {"extents": (Extent(0, -4, 7),)},
         {"namespace": bytes(32)},
-        {"packing": Encoding("echo", 1, ())},
-        {"packing": Encoding("echo", 1, (ChunkInfo(LAYOUT, 4),))},
+        {"encoding": Encoding("echo", 1, ())},
+        {"encoding": Encoding("echo", 1, (ChunkInfo(LAYOUT, 4),))},
     ],
     ids=str,
 )
@@ -270,11 +270,11 @@ def test_a_parcel_that_is_not_what_it_says_is_not_taken(
     make_engine: MakeEngine, change: dict[str, object]
 ) -> None:
     goal = make_engine()
-    [landing] = goal.transfers.receive([one(**change)], SPACES, "move", no_codec)
+    [landing] = goal.transfers.reserve([one(**change)], SPACES, "move", no_codec)
     assert landing.status == "unfit"
     assert landing.why
     assert goal.stats()["allocated_bytes"] == 0
-    [landing] = goal.transfers.receive([one()], SPACES, "move", no_codec)
+    [landing] = goal.transfers.reserve([one()], SPACES, "move", no_codec)
     assert landing.status == "granted"
 
 
@@ -282,6 +282,6 @@ def test_a_namespace_of_another_shape_here_takes_no_parcel(make_engine: MakeEngi
     goal = make_engine()
     store(goal, range(4))
     spaces = {SPACE: NamespaceInfo(SPACE, 8, 1, ())}
-    [landing] = goal.transfers.receive([one()], spaces, "move", no_codec)
+    [landing] = goal.transfers.reserve([one()], spaces, "move", no_codec)
     assert landing.status == "unfit"
     assert "chunk_size 4" in landing.why

@@ -209,7 +209,7 @@ class Place:
 
     def everything(self) -> set[bytes]:
         """Keys of all that is stored."""
-        return {holding.key for holding in self.engine.holdings(None, None)}
+        return {holding.key for holding in self.engine.chunk_refs(None, None)}
 
     @property
     def idle(self) -> bool:
@@ -220,21 +220,21 @@ class Place:
 
     def at(self, location: str) -> set[bytes]:
         """Keys of all that is at one location."""
-        return {each.key for each in self.engine.inventories[location].holdings(None, None)}
+        return {each.key for each in self.engine.locations[location].chunk_refs(None, None)}
 
     def settle(self) -> None:
         """Until all that was sent down is there."""
         for tier in self.tiers:
-            assert tier.turns.flush(DEADLINE_S)
-            assert tier.turns.flush(DEADLINE_S)
+            assert tier.executor.flush(DEADLINE_S)
+            assert tier.executor.flush(DEADLINE_S)
 
     def stats(self) -> dict[str, float]:
         return {**self.engine.stats(), **self.node.stats()}
 
     def close(self) -> None:
         self.node.close()
-        if self.engine.tiers:
-            self.engine.tiers.close()
+        if self.engine.lower_tiers:
+            self.engine.lower_tiers.close()
         self.engine.close()
 
 

@@ -111,7 +111,7 @@ def test_a_source_where_nobody_listens_is_named_at_once(source: Place, goal: Pla
 def test_a_peer_may_only_borrow_and_delete_what_its_claim_names(source: Place, goal: Place) -> None:
     source.store(range(16))
     source.store(range(100, 116))
-    [other] = [h.key for h in source.engine.holdings(None, pack_tokens(range(100, 116)))]
+    [other] = [h.key for h in source.engine.chunk_refs(None, pack_tokens(range(100, 116)))]
     for ask in (lambda r: r.lend([other], "tcp"), lambda r: r.forget([other])):
         remote = open_remote(source, opened(goal, source, tokens=range(16)))
         with pytest.raises(OperationFailed, match="the claim does not name"):

@@ -179,13 +179,13 @@ def test_a_destination_whose_chunks_are_pinned_takes_nothing(
 
 def test_chunks_that_left_the_source_meanwhile_are_counted(source: Place, goal: Place) -> None:
     source.store(range(40))
-    lend = source.engine.transfers.lend
+    lease = source.engine.transfers.lease
 
     def evict_first(*call: object) -> object:
         source.engine.clear(None, pack_tokens(range(40)))
-        return lend(*call)  # type: ignore[arg-type]
+        return lease(*call)  # type: ignore[arg-type]
 
-    source.engine.transfers.lend = evict_first  # type: ignore[method-assign, assignment]
+    source.engine.transfers.lease = evict_first  # type: ignore[method-assign, assignment]
     outcome = goal.move(source, range(40))
     assert (outcome.state, outcome.tokens) == ("done", 0)
     assert outcome.message == "3 of 3 chunks had gone meanwhile"
@@ -271,7 +271,7 @@ def test_compressed_chunks_move_compressed(source: Place, goal: Place) -> None:
     source.store(tokens)
     codec = source.codecs.get("cachegen")
     for key, _ in source.engine.keys(None, None):
-        assert source.engine.pack(key, "cachegen", codec).status == "done"
+        assert source.engine.encode(key, "cachegen", codec).status == "done"
     weight = int(source.stats()["requested_bytes"])
     assert weight < 3 * CHUNK_BYTES
     outcome = goal.move(source, tokens)
@@ -283,14 +283,14 @@ def test_compressed_chunks_move_compressed(source: Place, goal: Place) -> None:
     match = goal.engine.lookup(BASE.digest, pack_tokens(tokens), 16, 1, "reader", 30)
     assert match.chunks[-1].end == 48
     goal.engine.release(match.lease, None)
-    assert goal.engine.unpack(goal.engine.keys(None, None)[0][0], "cachegen").status == "done"
+    assert goal.engine.decode(goal.engine.keys(None, None)[0][0], "cachegen").status == "done"
 
 
 def test_a_raw_chunk_that_moved_can_be_compressed(source: Place, goal: Place) -> None:
     source.store(range(16))
     goal.move(source, range(16))
     [(key, _)] = goal.engine.keys(None, None)
-    assert goal.engine.pack(key, "cachegen", goal.codecs.get("cachegen")).status == "done"
+    assert goal.engine.encode(key, "cachegen", goal.codecs.get("cachegen")).status == "done"
 
 
 def test_what_the_destination_could_not_decode_stays_where_it_is(
@@ -298,7 +298,7 @@ def test_what_the_destination_could_not_decode_stays_where_it_is(
 ) -> None:
     source.store(range(16))
     [(key, _)] = source.engine.keys(None, None)
-    source.engine.pack(key, "cachegen", source.codecs.get("cachegen"))
+    source.engine.encode(key, "cachegen", source.codecs.get("cachegen"))
     monkeypatch.setenv("LMCACHE_KIT_PLUGINS", "-cachegen")
     goal = make_place("goal")
     outcome = goal.move(source, range(16))
@@ -399,13 +399,13 @@ def test_the_source_forgets_only_after_the_controllers_word(source: Place, goal:
     assert source.hit(range(40)) == 0
 
 
-@pytest.mark.parametrize("step", ["lend", "receive", "forget"])
+@pytest.mark.parametrize("step", ["lease", "reserve", "delete"])
 def test_a_defect_at_either_end_ends_the_move_and_loses_nothing(
     source: Place, goal: Place, step: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source.store(range(40))
-    engine = (goal if step == "receive" else source).engine
-    part = engine if step == "forget" else engine.transfers
+    engine = (goal if step == "reserve" else source).engine
+    part = engine if step == "delete" else engine.transfers
 
     def fail(*_: object) -> None:
         raise RuntimeError("broken on purpose")
@@ -458,13 +458,13 @@ def test_two_sides_that_allow_different_transports_say_so(make_place: MakePlace)
 def test_windows_are_bounded_by_the_memory(make_place: MakePlace) -> None:
     source, goal = make_place("source", mib=1), make_place("goal", mib=1)
     asked: list[int] = []
-    lend: Callable[..., object] = source.engine.transfers.lend
+    lease: Callable[..., object] = source.engine.transfers.lease
 
     def count(keys: list[bytes], owner: object) -> object:
         asked.append(len(keys))
-        return lend(keys, owner)
+        return lease(keys, owner)
 
-    source.engine.transfers.lend = count  # type: ignore[method-assign, assignment]
+    source.engine.transfers.lease = count  # type: ignore[method-assign, assignment]
     source.store(range(16 * 32))
     assert goal.move(source).state == "done"
     assert sum(asked) == 32

@@ -59,9 +59,9 @@ def test_nothing_wrong_is_ever_read_and_nothing_stays_held(
         keys = [key for key, _ in place.engine.keys(None, None)]
         for key in luck.sample(keys, min(3, len(keys))):
             if luck.random() < 0.5:
-                did["encoded"] += place.engine.pack(key, "cachegen", codec).status == "done"
+                did["encoded"] += place.engine.encode(key, "cachegen", codec).status == "done"
             else:
-                did["decoded"] += place.engine.unpack(key, "cachegen").status == "done"
+                did["decoded"] += place.engine.decode(key, "cachegen").status == "done"
 
     jobs = [store_and_read, move, move, pin, recode]
     threads = [threading.Thread(target=worker, args=(seed, job)) for seed, job in enumerate(jobs)]

@@ -104,7 +104,7 @@ def test_a_source_whose_memory_stays_full_says_so(
     source.engine.clear()
     source.store(range(100, 148))
     source.settle()
-    lease, parcels = source.engine.transfers.lend(list(source.everything()), "a reader")
+    lease, parcels = source.engine.transfers.lease(list(source.everything()), "a reader")
     assert len(parcels) == 3
     outcome = goal.move(source, range(48), at="A")
     assert (outcome.state, outcome.tokens) == ("failed", 0)
@@ -229,7 +229,7 @@ def test_a_move_from_one_location_to_another(within: Within, at: str, to: str) -
         place.store(range(40))
         place.settle()
     for other in {PLACE, "A", "B"} - {at}:
-        place.engine.inventories[other].clear()
+        place.engine.locations[other].clear()
     outcome = within.move(at, to)
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 40, "")
     assert place.at(at) == set()
@@ -255,10 +255,10 @@ def test_nothing_is_forgotten_that_the_controller_does_not_know_elsewhere(within
 def test_what_could_not_be_found_at_the_goal_stays_at_the_source(within: Within) -> None:
     """Chunks come one by one, and those behind one that does not come are of no use there."""
     place = within.place
-    place.engine.inventories["B"].clear()
+    place.engine.locations["B"].clear()
     store = place.tiers[1]._backend
     assert isinstance(store, Dict)
-    store.refused = next(iter(place.engine.inventories["A"].holdings(None, None))).key
+    store.refused = next(iter(place.engine.locations["A"].chunk_refs(None, None))).key
     outcome = within.move("A", "B")
     assert outcome.state == "partial"
     assert len(place.at("A")) == 3
@@ -293,7 +293,7 @@ def test_more_than_fits_into_memory_goes_from_tier_to_tier(make_place: MakePlace
     for start in range(0, 160, 16):
         place.store(range(start, start + 16))
         place.settle()
-    place.engine.inventories["B"].clear()
+    place.engine.locations["B"].clear()
     place.engine.clear()
     outcome = Within(place).do(Move(location="B", source="small", source_location="A"))
     assert (outcome.state, outcome.tokens, outcome.message) == ("done", 160, "")

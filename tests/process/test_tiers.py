@@ -86,7 +86,7 @@ def test_what_is_on_disk_is_found_after_the_process_was_killed(
     eventually(lambda: client.connected and client.incarnation != before)
     for tokens in prompts:
         eventually(lambda tokens=tokens: hit(client, tokens) == 4 * CHUNK)  # type: ignore[misc]
-    assert client.stats().values["recalled_chunks_total"] == 20
+    assert client.stats().values["promoted_chunks_total"] == 20
 
 
 def test_kills_at_any_moment_leave_only_what_is_right(

@@ -248,7 +248,7 @@ def test_a_backend_keeps_what_memory_loses() -> None:
         place.settle()
         place.engine.clear()
         assert place.hit(range(100)) == 100
-        assert place.engine.stats()["recalled_chunks_total"] == 7
+        assert place.engine.stats()["promoted_chunks_total"] == 7
     finally:
         place.close()
 

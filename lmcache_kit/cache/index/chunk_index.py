@@ -1,4 +1,4 @@
-"""The shelf: which chunks there are at one location, and who follows whom; in memory, also where
+"""The index: which chunks there are at one location, and who follows whom; in memory, also where
 they lie."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ChunkIndex:
     """Keeps entries, the policy and the listeners in step with each other.
 
     An entry is *linked* from :meth:`put` to :meth:`unlink`; listeners and policy know it from
-    :meth:`complete` on. ``encoded`` counts the entries whose body is.
+    :meth:`complete` on. ``encoded`` counts the entries whose payload is.
     """
 
     def __init__(self, policy: EvictionPolicy) -> None:
@@ -37,36 +37,37 @@ class ChunkIndex:
         self.entries: dict[ChunkKey, Entry] = {}
         self.pending: dict[ChunkKey, Entry] = {}
         self.children: dict[ChunkKey, Children] = {}
-        self.spaces: dict[bytes, NamespaceState] = {}
+        self.namespaces: dict[bytes, NamespaceState] = {}
         self.listeners: list[ChangeListener] = []
         self.encoded = 0
         self._pending_children: dict[ChunkKey, int] = {}
 
-    def space(self, digest: bytes, chunk_size: int, world_size: int) -> NamespaceState | None:
+    def namespace(self, digest: bytes, chunk_size: int, world_size: int) -> NamespaceState | None:
         """The namespace, if it has chunks here. Raises ValueError when the shape differs."""
-        space = self.spaces.get(digest)
-        if space and (space.chunk_size, space.world_size) != (chunk_size, world_size):
+        namespace = self.namespaces.get(digest)
+        if namespace and (namespace.chunk_size, namespace.world_size) != (chunk_size, world_size):
             raise ValueError(
-                f"namespace {digest.hex()[:16]} has chunk_size {space.chunk_size} and world_size "
-                f"{space.world_size} here; this request says {chunk_size} and {world_size}"
+                f"namespace {digest.hex()[:16]} has chunk_size {namespace.chunk_size} and "
+                f"world_size {namespace.world_size} here; this request says {chunk_size} and "
+                f"{world_size}"
             )
-        return space
+        return namespace
 
-    def space_of(self, info: NamespaceInfo) -> NamespaceState:
+    def namespace_of(self, info: NamespaceInfo) -> NamespaceState:
         """The namespace that ``info`` describes, whether it has chunks here or not, with the forms
         that were not known. Raises ValueError when the shape differs."""
-        space = self.space(info.digest, info.chunk_size, info.world_size)
-        space = space or NamespaceState(info.digest, info.chunk_size, info.world_size)
-        for rank, form in info.forms:
-            space.forms.setdefault(rank, form)
-        return space
+        namespace = self.namespace(info.digest, info.chunk_size, info.world_size)
+        namespace = namespace or NamespaceState(info.digest, info.chunk_size, info.world_size)
+        for rank, rank_layout in info.rank_layouts:
+            namespace.rank_layouts.setdefault(rank, rank_layout)
+        return namespace
 
     def records(self) -> list[StoredChunk]:
         """All complete chunks."""
         return [entry.record for entry in self.entries.values() if entry.complete]
 
     def walk(
-        self, space: NamespaceState, tokens: bytes, start: int = 0, parent: ChunkKey = b""
+        self, namespace: NamespaceState, tokens: bytes, start: int = 0, parent: ChunkKey = b""
     ) -> list[tuple[Located, Entry]]:
         """The longest stored prefix of packed ``tokens``, chunk by chunk from the first, or from
         the token ``start`` on, which follows the chunk ``parent``.
@@ -74,22 +75,22 @@ class ChunkIndex:
         Compares tokens, not keys, so the chunk after the last full match counts for as many of
         its first tokens as agree.
         """
-        order = big_endian(tokens)
-        step = space.chunk_size * TOKEN_BYTES
-        parent = parent or space.root
+        sort_key = big_endian(tokens)
+        step = namespace.chunk_size * TOKEN_BYTES
+        parent = parent or namespace.root
         found: list[tuple[Located, Entry]] = []
-        for at in range(start * TOKEN_BYTES, len(order), step):
+        for at in range(start * TOKEN_BYTES, len(sort_key), step):
             children = self.children.get(parent)
             if children is None:
                 break
-            entry, usable = children.longest(order[at : at + step])
-            if not usable or entry.space is not space:
+            entry, usable = children.longest(sort_key[at : at + step])
+            if not usable or entry.namespace is not namespace:
                 break
             located = Located(
-                entry.key, at // TOKEN_BYTES, usable, entry.tokens, entry.body.extents
+                entry.key, at // TOKEN_BYTES, usable, entry.tokens, entry.payload.extents
             )
             found.append((located, entry))
-            if usable < space.chunk_size:
+            if usable < namespace.chunk_size:
                 break
             parent = entry.key
         return found
@@ -97,30 +98,30 @@ class ChunkIndex:
     def select(self, digests: Iterable[bytes] | None, tokens: bytes | None) -> list[PartialChunk]:
         """The longest stored prefix of packed ``tokens`` in each of these namespaces, or in all
         (None); without tokens, all complete chunks there."""
-        spaces = self._named(digests)
+        namespaces = self._named(digests)
         if tokens is not None:
-            walks = [self.walk(space, tokens) for space in spaces]
+            walks = [self.walk(namespace, tokens) for namespace in namespaces]
             return [
                 PartialChunk(entry, located.usable) for walk in walks for located, entry in walk
             ]
         return [
             PartialChunk(entry, entry.tokens)
             for entry in self.entries.values()
-            if entry.complete and entry.space in spaces
+            if entry.complete and entry.namespace in namespaces
         ]
 
     def holding(self, digests: Iterable[bytes] | None, tokens: bytes) -> list[Entry]:
         """Complete chunks, also behind holes, that hold only KV of packed ``tokens`` or that of
         the last of them and then more; not those that go on otherwise."""
         found: list[Entry] = []
-        for space in self._named(digests):
-            for link in chain(space.digest, tokens, space.chunk_size):
-                order = big_endian(tokens[link.start * TOKEN_BYTES : link.end * TOKEN_BYTES])
+        for namespace in self._named(digests):
+            for link in chain(namespace.digest, tokens, namespace.chunk_size):
+                sort_key = big_endian(tokens[link.start * TOKEN_BYTES : link.end * TOKEN_BYTES])
                 found += [
                     entry
                     for entry in self.children.get(link.parent, ())
-                    if entry.space is space
-                    and (order.startswith(entry.order) or entry.order.startswith(order))
+                    if entry.namespace is namespace
+                    and (sort_key.startswith(entry.sort_key) or entry.sort_key.startswith(sort_key))
                 ]
         return found
 
@@ -129,8 +130,8 @@ class ChunkIndex:
         self.entries[entry.key] = entry
         self.pending[entry.key] = entry
         self._pending_children[entry.parent] = self._pending_children.get(entry.parent, 0) + 1
-        self.spaces.setdefault(entry.space.digest, entry.space).entries += 1
-        self.encoded += entry.body.encoding is not None
+        self.namespaces.setdefault(entry.namespace.digest, entry.namespace).entries += 1
+        self.encoded += entry.payload.encoding is not None
 
     def complete(self, entry: Entry) -> None:
         """It is sealed: the chunk can be found."""
@@ -146,9 +147,9 @@ class ChunkIndex:
             return
         entry.linked = False
         del self.entries[entry.key]
-        entry.space.entries -= 1
-        if not entry.space.entries:
-            del self.spaces[entry.space.digest]
+        entry.namespace.entries -= 1
+        if not entry.namespace.entries:
+            del self.namespaces[entry.namespace.digest]
         if entry.complete:
             siblings = self.children[entry.parent]
             siblings.remove(entry)
@@ -159,18 +160,18 @@ class ChunkIndex:
                 listener.removed(entry.key)
         else:
             self._no_longer_pending(entry)
-        self.forsake(entry)
+        self.detach(entry)
 
-    def adopt(self, entry: Entry, body: Payload) -> None:
-        """From now on the entry, whose last body was forsaken, consists of this one."""
-        body.kept = True
-        entry.body = body
-        self.encoded += body.encoding is not None
+    def attach_payload(self, entry: Entry, payload: Payload) -> None:
+        """From now on the entry, whose last payload was detached, consists of this one."""
+        payload.attached = True
+        entry.payload = payload
+        self.encoded += payload.encoding is not None
 
-    def forsake(self, entry: Entry) -> None:
-        """The entry's body goes when nobody uses it any more."""
-        entry.body.kept = False
-        self.encoded -= entry.body.encoding is not None
+    def detach(self, entry: Entry) -> None:
+        """The entry's payload goes when nobody uses it any more."""
+        entry.payload.attached = False
+        self.encoded -= entry.payload.encoding is not None
 
     def followers(self, key: ChunkKey) -> int:
         """How many chunks, pending ones too, have this one as their parent."""
@@ -180,8 +181,8 @@ class ChunkIndex:
 
     def _named(self, digests: Iterable[bytes] | None) -> list[NamespaceState]:
         if digests is None:
-            return list(self.spaces.values())
-        return [self.spaces[digest] for digest in digests if digest in self.spaces]
+            return list(self.namespaces.values())
+        return [self.namespaces[digest] for digest in digests if digest in self.namespaces]
 
     def _no_longer_pending(self, entry: Entry) -> None:
         del self.pending[entry.key]
@@ -193,7 +194,7 @@ class ChunkIndex:
 
 
 class MemoryIndex(ChunkIndex):
-    """A shelf that frees the memory of what leaves it."""
+    """An index that frees the memory of what leaves it."""
 
     def __init__(self, memory: MemoryBackend, policy: EvictionPolicy) -> None:
         super().__init__(policy)
@@ -205,28 +206,28 @@ class MemoryIndex(ChunkIndex):
         super().put(entry)
         self._own(entry)
 
-    def adopt(self, entry: Entry, body: Payload) -> None:
-        super().adopt(entry, body)
+    def attach_payload(self, entry: Entry, payload: Payload) -> None:
+        super().attach_payload(entry, payload)
         self._own(entry)
 
-    def forsake(self, entry: Entry) -> None:
-        super().forsake(entry)
-        for region in entry.body.regions:
+    def detach(self, entry: Entry) -> None:
+        super().detach(entry)
+        for region in entry.payload.regions:
             self._at.pop(region.offset, None)
-        self.settle(entry.body)
+        self.release_if_unused(entry.payload)
 
     def replace_region(self, entry: Entry, rank: int, region: Region) -> None:
         """A rank needs another size than was set aside for it."""
-        self.free(entry.body.regions[rank])
-        entry.body.regions[rank] = region
+        self.free(entry.payload.regions[rank])
+        entry.payload.regions[rank] = region
         self._own(entry)
 
-    def settle(self, body: Payload) -> None:
-        """Free the memory of a body that is neither kept nor in use."""
-        if not body.kept and not body.holds:
-            for region in body.regions:
+    def release_if_unused(self, payload: Payload) -> None:
+        """Free the memory of a payload that is neither kept nor in use."""
+        if not payload.attached and not payload.ref_count:
+            for region in payload.regions:
                 self.free(region)
-            body.regions = []
+            payload.regions = []
 
     def free(self, region: Region) -> None:
         self._at.pop(region.offset, None)
@@ -234,9 +235,9 @@ class MemoryIndex(ChunkIndex):
 
     def owner_of(self, region: Region) -> Entry | None:
         """The linked entry whose memory this is. None for memory that is just being handed out,
-        or of bodies that are used only until their readers are done."""
+        or of payloads that are used only until their readers are done."""
         return self._at.get(region.offset)
 
     def _own(self, entry: Entry) -> None:
-        for region in entry.body.regions:
+        for region in entry.payload.regions:
             self._at[region.offset] = entry

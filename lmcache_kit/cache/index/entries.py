@@ -31,12 +31,12 @@ class RankLayout(NamedTuple):
 @dataclass(slots=True, eq=False)
 class NamespaceState:
     """A namespace that has chunks here. Its digest fixes the next two, so they must agree.
-    ``forms``: by rank, of those that said it."""
+    ``rank_layouts``: by rank, of those that said it."""
 
     digest: bytes
     chunk_size: int
     world_size: int
-    forms: dict[int, RankLayout] = field(default_factory=dict)
+    rank_layouts: dict[int, RankLayout] = field(default_factory=dict)
     entries: int = 0
 
     @property
@@ -45,7 +45,7 @@ class NamespaceState:
 
 
 class ResolvedEncoding(NamedTuple):
-    """What made the bytes of a body. ``version``: of the codec's format; ``chunks``: what was
+    """What made the bytes of a payload. ``version``: of the codec's format; ``chunks``: what was
     encoded, one per rank."""
 
     method: str
@@ -58,15 +58,15 @@ class ResolvedEncoding(NamedTuple):
 class Payload:
     """Bytes of a chunk in memory, one region per rank: raw ones, or those of an ``encoding``.
 
-    ``holds`` counts who reads or writes them, ``kept`` says that they are what a chunk that can
-    be found, or is coming to be, consists of. When neither is so, they are freed.
+    ``ref_count``: how many readers and writers use them. ``attached``: an entry consists of them.
+    They are freed when neither holds.
     """
 
     regions: list[Region]
     encoding: ResolvedEncoding | None = None
     extents: tuple[Extent, ...] = ()
-    kept: bool = True
-    holds: int = 0
+    attached: bool = True
+    ref_count: int = 0
 
     @property
     def sizes(self) -> list[int]:
@@ -77,7 +77,7 @@ class Payload:
     def nbytes(self) -> int:
         return sum(self.sizes)
 
-    def seal(self, checksums: Sequence[int]) -> None:
+    def set_checksums(self, checksums: Sequence[int]) -> None:
         """All is written; ``checksums``, by rank, are the xxh3-64 of it."""
         self.extents = tuple(
             Extent(region.offset, region.nbytes, checksum)
@@ -89,62 +89,66 @@ class Payload:
 class Entry:
     """One chunk: pending until every rank has committed its payload, then complete.
 
-    ``order`` is its tokens as big-endian u32, so that bytes sort as tokens do; ``start`` is the
-    position of the first one. The body has memory for every rank from the start; ``claimed`` are
+    ``sort_key`` is its tokens as big-endian u32, so that bytes sort as tokens do; ``start`` is the
+    position of the first one. The payload has memory for every rank from the start; ``claimed`` are
     the ranks that write or have written theirs. ``linked`` turns false once, when the chunk is
-    evicted, dropped or given up. ``unpacked`` may be a raw copy for readers of an encoded body;
-    ``busy`` says that another body is being made to take the place of this one. ``pins`` and
-    ``anchors`` count the pins and the moves that keep it.
+    evicted, dropped or given up. ``decoding`` may be a raw copy for readers of an encoded payload;
+    ``busy`` says that another payload is being made to take the place of this one. ``pins`` and
+    ``ref_count`` count the pins and the moves that keep it.
     """
 
     key: ChunkKey
     parent: ChunkKey
-    space: NamespaceState
-    order: bytes
+    namespace: NamespaceState
+    sort_key: bytes
     start: int
-    body: Payload
+    payload: Payload
     since: float
     claimed: set[int] = field(default_factory=set)
     checksums: dict[int, int] = field(default_factory=dict)
     pins: int = 0
-    anchors: int = 0
+    ref_count: int = 0
     linked: bool = True
     busy: bool = False
-    unpacked: Decoding | None = None
+    decoding: Decoding | None = None
 
     @property
     def tokens(self) -> int:
-        return len(self.order) // TOKEN_BYTES
+        return len(self.sort_key) // TOKEN_BYTES
 
     @property
     def complete(self) -> bool:
-        return bool(self.body.extents)
+        return bool(self.payload.extents)
 
-    def seal(self) -> None:
+    def mark_complete(self) -> None:
         """Every rank has written its payload."""
-        self.body.seal([self.checksums[rank] for rank in range(self.space.world_size)])
+        self.payload.set_checksums(
+            [self.checksums[rank] for rank in range(self.namespace.world_size)]
+        )
 
     @property
     def nbytes(self) -> int:
-        return self.body.nbytes
+        return self.payload.nbytes
 
     @property
     def record(self) -> StoredChunk:
         tokens = self.tokens
-        return StoredChunk(self.key, self.parent, tokens, tokens < self.space.chunk_size)
+        return StoredChunk(self.key, self.parent, tokens, tokens < self.namespace.chunk_size)
 
     def chunk_info(self, rank: int) -> ChunkInfo:
         """What a codec must know of a rank's payload. Raises ValueError when that is not known."""
-        form = self.space.forms.get(rank)
-        if form is None:
+        rank_layout = self.namespace.rank_layouts.get(rank)
+        if rank_layout is None:
             raise ValueError(f"rank {rank} has not said what its payloads are")
-        if form.layout.dtype not in DTYPE_BYTES:
-            raise ValueError(f"rank {rank} stores {form.layout.dtype!r}, which is not known")
-        info = ChunkInfo(form.layout, self.tokens, self.start, form.rope, form.first_head)
-        if info.payload_bytes != self.body.sizes[rank]:
+        if rank_layout.layout.dtype not in DTYPE_BYTES:
+            raise ValueError(f"rank {rank} stores {rank_layout.layout.dtype!r}, which is not known")
+        info = ChunkInfo(
+            rank_layout.layout, self.tokens, self.start, rank_layout.rope, rank_layout.first_head
+        )
+        if info.payload_bytes != self.payload.sizes[rank]:
             raise ValueError(
-                f"rank {rank} stored {self.body.sizes[rank]} bytes, and {info.payload_bytes} are "
-                f"{self.tokens} tokens of its layout"
+                f"rank {rank} stored {self.payload.sizes[rank]} bytes, and {info.payload_bytes} "
+                f"are {self.tokens} tokens of its layout"
             )
         return info
 
@@ -159,39 +163,39 @@ class PartialChunk(NamedTuple):
 class Children:
     """The complete chunks that follow one parent, sorted by their tokens."""
 
-    __slots__ = ("_entries", "_orders")
+    __slots__ = ("_entries", "_sort_keys")
 
     def __init__(self) -> None:
-        self._orders: list[bytes] = []
+        self._sort_keys: list[bytes] = []
         self._entries: list[Entry] = []
 
     def __len__(self) -> int:
-        return len(self._orders)
+        return len(self._sort_keys)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries)
 
     def add(self, entry: Entry) -> None:
-        at = bisect_left(self._orders, entry.order)
-        self._orders.insert(at, entry.order)
+        at = bisect_left(self._sort_keys, entry.sort_key)
+        self._sort_keys.insert(at, entry.sort_key)
         self._entries.insert(at, entry)
 
     def remove(self, entry: Entry) -> None:
-        at = bisect_left(self._orders, entry.order)
-        del self._orders[at], self._entries[at]
+        at = bisect_left(self._sort_keys, entry.sort_key)
+        del self._sort_keys[at], self._entries[at]
 
-    def longest(self, order: bytes) -> tuple[Entry, int]:
-        """The child that has most first tokens in common with ``order``, and how many.
+    def longest(self, sort_key: bytes) -> tuple[Entry, int]:
+        """The child that has most first tokens in common with ``sort_key``, and how many.
 
         In sorted order the longest common prefix is always one with a neighbour.
         """
-        at = bisect_left(self._orders, order)
-        if at < len(self._orders) and self._orders[at] == order:
-            return self._entries[at], len(order) // TOKEN_BYTES
+        at = bisect_left(self._sort_keys, sort_key)
+        if at < len(self._sort_keys) and self._sort_keys[at] == sort_key:
+            return self._entries[at], len(sort_key) // TOKEN_BYTES
         best, most = -1, -1
         for near in (at - 1, at):
-            if 0 <= near < len(self._orders):
-                common = common_tokens(self._orders[near], order)
+            if 0 <= near < len(self._sort_keys):
+                common = common_tokens(self._sort_keys[near], sort_key)
                 if common > most:
                     best, most = near, common
         return self._entries[best], most

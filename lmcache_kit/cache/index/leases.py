@@ -13,13 +13,13 @@ from lmcache_kit.cache.index.entries import Payload
 @dataclass(slots=True)
 class _Lease:
     owner: Hashable
-    bodies: Sequence[Payload]
+    payloads: Sequence[Payload]
     ranks: set[int]
     expires: float
 
 
 class Leases:
-    """Who reads what until when. Each method that ends leases returns the bodies let go."""
+    """Who reads what until when. Each method that ends leases returns the payloads let go."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
@@ -31,13 +31,13 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, bodies: Sequence[Payload], ranks: int, owner: Hashable) -> int:
-        """Hold ``bodies`` until each of ``ranks`` ranks has released them."""
-        for body in bodies:
-            body.holds += 1
+    def grant(self, payloads: Sequence[Payload], ranks: int, owner: Hashable) -> int:
+        """Hold ``payloads`` until each of ``ranks`` ranks has released them."""
+        for payload in payloads:
+            payload.ref_count += 1
         number = next(self._numbers)
         expires = self._clock() + self._ttl_s
-        self._leases[number] = _Lease(owner, bodies, set(range(ranks)), expires)
+        self._leases[number] = _Lease(owner, payloads, set(range(ranks)), expires)
         return number
 
     def release(self, number: int, rank: int | None) -> Sequence[Payload] | None:
@@ -52,18 +52,18 @@ class Leases:
         return self._end(number)
 
     def cut(self, number: int, first: int) -> Sequence[Payload] | None:
-        """Let go all but the ``first`` so many bodies; None when there is no such hold."""
+        """Let go all but the ``first`` so many payloads; None when there is no such hold."""
         lease = self._leases.get(number)
         if lease is None or not first:
             return None if lease is None else self._end(number)
-        gone, lease.bodies = lease.bodies[first:], lease.bodies[:first]
-        for body in gone:
-            body.holds -= 1
+        gone, lease.payloads = lease.payloads[first:], lease.payloads[:first]
+        for payload in gone:
+            payload.ref_count -= 1
         return gone
 
     def release_owner(self, owner: Hashable) -> list[Payload]:
         mine = [number for number, lease in self._leases.items() if lease.owner == owner]
-        return [body for number in mine for body in self._end(number)]
+        return [payload for number in mine for payload in self._end(number)]
 
     def release_expired(self) -> tuple[int, list[Payload]]:
         """How many leases have outlived their time, and what they held."""
@@ -73,10 +73,10 @@ class Leases:
             if lease.expires > now:
                 break
             late.append(number)
-        return len(late), [body for number in late for body in self._end(number)]
+        return len(late), [payload for number in late for payload in self._end(number)]
 
     def _end(self, number: int) -> Sequence[Payload]:
-        bodies = self._leases.pop(number).bodies
-        for body in bodies:
-            body.holds -= 1
-        return bodies
+        payloads = self._leases.pop(number).payloads
+        for payload in payloads:
+            payload.ref_count -= 1
+        return payloads

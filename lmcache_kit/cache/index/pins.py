@@ -16,13 +16,13 @@ MAX_PINS = 1 << 14
 class _Pin:
     pin_id: str
     owner: str
-    parts: list[PartialChunk]
+    partial_chunks: list[PartialChunk]
     expires: float | None
 
     @property
     def left(self) -> list[PartialChunk]:
         """What is still stored: a pinned chunk goes when it is corrupt, or cleared by force."""
-        return [part for part in self.parts if part.entry.linked]
+        return [partial for partial in self.partial_chunks if partial.entry.linked]
 
 
 class Pins:
@@ -39,13 +39,15 @@ class Pins:
     @property
     def pinned_bytes(self) -> int:
         """What all pinned chunks weigh now, each counted once."""
-        entries = {id(part.entry): part.entry for pin in self._pins.values() for part in pin.left}
+        entries = {
+            id(partial.entry): partial.entry for pin in self._pins.values() for partial in pin.left
+        }
         return sum(entry.nbytes for entry in entries.values())
 
     def add(
-        self, pin_id: str, owner: str, ttl_s: float | None, parts: Sequence[PartialChunk]
+        self, pin_id: str, owner: str, ttl_s: float | None, partial_chunks: Sequence[PartialChunk]
     ) -> list[PartialChunk]:
-        """Pin as many of ``parts`` as fit, from the first one on; an earlier pin of this id ends.
+        """Pin as many of these chunks as fit, in order; an earlier pin of this id ends.
 
         Raises ValueError when there are too many pins.
         """
@@ -54,13 +56,13 @@ class Pins:
             raise ValueError(f"there are {MAX_PINS} pins already; unpin some")
         left_bytes = self.budget_bytes - self.pinned_bytes
         kept: list[PartialChunk] = []
-        for part in parts:
-            cost_bytes = 0 if part.entry.pins else part.entry.nbytes
+        for partial in partial_chunks:
+            cost_bytes = 0 if partial.entry.pins else partial.entry.nbytes
             if cost_bytes > left_bytes:
                 break
             left_bytes -= cost_bytes
-            part.entry.pins += 1
-            kept.append(part)
+            partial.entry.pins += 1
+            kept.append(partial)
         if kept:
             expires = None if ttl_s is None else self._clock() + ttl_s
             self._pins[pin_id] = _Pin(pin_id, owner, kept, expires)
@@ -71,18 +73,18 @@ class Pins:
         freed: dict[int, PartialChunk] = {}
         for pin_id in pin_ids:
             pin = self._pins.pop(pin_id, None)
-            for part in pin.parts if pin else ():
-                part.entry.pins -= 1
-                before = freed.get(id(part.entry))
-                if part.entry.linked and (before is None or before.tokens < part.tokens):
-                    freed[id(part.entry)] = part
+            for partial in pin.partial_chunks if pin else ():
+                partial.entry.pins -= 1
+                before = freed.get(id(partial.entry))
+                if partial.entry.linked and (before is None or before.tokens < partial.tokens):
+                    freed[id(partial.entry)] = partial
         return list(freed.values())
 
     def within(self, digests: Collection[bytes] | None, tokens: bytes | None) -> list[str]:
         """Ids of the pins that hold nothing but first tokens of packed ``tokens`` (None: any) in
         these namespaces (None: any)."""
-        order = None if tokens is None else big_endian(tokens)
-        return [pin.pin_id for pin in self._pins.values() if _is_within(pin, digests, order)]
+        sort_key = None if tokens is None else big_endian(tokens)
+        return [pin.pin_id for pin in self._pins.values() if _is_within(pin, digests, sort_key)]
 
     def expire(self) -> int:
         """End the pins whose time is over; returns how many."""
@@ -98,9 +100,9 @@ class Pins:
             PinInfo(
                 pin_id=pin.pin_id,
                 location=location,
-                tokens=sum(part.tokens for part in pin.left),
+                tokens=sum(partial.tokens for partial in pin.left),
                 chunks=len(pin.left),
-                nbytes=sum(part.entry.nbytes for part in pin.left),
+                nbytes=sum(partial.entry.nbytes for partial in pin.left),
                 owner=pin.owner,
                 expires_in_s=None if pin.expires is None else max(0.0, pin.expires - now),
             )
@@ -108,12 +110,12 @@ class Pins:
         ]
 
 
-def _is_within(pin: _Pin, digests: Collection[bytes] | None, order: bytes | None) -> bool:
+def _is_within(pin: _Pin, digests: Collection[bytes] | None, sort_key: bytes | None) -> bool:
     texts: dict[bytes, bytes] = {}
-    for entry, tokens in pin.parts:
-        text = texts.get(entry.space.digest, b"")
-        texts[entry.space.digest] = text + entry.order[: tokens * TOKEN_BYTES]
+    for entry, tokens in pin.partial_chunks:
+        text = texts.get(entry.namespace.digest, b"")
+        texts[entry.namespace.digest] = text + entry.sort_key[: tokens * TOKEN_BYTES]
     return all(
-        (digests is None or digest in digests) and (order is None or order.startswith(text))
+        (digests is None or digest in digests) and (sort_key is None or sort_key.startswith(text))
         for digest, text in texts.items()
     )

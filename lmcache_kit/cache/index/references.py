@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 
 class References:
     """Of one location. A chunk that is anchored neither leaves nor is it given away until its
-    *owner*, one move or one lookup, lets go. ``lock`` is the shelf's."""
+    *owner*, one move or one lookup, lets go. ``lock`` is the index's."""
 
-    def __init__(self, shelf: ChunkIndex, lock: AbstractContextManager[object]) -> None:
-        self._shelf = shelf
+    def __init__(self, index: ChunkIndex, lock: AbstractContextManager[object]) -> None:
+        self._index = index
         self._lock = lock
         self._entries: defaultdict[Hashable, dict[ChunkKey, Entry]] = defaultdict(dict)
 
-    def add(self, keys: Iterable[ChunkKey], owner: Hashable) -> list[ChunkKey]:
+    def acquire(self, keys: Iterable[ChunkKey], owner: Hashable) -> list[ChunkKey]:
         """Anchor those of these chunks that are here; returns the others."""
         with self._lock:
             missing = []
             for key in keys:
-                entry = self._shelf.entries.get(key)
+                entry = self._index.entries.get(key)
                 if entry is not None and entry.complete:
-                    self.hold(entry, owner)
+                    self.acquire_entry(entry, owner)
                 else:
                     missing.append(key)
             return missing
 
-    def hold(self, entry: Entry, owner: Hashable) -> None:
+    def acquire_entry(self, entry: Entry, owner: Hashable) -> None:
         """Anchor this one. To be called under the lock."""
         if entry.key not in self._entries[owner]:
             self._entries[owner][entry.key] = entry
-            entry.anchors += 1
+            entry.ref_count += 1
 
-    def arrived(self, owner: Hashable, wanted: Iterable[ChunkKey]) -> list[ChunkKey]:
+    def findable(self, owner: Hashable, wanted: Iterable[ChunkKey]) -> list[ChunkKey]:
         """Those of ``wanted``, each after the one that it follows, that are here for ``owner`` and
         can be found: not behind one of them that is not."""
         with self._lock:
@@ -54,8 +54,8 @@ class References:
                     found.append(key)
             return found
 
-    def let_go(self, owner: Hashable) -> None:
+    def release(self, owner: Hashable) -> None:
         """It is over: what was anchored is a chunk like any other."""
         with self._lock:
             for entry in self._entries.pop(owner, {}).values():
-                entry.anchors -= 1
+                entry.ref_count -= 1

@@ -27,7 +27,7 @@ class Decoding:
     """A raw copy in the making. Who wants it holds ``raw``, and is told when it has ended."""
 
     entry: Entry
-    packed: Payload
+    encoded: Payload
     raw: Payload
     state: Literal["new", "running", "done", "failed"] = "new"
     why: str = ""
@@ -40,33 +40,35 @@ class Decoder:
 
     def __init__(
         self,
-        shelf: MemoryIndex,
+        index: MemoryIndex,
         counters: Counter[str],
         lock: AbstractContextManager[object],
         loaders: Executor,
     ) -> None:
-        self._shelf = shelf
+        self._index = index
         self._counters = counters
         self._lock = lock
         self._loaders = loaders
 
-    def copy_of(self, entry: Entry, room: Evictor) -> Decoding | None:
+    def copy_of(self, entry: Entry, evictor: Evictor) -> Decoding | None:
         """The copy that others read or wait for already, or a new one; None without room for it.
 
         A new one is to be held by the caller before it is started.
         """
-        copy = entry.unpacked
-        usable = copy and copy.packed is entry.body and copy.raw.regions and copy.state != "failed"
+        copy = entry.decoding
+        usable = (
+            copy and copy.encoded is entry.payload and copy.raw.regions and copy.state != "failed"
+        )
         if copy and usable:
             return copy
-        encoding = entry.body.encoding
+        encoding = entry.payload.encoding
         assert encoding is not None
-        regions = room.take_all([chunk.payload_bytes for chunk in encoding.chunks])
+        regions = evictor.take_all([chunk.payload_bytes for chunk in encoding.chunks])
         if not regions:
             return None
-        entry.unpacked = copy = Decoding(entry, entry.body, Payload(regions, kept=False))
-        copy.packed.holds += 1
-        copy.raw.holds += 1
+        entry.decoding = copy = Decoding(entry, entry.payload, Payload(regions, attached=False))
+        copy.encoded.ref_count += 1
+        copy.raw.ref_count += 1
         return copy
 
     def start(self, copy: Decoding) -> None:
@@ -78,7 +80,7 @@ class Decoder:
     def run(self, copy: Decoding) -> None:
         """Decode, if anybody still wants it; then tell who waits."""
         with self._lock:
-            if copy.raw.holds == 1:  # said here, so that nobody comes to wait for it after all
+            if copy.raw.ref_count == 1:  # said here, so that nobody comes to wait for it after all
                 self._end(copy, [], corrupt=False)
                 return
         checksums: list[int] = []
@@ -96,12 +98,16 @@ class Decoder:
 
     def _decode(self, copy: Decoding) -> list[int]:
         """Fill the copy; returns the checksums. Raises ValueError for a blob that is not intact."""
-        encoding = copy.packed.encoding
+        encoding = copy.encoded.encoding
         assert encoding is not None
         checksums = []
-        memory = self._shelf.memory
+        memory = self._index.memory
         for extent, packed, raw, chunk in zip(
-            copy.packed.extents, copy.packed.regions, copy.raw.regions, encoding.chunks, strict=True
+            copy.encoded.extents,
+            copy.encoded.regions,
+            copy.raw.regions,
+            encoding.chunks,
+            strict=True,
         ):
             with memory.view(packed) as blob, memory.view(raw) as out:
                 if xxh3_64_intdigest(blob) != extent.checksum:
@@ -113,18 +119,18 @@ class Decoder:
     def _end(self, copy: Decoding, checksums: list[int], corrupt: bool) -> None:
         if checksums:
             copy.state = "done"
-            copy.raw.seal(checksums)
+            copy.raw.set_checksums(checksums)
             self._counters["decoded_chunks_total"] += 1
         else:
             copy.state = "failed"
         if corrupt:
             logger.warning("dropped chunk %s: %s", copy.entry.key.hex(), copy.why)
             self._counters["corrupt_total"] += 1
-            if copy.entry.body is copy.packed:
-                self._shelf.unlink(copy.entry)
-        for body in (copy.packed, copy.raw):
-            body.holds -= 1
-            self._shelf.settle(body)
+            if copy.entry.payload is copy.encoded:
+                self._index.unlink(copy.entry)
+        for payload in (copy.encoded, copy.raw):
+            payload.ref_count -= 1
+            self._index.release_if_unused(payload)
         waiters, copy.waiters = copy.waiters, []
         for tell in waiters:
             tell()

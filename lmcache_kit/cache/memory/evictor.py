@@ -25,15 +25,15 @@ class Evictor:
     """
 
     def __init__(
-        self, shelf: MemoryIndex, counters: Counter[str], keep: Set[ChunkKey], wanted_bytes: int
+        self, index: MemoryIndex, counters: Counter[str], keep: Set[ChunkKey], wanted_bytes: int
     ) -> None:
-        self._shelf = shelf
+        self._index = index
         self._counters = counters
         self._keep = keep
         self._wanted_bytes = wanted_bytes
         self._victims: deque[Entry] = deque()
         self._weight = 0
-        self._hopeless_bytes = shelf.capacity_bytes + 1
+        self._hopeless_bytes = index.capacity_bytes + 1
 
     def take_all(self, sizes: Sequence[int]) -> list[Region]:
         """Memory of each of these sizes, or none."""
@@ -42,7 +42,7 @@ class Evictor:
             region = self.take(nbytes)
             if region is None:
                 for taken in regions:
-                    self._shelf.free(taken)
+                    self._index.free(taken)
                 return []
             regions.append(region)
         return regions
@@ -51,7 +51,7 @@ class Evictor:
         """``nbytes`` of memory, or None when nothing that may leave would make room for it."""
         if nbytes >= self._hopeless_bytes:
             return None
-        memory = self._shelf.memory
+        memory = self._index.memory
         region = memory.allocate(nbytes)
         if region is None and self._can_win(nbytes):
             region = self._evict_by_policy(nbytes) or self._clear(nbytes)
@@ -65,17 +65,17 @@ class Evictor:
             self._look_for_victims(nbytes)
         freed = 0
         for victim in self._victims:
-            if victim.linked and victim.body.regions[0].nbytes >= nbytes:
+            if victim.linked and victim.payload.regions[0].nbytes >= nbytes:
                 return True
             freed += victim.nbytes
             if freed >= nbytes:
                 break
-        return self._shelf.memory.eviction_plan(nbytes, self._evictable) is not None
+        return self._index.memory.eviction_plan(nbytes, self._evictable) is not None
 
     def _look_for_victims(self, nbytes: int) -> None:
         self._victims.clear()
         self._weight = 0
-        for victim in leaving(self._shelf, self._may_leave):
+        for victim in leaving(self._index, self._may_leave):
             self._victims.append(victim)
             self._weight += victim.nbytes
             if self._weight >= max(self._wanted_bytes, nbytes):
@@ -91,45 +91,45 @@ class Evictor:
                 continue
             freed += victim.nbytes
             self._evict(victim)
-            region = self._shelf.memory.allocate(nbytes)
+            region = self._index.memory.allocate(nbytes)
             if region is not None:
                 return region
         return None
 
     def _clear(self, nbytes: int) -> Region | None:
         """Evict the cheapest neighbours, whatever the policy thinks of them."""
-        for region in self._shelf.memory.eviction_plan(nbytes, self._evictable) or ():
-            entry = self._shelf.owner_of(region)
+        for region in self._index.memory.eviction_plan(nbytes, self._evictable) or ():
+            entry = self._index.owner_of(region)
             if entry is not None and entry.linked:
                 self._evict(entry)
                 self._counters["evicted_for_space_total"] += 1
-        return self._shelf.memory.allocate(nbytes)
+        return self._index.memory.allocate(nbytes)
 
     def _evict(self, entry: Entry) -> None:
         self._counters["evicted_chunks_total"] += 1
         self._counters["evicted_bytes_total"] += entry.nbytes
-        self._shelf.unlink(entry)
+        self._index.unlink(entry)
 
     def _may_leave(self, entry: Entry) -> bool:
-        held = entry.body.holds or entry.pins or entry.anchors
+        held = entry.payload.ref_count or entry.pins or entry.ref_count
         return entry.linked and entry.complete and not held and entry.key not in self._keep
 
     def _evictable(self, region: Region) -> bool:
-        entry = self._shelf.owner_of(region)
+        entry = self._index.owner_of(region)
         return entry is not None and self._may_leave(entry)
 
 
-def leaving(shelf: ChunkIndex, may_leave: Callable[[Entry], bool]) -> Iterator[Entry]:
+def leaving(index: ChunkIndex, may_leave: Callable[[Entry], bool]) -> Iterator[Entry]:
     """Chunks in the order in which they may leave: always the first one, as the policy has it, of
     those that nothing stays behind."""
-    entries = shelf.entries
+    entries = index.entries
     passed: set[ChunkKey] = set()
     gone_children: dict[ChunkKey, int] = {}
 
     def is_last(key: ChunkKey) -> bool:
-        return shelf.followers(key) == gone_children.get(key, 0)
+        return index.followers(key) == gone_children.get(key, 0)
 
-    for key in shelf.policy.victims():
+    for key in index.policy.victims():
         entry = entries[key]
         if not may_leave(entry):
             continue

@@ -45,35 +45,37 @@ class Transcoder:
 
     def __init__(
         self,
-        shelf: MemoryIndex,
+        index: MemoryIndex,
         pins: Pins,
-        unpacker: Decoder,
+        decoder: Decoder,
         counters: Counter[str],
         lock: AbstractContextManager[object],
     ) -> None:
-        self._shelf = shelf
+        self._index = index
         self._pins = pins
-        self._unpacker = unpacker
+        self._decoder = decoder
         self._counters = counters
         self._lock = lock
 
-    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+    def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
         """Encode a chunk; readers of its raw bytes keep these until they are done."""
         with self._lock:
-            entry = self._shelf.entries.get(key)
+            entry = self._index.entries.get(key)
             if entry is None or not entry.complete:
                 return Transcoded("gone")
-            if entry.body.encoding:
-                return not_raw(entry.body.encoding.method, method)
+            if entry.payload.encoding:
+                return not_raw(entry.payload.encoding.method, method)
             if entry.busy:
                 return Transcoded("failed", _BUSY)
             try:
-                infos = tuple([entry.chunk_info(rank) for rank in range(entry.space.world_size)])
+                infos = tuple(
+                    [entry.chunk_info(rank) for rank in range(entry.namespace.world_size)]
+                )
             except ValueError as error:
                 return Transcoded("failed", str(error))
-            raw = entry.body
+            raw = entry.payload
             entry.busy = True
-            raw.holds += 1
+            raw.ref_count += 1
         why, blobs = "", list[bytes]()
         encoding = ResolvedEncoding(method, codec.format_version, codec, infos)
         try:
@@ -88,25 +90,25 @@ class Transcoder:
             logger.exception("could not encode chunk %s", key.hex())
         checksums = [xxh3_64_intdigest(blob) for blob in blobs]
         with self._lock:
-            return self._end_packing(entry, raw, encoding, blobs, checksums, why)
+            return self._end_encoding(entry, raw, encoding, blobs, checksums, why)
 
-    def unpack(self, key: ChunkKey, method: str) -> Transcoded:
+    def decode(self, key: ChunkKey, method: str) -> Transcoded:
         """Decode a chunk for good."""
         with self._lock:
-            entry = self._shelf.entries.get(key)
+            entry = self._index.entries.get(key)
             if entry is None or not entry.complete:
                 return Transcoded("gone")
-            encoding = entry.body.encoding
+            encoding = entry.payload.encoding
             if encoding is None:
                 return Transcoded("already")
-            if why := self._why_not_unpack(entry, encoding, method):
+            if why := self._why_not_decode(entry, encoding, method):
                 return Transcoded("failed", why)
-            room = Evictor(self._shelf, self._counters, {key}, 0)
-            copy = self._unpacker.copy_of(entry, room)
+            evictor = Evictor(self._index, self._counters, {key}, 0)
+            copy = self._decoder.copy_of(entry, evictor)
             if copy is None:
                 return Transcoded("failed", "no room for the decoded chunk")
             entry.busy = True
-            copy.raw.holds += 1
+            copy.raw.ref_count += 1
             ours = copy.state == "new"
             if ours:
                 copy.state = "running"
@@ -115,17 +117,17 @@ class Transcoder:
             if copy.state == "done":
                 ended.set()
         if ours:
-            self._unpacker.run(copy)
+            self._decoder.run(copy)
         ended.wait()
         with self._lock:
             entry.busy = False
-            copy.raw.holds -= 1
+            copy.raw.ref_count -= 1
             result = Transcoded("gone")
             if copy.state != "done":
                 result = Transcoded("failed", copy.why)
             elif entry.linked:
                 result = self._swap_to_raw(entry, copy.raw)
-            self._shelf.settle(copy.raw)
+            self._index.release_if_unused(copy.raw)
             return result
 
     def _encode(self, raw: Payload, encoding: ResolvedEncoding) -> list[bytes]:
@@ -133,12 +135,12 @@ class Transcoder:
         is to stay raw."""
         blobs = []
         for extent, region, info in zip(raw.extents, raw.regions, encoding.chunks, strict=True):
-            with self._shelf.memory.view(region) as payload:
+            with self._index.memory.view(region) as payload:
                 check_payload(payload, extent.checksum)
                 blobs.append(encode_payload(payload, info, encoding.codec))
         return blobs
 
-    def _end_packing(  # noqa: PLR0917 - all that there is to know of one chunk
+    def _end_encoding(  # noqa: PLR0917 - all that there is to know of one chunk
         self,
         entry: Entry,
         raw: Payload,
@@ -148,42 +150,42 @@ class Transcoder:
         why: str,
     ) -> Transcoded:
         entry.busy = False
-        raw.holds -= 1
+        raw.ref_count -= 1
         bytes_before = raw.nbytes
         if not entry.linked:
-            self._shelf.settle(raw)
+            self._index.release_if_unused(raw)
             return Transcoded("failed", why) if why else Transcoded("gone")
         if why:
             self._counters["encode_failed_total"] += 1
             return Transcoded("failed", why)
-        room = Evictor(self._shelf, self._counters, {entry.key}, 0)
+        evictor = Evictor(self._index, self._counters, {entry.key}, 0)
         sizes = [len(blob) for blob in blobs]
-        regions = room.take_all(sizes) if raw.holds else []
-        if raw.holds and not regions:
+        regions = evictor.take_all(sizes) if raw.ref_count else []
+        if raw.ref_count and not regions:
             return Transcoded("failed", "no room for the encoded chunk while others read it")
-        self._shelf.forsake(entry)
+        self._index.detach(entry)
         # Nobody reads the raw bytes, so their room is free now, and the blobs are smaller.
-        regions = regions or room.take_all(sizes)
+        regions = regions or evictor.take_all(sizes)
         if not regions:
-            self._shelf.unlink(entry)  # its body, forsaken already, has no encoding to uncount
+            self._index.unlink(entry)  # its payload, detached already, has no encoding to uncount
             return Transcoded("gone", "no room for the encoded chunk where the raw one was")
-        body = Payload(regions, encoding)
+        payload = Payload(regions, encoding)
         for region, blob in zip(regions, blobs, strict=True):
-            self._shelf.memory.view(region)[:] = blob
-        body.seal(checksums)
-        self._shelf.adopt(entry, body)
+            self._index.memory.view(region)[:] = blob
+        payload.set_checksums(checksums)
+        self._index.attach_payload(entry, payload)
         self._counters["encoded_chunks_total"] += 1
-        return Transcoded("done", "", bytes_before, body.nbytes)
+        return Transcoded("done", "", bytes_before, payload.nbytes)
 
     def _swap_to_raw(self, entry: Entry, raw: Payload) -> Transcoded:
         if self._over_pin_budget(entry, raw.nbytes):  # it may have been pinned meanwhile
             return Transcoded("failed", OVER_PIN_BUDGET)
         bytes_before = entry.nbytes
-        self._shelf.forsake(entry)
-        self._shelf.adopt(entry, raw)
+        self._index.detach(entry)
+        self._index.attach_payload(entry, raw)
         return Transcoded("done", "", bytes_before, raw.nbytes)
 
-    def _why_not_unpack(self, entry: Entry, encoding: ResolvedEncoding, method: str) -> str:
+    def _why_not_decode(self, entry: Entry, encoding: ResolvedEncoding, method: str) -> str:
         if encoding.method != method:
             return f"it is encoded with {encoding.method}"
         if entry.busy:
@@ -199,7 +201,7 @@ class Transcoder:
         with self._lock:
             logger.warning("dropped chunk %s: %s", entry.key.hex(), why)
             self._counters["corrupt_total"] += 1
-            self._shelf.unlink(entry)
+            self._index.unlink(entry)
 
 
 def check_payload(payload: memoryview, checksum: int) -> None:

@@ -31,7 +31,7 @@ GetCodec = Callable[[str], "Codec"]
 """The codec of this name. Raises KitError when it cannot be had."""
 
 
-class _Coming(NamedTuple):
+class _Incoming(NamedTuple):
     """A chunk whose bytes are on their way, and who moves it."""
 
     entry: Entry
@@ -39,217 +39,235 @@ class _Coming(NamedTuple):
 
 
 class Transfers:
-    """Both ends of moves, on one shelf. Thread-safe; an *owner* is one move, or one peer that
-    takes. ``came``: the word that what comes is counted under."""
+    """Both ends of moves, on one index. Thread-safe; an *owner* is one move, or one peer that
+    takes. ``counted_as``: the word that what comes is counted under."""
 
     def __init__(  # noqa: PLR0917 - parts of an engine
         self,
-        shelf: MemoryIndex,
-        anchors: References,
+        index: MemoryIndex,
+        references: References,
         leases: Leases,
         counters: Counter[str],
         lock: AbstractContextManager[object],
         clock: Callable[[], float],
-        came: str = "moved_in",
+        counted_as: str = "moved_in",
     ) -> None:
-        self._came = came
-        self._shelf = shelf
-        self._anchors = anchors
+        self._counted_as = counted_as
+        self._index = index
+        self._references = references
         self._leases = leases
         self._counters = counters
         self._lock = lock
         self._clock = clock
         self._tickets = count(1 + secrets.randbits(48))
-        self._coming: dict[int, _Coming] = {}
+        self._incoming: dict[int, _Incoming] = {}
 
     # The end that gives.
 
-    def lend(self, keys: Sequence[ChunkKey], owner: Hashable) -> tuple[int, list[ChunkDescriptor]]:
+    def lease(self, keys: Sequence[ChunkKey], owner: Hashable) -> tuple[int, list[ChunkDescriptor]]:
         """Lease those of these chunks that are still here. The lease, 0 for none of them, ends as
         one of a lookup does."""
         with self._lock:
-            entries = [self._shelf.entries.get(key) for key in keys]
+            entries = [self._index.entries.get(key) for key in keys]
             there = [entry for entry in entries if entry is not None and entry.complete]
             if not there:
                 return 0, []
-            lease = self._leases.grant([entry.body for entry in there], 1, owner)
-            return lease, [_parcel(entry) for entry in there]
+            lease = self._leases.grant([entry.payload for entry in there], 1, owner)
+            return lease, [_descriptor(entry) for entry in there]
 
     def recheck(self, keys: Sequence[ChunkKey]) -> int:
         """Drop those of these chunks whose bytes are not what was stored; returns how many."""
         dropped = 0
         for key in keys:
             with self._lock:
-                entry = self._shelf.entries.get(key)
+                entry = self._index.entries.get(key)
                 if entry is None or not entry.complete:
                     continue
-                body = entry.body
-                body.holds += 1
-            sound = self._is_intact(body)
+                payload = entry.payload
+                payload.ref_count += 1
+            sound = self._is_intact(payload)
             with self._lock:
-                body.holds -= 1
-                if not sound and entry.linked and entry.body is body:
+                payload.ref_count -= 1
+                if not sound and entry.linked and entry.payload is payload:
                     self._counters["corrupt_total"] += 1
-                    self._shelf.unlink(entry)
+                    self._index.unlink(entry)
                     dropped += 1
-                self._shelf.settle(body)
+                self._index.release_if_unused(payload)
         return dropped
 
     # The end that takes.
 
-    def receive(
+    def reserve(
         self,
-        parcels: Sequence[ChunkDescriptor],
-        spaces: Mapping[bytes, NamespaceInfo],
+        descriptors: Sequence[ChunkDescriptor],
+        namespaces: Mapping[bytes, NamespaceInfo],
         owner: Hashable,
         get_codec: GetCodec,
     ) -> list[Reservation]:
-        """Memory for parcels, evicting for them what must go; one landing each, in order. After
-        one for which there is no room all others are ``full`` too."""
-        codecs = [_codec(parcel, spaces, get_codec) for parcel in parcels]
-        with self._lock:
-            keep = {parcel.key for parcel in parcels} | {parcel.parent for parcel in parcels}
-            wanted_bytes = sum([parcel.nbytes for parcel in parcels])
-            room = Evictor(self._shelf, self._counters, keep, wanted_bytes)
-            landings: list[Reservation] = []
-            full = False
-            for parcel, codec in zip(parcels, codecs, strict=True):
-                landing = self._land_at(parcel, spaces, owner, codec, None if full else room)
-                full = full or landing.status == "full"
-                landings.append(landing)
-            return landings
+        """Reserve memory for chunks, evicting others for them; one reservation each, in order.
 
-    def landed(self, ticket: int) -> bool:
-        """All bytes of a parcel are here and are what they should be: from now on it is found, and
-        it is anchored for its owner. False when it was given up meanwhile."""
+        After the first one for which there is no room all others are ``full`` too.
+        """
+        codecs = [_codec(descriptor, namespaces, get_codec) for descriptor in descriptors]
         with self._lock:
-            coming = self._coming.pop(ticket, None)
+            keep = {descriptor.key for descriptor in descriptors} | {
+                descriptor.parent for descriptor in descriptors
+            }
+            wanted_bytes = sum([descriptor.nbytes for descriptor in descriptors])
+            evictor = Evictor(self._index, self._counters, keep, wanted_bytes)
+            reservations: list[Reservation] = []
+            full = False
+            for descriptor, codec in zip(descriptors, codecs, strict=True):
+                reservation = self._reserve_one(
+                    descriptor, namespaces, owner, codec, None if full else evictor
+                )
+                full = full or reservation.status == "full"
+                reservations.append(reservation)
+            return reservations
+
+    def commit(self, ticket: int) -> bool:
+        """Publish a chunk whose bytes have all arrived and were verified; its owner references it.
+
+        False when the chunk was given up meanwhile.
+        """
+        with self._lock:
+            coming = self._incoming.pop(ticket, None)
             if coming is None:
                 return False
             entry = coming.entry
-            entry.body.holds -= 1
+            entry.payload.ref_count -= 1
             if not entry.linked:
-                self._shelf.settle(entry.body)
+                self._index.release_if_unused(entry.payload)
                 return False
-            entry.seal()
-            self._shelf.complete(entry)
-            self._anchors.hold(entry, coming.owner)
-            self._counters[f"{self._came}_chunks_total"] += 1
-            self._counters[f"{self._came}_bytes_total"] += entry.nbytes
+            entry.mark_complete()
+            self._index.complete(entry)
+            self._references.acquire_entry(entry, coming.owner)
+            self._counters[f"{self._counted_as}_chunks_total"] += 1
+            self._counters[f"{self._counted_as}_bytes_total"] += entry.nbytes
             return True
 
-    def strand(self, ticket: int) -> int:
-        """A parcel will not come, but bytes of it still may: nobody finds it, and its memory is
-        used for nothing else until :meth:`discard`. Returns how much that is."""
+    def quarantine(self, ticket: int) -> int:
+        """Give a chunk up of which bytes may still arrive. Its memory is not reused until
+        :meth:`abort`. Returns its size in bytes."""
         with self._lock:
-            coming = self._coming.get(ticket)
+            coming = self._incoming.get(ticket)
             if coming is None:
                 return 0
             nbytes = coming.entry.nbytes
-            self._shelf.unlink(coming.entry)
+            self._index.unlink(coming.entry)
             return nbytes
 
-    def discard(self, ticket: int) -> None:
-        """A parcel will not come, and no byte of it will. Safe to call twice."""
+    def abort(self, ticket: int) -> None:
+        """Give a chunk up, and free its memory: no byte of it will arrive. Safe to call twice."""
         with self._lock:
-            coming = self._coming.pop(ticket, None)
+            coming = self._incoming.pop(ticket, None)
             if coming is not None:
-                self._shelf.unlink(coming.entry)
-                coming.entry.body.holds -= 1
-                self._shelf.settle(coming.entry.body)
+                self._index.unlink(coming.entry)
+                coming.entry.payload.ref_count -= 1
+                self._index.release_if_unused(coming.entry.payload)
 
-    def _is_intact(self, body: Payload) -> bool:
-        for region, extent in zip(body.regions, body.extents, strict=True):
-            with self._shelf.memory.view(region) as view:
+    def _is_intact(self, payload: Payload) -> bool:
+        for region, extent in zip(payload.regions, payload.extents, strict=True):
+            with self._index.memory.view(region) as view:
                 if xxh3_64_intdigest(view) != extent.checksum:
                     return False
         return True
 
-    def _land_at(
+    def _reserve_one(
         self,
-        parcel: ChunkDescriptor,
-        spaces: Mapping[bytes, NamespaceInfo],
+        descriptor: ChunkDescriptor,
+        namespaces: Mapping[bytes, NamespaceInfo],
         owner: Hashable,
         codec: Codec | str | None,
-        room: Evictor | None,
+        evictor: Evictor | None,
     ) -> Reservation:
         if isinstance(codec, str):
             return Reservation("unfit", why=codec)
-        entry = self._shelf.entries.get(parcel.key)
+        entry = self._index.entries.get(descriptor.key)
         if entry is not None and entry.complete:
-            self._anchors.hold(entry, owner)
+            self._references.acquire_entry(entry, owner)
             return Reservation("present")
         if entry is not None:
             return Reservation("storing")
         try:
-            space = self._shelf.space_of(spaces[parcel.namespace])
+            namespace = self._index.namespace_of(namespaces[descriptor.namespace])
         except ValueError as error:
             return Reservation("unfit", why=str(error))
-        regions = room.take_all([e.nbytes for e in parcel.extents]) if room is not None else []
+        regions = (
+            evictor.take_all([e.nbytes for e in descriptor.extents]) if evictor is not None else []
+        )
         if not regions:
             return Reservation("full")
         encoding = None
-        if parcel.packing is not None and codec is not None:
-            packing = parcel.packing
-            encoding = ResolvedEncoding(packing.method, packing.version, codec, packing.chunks)
-        body = Payload(regions, encoding, holds=1)
-        order = big_endian(parcel.tokens)
-        entry = Entry(parcel.key, parcel.parent, space, order, parcel.start, body, self._clock())
-        entry.claimed = set(range(space.world_size))
-        entry.checksums = {rank: each.checksum for rank, each in enumerate(parcel.extents)}
-        self._shelf.put(entry)
+        if descriptor.encoding is not None and codec is not None:
+            given = descriptor.encoding
+            encoding = ResolvedEncoding(given.method, given.version, codec, given.chunks)
+        payload = Payload(regions, encoding, ref_count=1)
+        sort_key = big_endian(descriptor.tokens)
+        entry = Entry(
+            descriptor.key,
+            descriptor.parent,
+            namespace,
+            sort_key,
+            descriptor.start,
+            payload,
+            self._clock(),
+        )
+        entry.claimed = set(range(namespace.world_size))
+        entry.checksums = {rank: each.checksum for rank, each in enumerate(descriptor.extents)}
+        self._index.put(entry)
         ticket = next(self._tickets)
-        self._coming[ticket] = _Coming(entry, owner)
+        self._incoming[ticket] = _Incoming(entry, owner)
         return Reservation("granted", ticket, tuple(regions), codec)
 
 
-def _parcel(entry: Entry) -> ChunkDescriptor:
-    encoding = entry.body.encoding
-    packing = encoding and Encoding(encoding.method, encoding.version, encoding.chunks)
+def _descriptor(entry: Entry) -> ChunkDescriptor:
+    resolved = entry.payload.encoding
+    encoding = resolved and Encoding(resolved.method, resolved.version, resolved.chunks)
     return ChunkDescriptor(
         entry.key,
-        entry.space.digest,
+        entry.namespace.digest,
         entry.parent,
-        big_endian(entry.order),
+        big_endian(entry.sort_key),
         entry.start,
-        entry.body.extents,
-        packing,
+        entry.payload.extents,
+        encoding,
     )
 
 
 def _codec(
-    parcel: ChunkDescriptor, spaces: Mapping[bytes, NamespaceInfo], get_codec: GetCodec
+    descriptor: ChunkDescriptor, namespaces: Mapping[bytes, NamespaceInfo], get_codec: GetCodec
 ) -> Codec | str | None:
-    """The codec that a parcel needs, None for a raw one; or why it cannot be kept here."""
-    info = spaces.get(parcel.namespace)
-    if info is None or not parcel.is_sound(info):
+    """The codec that a descriptor needs, None for a raw one; or why it cannot be kept here."""
+    info = namespaces.get(descriptor.namespace)
+    if info is None or not descriptor.is_sound(info):
         return "it is not what its key says"
-    packing = parcel.packing
-    if packing is None:
-        return _unlike_its_form(parcel, info) or None
-    if len(packing.chunks) != info.world_size:
-        return f"its encoding names {len(packing.chunks)} ranks of {info.world_size}"
+    encoding = descriptor.encoding
+    if encoding is None:
+        return _unlike_its_layout(descriptor, info) or None
+    if len(encoding.chunks) != info.world_size:
+        return f"its encoding names {len(encoding.chunks)} ranks of {info.world_size}"
     try:
-        codec = get_codec(packing.method)
+        codec = get_codec(encoding.method)
     except KitError as error:
-        return f"it is encoded with {packing.method}: {error}"
-    if codec.format_version != packing.version:
+        return f"it is encoded with {encoding.method}: {error}"
+    if codec.format_version != encoding.version:
         return (
-            f"it is encoded with version {packing.version} of {packing.method}'s format, and "
+            f"it is encoded with version {encoding.version} of {encoding.method}'s format, and "
             f"this side reads {codec.format_version}"
         )
     return codec
 
 
-def _unlike_its_form(parcel: ChunkDescriptor, info: NamespaceInfo) -> str:
-    tokens = len(parcel.tokens) // TOKEN_BYTES
-    for rank, form in info.forms:
+def _unlike_its_layout(descriptor: ChunkDescriptor, info: NamespaceInfo) -> str:
+    tokens = len(descriptor.tokens) // TOKEN_BYTES
+    for rank, rank_layout in info.rank_layouts:
         try:
-            expected = form.layout.payload_bytes(tokens)
+            expected = rank_layout.layout.payload_bytes(tokens)
         except KeyError:
-            return f"rank {rank} stores {form.layout.dtype!r}, which is not known"
-        if rank < len(parcel.extents) and parcel.extents[rank].nbytes != expected:
-            return f"rank {rank} has {parcel.extents[rank].nbytes} bytes of {expected}"
+            return f"rank {rank} stores {rank_layout.layout.dtype!r}, which is not known"
+        if rank < len(descriptor.extents) and descriptor.extents[rank].nbytes != expected:
+            return f"rank {rank} has {descriptor.extents[rank].nbytes} bytes of {expected}"
     return ""
 
 

@@ -21,12 +21,12 @@ class BlobHeader(NamedTuple):
     """All that is to be known of a blob: the chunk, whose extents count from the start of the
     data, and its namespace."""
 
-    parcel: ChunkDescriptor
-    space: NamespaceInfo
+    descriptor: ChunkDescriptor
+    namespace: NamespaceInfo
 
     def encode(self) -> bytes:
         """The xxh3-64 of what follows, and msgpack."""
-        packed = msgspec.msgpack.encode((FORMAT, self.parcel, self.space))
+        packed = msgspec.msgpack.encode((FORMAT, self.descriptor, self.namespace))
         return xxh3_64_digest(packed) + packed
 
     @classmethod
@@ -35,34 +35,34 @@ class BlobHeader(NamedTuple):
         ValueError when it is damaged, of another format or key, or not what its key says."""
         checksum, packed = meta[:_CHECKSUM_BYTES], meta[_CHECKSUM_BYTES:]
         if len(meta) > MAX_META_BYTES or xxh3_64_digest(packed) != checksum:
-            raise ValueError("the label is damaged")
+            raise ValueError("the header is damaged")
         try:
-            _, parcel, space = msgspec.msgpack.decode(
+            _, descriptor, namespace = msgspec.msgpack.decode(
                 packed, type=tuple[int, ChunkDescriptor, NamespaceInfo]
             )
         except msgspec.ValidationError:
-            raise ValueError("the label is of another format") from None
-        if parcel.key != key or not parcel.is_sound(space):
-            raise ValueError("the label is of another chunk")
-        if parcel.extents != packed_tight(parcel).extents:
-            raise ValueError("the label is of ranks that do not follow each other")
-        if nbytes is not None and parcel.nbytes != nbytes:
-            raise ValueError(f"the label is of {parcel.nbytes} bytes, and there are {nbytes}")
-        return cls(parcel, space)
+            raise ValueError("the header is of another format") from None
+        if descriptor.key != key or not descriptor.is_sound(namespace):
+            raise ValueError("the header is of another chunk")
+        if descriptor.extents != packed_tight(descriptor).extents:
+            raise ValueError("the header is of ranks that do not follow each other")
+        if nbytes is not None and descriptor.nbytes != nbytes:
+            raise ValueError(f"the header is of {descriptor.nbytes} bytes, and there are {nbytes}")
+        return cls(descriptor, namespace)
 
 
-def packed_tight(parcel: ChunkDescriptor) -> ChunkDescriptor:
-    """The parcel with its extents one after the other."""
-    sizes = [extent.nbytes for extent in parcel.extents]
+def packed_tight(descriptor: ChunkDescriptor) -> ChunkDescriptor:
+    """The descriptor with its extents one after the other."""
+    sizes = [extent.nbytes for extent in descriptor.extents]
     starts = accumulate(sizes, initial=0)
-    return parcel._replace(
+    return descriptor._replace(
         extents=tuple(
             Extent(start, extent.nbytes, extent.checksum)
-            for start, extent in zip(starts, parcel.extents, strict=False)
+            for start, extent in zip(starts, descriptor.extents, strict=False)
         )
     )
 
 
-def payloads(parcel: ChunkDescriptor, data: memoryview) -> list[memoryview]:
+def payloads(descriptor: ChunkDescriptor, data: memoryview) -> list[memoryview]:
     """The bytes of each rank."""
-    return [data[extent.offset : extent.offset + extent.nbytes] for extent in parcel.extents]
+    return [data[extent.offset : extent.offset + extent.nbytes] for extent in descriptor.extents]

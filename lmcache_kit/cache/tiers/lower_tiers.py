@@ -21,9 +21,9 @@ class LowerTiers:
     """A :class:`~lmcache_kit.cache.records.ChangeListener` of the engine above them."""
 
     def __init__(
-        self, tiers: Sequence[StoreTier], engine: CacheEngine, recalls: Promotions
+        self, tiers: Sequence[StoreTier], engine: CacheEngine, promotions: Promotions
     ) -> None:
-        self.recalls = recalls
+        self.promotions = promotions
         self._tiers = tiers
         self._engine = engine
 
@@ -37,35 +37,35 @@ class LowerTiers:
 
     def added(self, chunk: StoredChunk) -> None:
         """It is in memory: see to it that it is in all tiers."""
-        self.send(chunk.key)
+        self.enqueue_write(chunk.key)
 
     def removed(self, key: ChunkKey) -> None:
         """It stays in the tiers."""
 
-    def send(self, key: ChunkKey) -> None:
+    def enqueue_write(self, key: ChunkKey) -> None:
         """Have it written to all tiers that lack it, in the background."""
         for tier in self._tiers:
-            if not tier.holds(key):
-                tier.turns.send(partial(self._write, tier, key))
+            if not tier.contains(key):
+                tier.executor.enqueue(partial(self._write, tier, key))
 
-    def bring(self, source: Tier, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
+    def promote(self, source: Tier, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
         """Have in memory what lies at ``source``, anchored for ``owner``; what is not there (any
         more) is passed over. False when memory has no room for all. Raises BackendError."""
-        return not isinstance(source, StoreTier) or self.recalls.bring(source, keys, owner)
+        return not isinstance(source, StoreTier) or self.promotions.promote(source, keys, owner)
 
-    def let_go(self, owner: Hashable) -> None:
+    def release(self, owner: Hashable) -> None:
         """What was brought for ``owner`` may leave memory."""
-        self._engine.anchors.let_go(owner)
+        self._engine.references.release(owner)
 
-    def lower(self, goal: Tier, keys: Sequence[ChunkKey], owner: Hashable) -> None:
+    def offload(self, goal: Tier, keys: Sequence[ChunkKey], owner: Hashable) -> None:
         """Have at ``goal`` chunks that are in memory, as far as it has room; where that is a tier,
         memory need not keep them for ``owner`` any longer. Raises BackendError."""
         if isinstance(goal, StoreTier):
             try:
                 for key in keys:
-                    goal.turns.do(partial(self._write, goal, key))
+                    goal.executor.call(partial(self._write, goal, key))
             finally:
-                self.let_go(owner)
+                self.release(owner)
 
     def expire(self) -> None:
         """End what has outlived its time, and try again what failed."""
@@ -82,22 +82,22 @@ class LowerTiers:
 
     def close(self) -> None:
         """To be called before the engine's. Safe to call twice."""
-        self.recalls.close()
+        self.promotions.close()
         for tier in self._tiers:
             tier.close()
 
     def _write(self, tier: StoreTier, key: ChunkKey) -> None:
-        if tier.holds(key):
+        if tier.contains(key):
             return
-        lease, parcels = self._engine.transfers.lend([key], self)
+        lease, descriptors = self._engine.transfers.lease([key], self)
         try:
-            for parcel in parcels:
-                [space] = self._engine.spaces([parcel.namespace])
+            for descriptor in descriptors:
+                [namespace] = self._engine.namespaces([descriptor.namespace])
                 pieces = [
                     self._engine.memory.view(Region(extent.offset, extent.nbytes)).toreadonly()
-                    for extent in parcel.extents
+                    for extent in descriptor.extents
                 ]
-                tier.keep(parcel, space, pieces)
+                tier.keep(descriptor, namespace, pieces)
         finally:
             if lease:
                 self._engine.release(lease, None)

@@ -48,26 +48,26 @@ class Promotions:
     def __init__(
         self,
         tiers: Sequence[StoreTier],
-        shelf: MemoryIndex,
+        index: MemoryIndex,
         transfers: Transfers,
         lookups: Lookups,
         get_codec: GetCodec,
         *,
-        anchors: References,
+        references: References,
         counters: Counter[str],
         lock: AbstractContextManager[object],
     ) -> None:
         self._tiers = tiers
-        self._anchors = anchors
+        self._references = references
         self._lookups = lookups
-        self._fetchers = {
-            tier.location: TierReader(tier, shelf, transfers, get_codec) for tier in tiers
+        self._readers = {
+            tier.location: TierReader(tier, index, transfers, get_codec) for tier in tiers
         }
         self._counters = counters
         self._lock = lock
         self._active: set[Promotion] = set()
         self._threads = ThreadPoolExecutor(
-            min(MAX_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-recall"
+            min(MAX_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="lmcache-kit-promote"
         )
 
     # For lookups, under the engine's lock.
@@ -78,119 +78,119 @@ class Promotions:
         reached = walk[-1][0].end if walk else 0
         if reached * TOKEN_BYTES >= len(search.query.tokens):
             return False
-        bringing = _after(search, walk)
-        if not any(self._may_help(tier, bringing) for tier in self._tiers):
+        promotion = _after(search, walk)
+        if not any(self._may_help(tier, promotion) for tier in self._tiers):
             return False
-        self._counters["recalls_total"] += 1
+        self._counters["promotions_total"] += 1
         # What is here stays.
-        self._anchors.add([located.key for located, _ in walk], bringing)
-        search.bringing = bringing
+        self._references.acquire([located.key for located, _ in walk], promotion)
+        search.promotion = promotion
         search.waiting += 1
-        self._active.add(bringing)
-        self._threads.submit(self._run, bringing)
+        self._active.add(promotion)
+        self._threads.submit(self._run, promotion)
         return True
 
-    def cancel(self, bringing: Promotion) -> None:
+    def cancel(self, promotion: Promotion) -> None:
         """The lookup waits no longer."""
-        bringing.search.bringing = None
-        bringing.cancelled = True
-        self._counters["recalls_late_total"] += 1
-        if bringing.asked and not bringing.taken:
-            bringing.asked.late()
+        promotion.search.promotion = None
+        promotion.cancelled = True
+        self._counters["promotions_late_total"] += 1
+        if promotion.asked and not promotion.taken:
+            promotion.asked.late()
 
     def drop_owner(self, owner: Hashable) -> None:
         """Nobody will come for the lookups of this owner."""
-        for bringing in self._active:
-            if bringing.search.owner == owner:
-                bringing.cancelled = bringing.orphaned = True
+        for promotion in self._active:
+            if promotion.search.owner == owner:
+                promotion.cancelled = promotion.orphaned = True
 
     def close(self) -> None:
         """Stop, and wait for what is at work."""
-        for bringing in tuple(self._active):
-            bringing.cancelled = True
+        for promotion in tuple(self._active):
+            promotion.cancelled = True
         self._threads.shutdown(cancel_futures=True)
-        for fetcher in self._fetchers.values():
-            fetcher.close()
+        for tier_reader in self._readers.values():
+            tier_reader.close()
 
     # For moves.
 
-    def bring(self, tier: StoreTier, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
+    def promote(self, tier: StoreTier, keys: Sequence[ChunkKey], owner: Hashable) -> bool:
         """Have these chunks in memory, anchored for ``owner``; what is not in the tier (any more)
         is passed over. False when there is no room for all. Raises BackendError."""
-        absent = self._anchors.add(keys, owner)
-        with closing(self._fetchers[tier.location].fetch(absent, PromotionTarget(owner))) as coming:
+        absent = self._references.acquire(keys, owner)
+        with closing(self._readers[tier.location].fetch(absent, PromotionTarget(owner))) as coming:
             return all(
-                here or not tier.holds(key) for key, here in zip(absent, coming, strict=True)
+                here or not tier.contains(key) for key, here in zip(absent, coming, strict=True)
             )
 
-    def _may_help(self, tier: StoreTier, bringing: Promotion) -> bool:
-        return not tier.resting and (tier.shared or bool(_beyond(tier, bringing)))
+    def _may_help(self, tier: StoreTier, promotion: Promotion) -> bool:
+        return not tier.resting and (tier.shared or bool(_beyond(tier, promotion)))
 
-    def _run(self, bringing: Promotion) -> None:
-        search = bringing.search
+    def _run(self, promotion: Promotion) -> None:
+        search = promotion.search
         try:
-            self._bring_all(bringing)
+            self._promote_all(promotion)
         # The thread's boundary: whatever went wrong, the lookup goes on with what is in memory.
         except Exception:
-            logger.exception("a recall failed")
+            logger.exception("a promotion failed")
         with self._lock:
-            self._active.discard(bringing)
-            if search.bringing is bringing:
-                search.bringing = None
-                if not bringing.orphaned:
+            self._active.discard(promotion)
+            if search.promotion is promotion:
+                search.promotion = None
+                if not promotion.orphaned:
                     self._lookups.begin(search, self._lookups.walk(search.query))
                 search.one_ended()
-            self._anchors.let_go(bringing)
+            self._references.release(promotion)
 
-    def _bring_all(self, bringing: Promotion) -> None:
+    def _promote_all(self, promotion: Promotion) -> None:
         """Chunk by chunk, each from the first tier that has it."""
         tiers = [tier for tier in self._tiers if not tier.resting]
-        while tiers and not bringing.cancelled:
+        while tiers and not promotion.cancelled:
             for tier in tuple(tiers):
-                bringing.asked = tier
-                if not self._bring_from(tier, bringing):
+                promotion.asked = tier
+                if not self._promote_from(tier, promotion):
                     tiers.remove(tier)
                     continue
                 break
 
-    def _bring_from(self, tier: StoreTier, bringing: Promotion) -> bool:
+    def _promote_from(self, tier: StoreTier, promotion: Promotion) -> bool:
         """What goes on from where we are; False when nothing more can be had from this tier."""
-        query = bringing.search.query
-        taken = bringing.taken
+        query = promotion.search.query
+        taken = promotion.taken
         try:
-            found = _beyond(tier, bringing)
+            found = _beyond(tier, promotion)
             if not found and tier.shared:
-                found = tier.ask(query, bringing.start, bringing.parent)
-            taker = PromotionTarget(bringing, query, lambda: bringing.cancelled)
-            fetcher = self._fetchers[tier.location]
-            with closing(fetcher.fetch([key for key, _ in found], taker)) as coming:
+                found = tier.ask(query, promotion.start, promotion.parent)
+            target = PromotionTarget(promotion, query, lambda: promotion.cancelled)
+            tier_reader = self._readers[tier.location]
+            with closing(tier_reader.fetch([key for key, _ in found], target)) as coming:
                 for (key, usable), here in zip(found, coming, strict=True):
-                    if not here or bringing.cancelled:
+                    if not here or promotion.cancelled:
                         return False
-                    bringing.taken += 1
+                    promotion.taken += 1
                     if usable < query.chunk_size:
-                        bringing.cancelled = True  # this was the last one
+                        promotion.cancelled = True  # this was the last one
                         return False
-                    bringing.start += query.chunk_size
-                    bringing.parent, bringing.usable = key, 0
+                    promotion.start += query.chunk_size
+                    promotion.parent, promotion.usable = key, 0
         except BackendError as error:
-            logger.debug("a recall from %s ended: %s", tier.location, error)
+            logger.debug("a promotion from %s ended: %s", tier.location, error)
             return False
-        return bringing.taken > taken
+        return promotion.taken > taken
 
 
 def _after(search: Search, walk: Walk) -> Promotion:
     """Where what is in memory ends."""
-    bringing = Promotion(search, 0, b"", 0)
+    promotion = Promotion(search, 0, b"", 0)
     for located, _ in walk[-2:]:
         if located.usable < search.query.chunk_size:
-            bringing.usable = located.usable
+            promotion.usable = located.usable
         else:
-            bringing.start, bringing.parent = located.end, located.key
-    return bringing
+            promotion.start, promotion.parent = located.end, located.key
+    return promotion
 
 
-def _beyond(tier: StoreTier, bringing: Promotion) -> list[tuple[ChunkKey, int]]:
+def _beyond(tier: StoreTier, promotion: Promotion) -> list[tuple[ChunkKey, int]]:
     """What the tier is known to have that goes on further than memory does."""
-    found = tier.reach(bringing.search.query, bringing.start, bringing.parent)
-    return found if found and found[0][1] > bringing.usable else []
+    found = tier.reach(promotion.search.query, promotion.start, promotion.parent)
+    return found if found and found[0][1] > promotion.usable else []

@@ -25,7 +25,7 @@ class SerialExecutor:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmcache-kit-tier")
 
-    def send(self, change: Callable[[], object]) -> None:
+    def enqueue(self, change: Callable[[], object]) -> None:
         """Have ``change`` called in its turn; nobody hears of the BackendError that it raises."""
         with self._lock:
             if self.waiting >= MAX_WAITING:
@@ -41,7 +41,7 @@ class SerialExecutor:
 
         self._submit(run)
 
-    def do(self, change: Callable[[], _T]) -> _T:
+    def call(self, change: Callable[[], _T]) -> _T:
         """What ``change`` returns in its turn. Raises what it raises, and BackendError when this
         is closed."""
         turn = self._submit(change)

@@ -43,7 +43,7 @@ class StoreTierBase(Tier):
     put there, found there or saw there; of a shared store it is a part.
     """
 
-    _shelf: StoreIndex
+    _index: StoreIndex
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class StoreTierBase(Tier):
             if capacity is not None:
                 budget = int(capacity * max_pinned_share)
         super().__init__(location, StoreIndex(policy), budget, counters, threading.RLock(), clock)
-        self.turns = SerialExecutor(location)
+        self.executor = SerialExecutor(location)
         self._most = MAX_KNOWN_SHARED if self.shared else MAX_KNOWN
         self._scanned = False
         self._closed = False
@@ -80,146 +80,162 @@ class StoreTierBase(Tier):
 
     def start(self) -> None:
         """Learn what lies there, in the background."""
-        self.turns.send(self._scan)
+        self.executor.enqueue(self._scan)
 
     def close(self) -> None:
         """Write what waits, for a few seconds, and close the store. Safe to call twice."""
         if self._closed:
             return
-        self.turns.send(self._sweep)
-        if not self.turns.flush(CLOSE_S):
-            logger.warning("%s: %d chunks were not written", self.location, self.turns.waiting)
+        self.executor.enqueue(self._sweep)
+        if not self.executor.flush(CLOSE_S):
+            logger.warning("%s: %d chunks were not written", self.location, self.executor.waiting)
         self._closed = True
-        self.turns.cancel()
+        self.executor.cancel()
         self._backend.close()
-        self.turns.join()
+        self.executor.join()
 
     def expire(self) -> None:
         """End pins that have outlived their time, and try again what failed."""
         with self._lock:
             self._expire_holds()
-            idle = not self.turns.waiting and not self.resting
-            unswept = bool(self._shelf.doomed)
+            idle = not self.executor.waiting and not self.resting
+            unswept = bool(self._index.pending_deletes)
         if idle and not self._scanned:
-            self.turns.send(self._scan)
+            self.executor.enqueue(self._scan)
         elif idle and unswept:
-            self.turns.send(self._sweep)
+            self.executor.enqueue(self._sweep)
 
     def stats(self) -> dict[str, float]:
         """Counters, whose names end in ``_total``, and gauges."""
         with self._lock:
             return {
                 **self._counters,
-                "chunks": len(self._shelf.entries),
-                "stored_bytes": self._shelf.nbytes,
+                "chunks": len(self._index.entries),
+                "stored_bytes": self._index.nbytes,
                 "pins": len(self._pins),
                 "pinned_bytes": self._pins.pinned_bytes,
-                "waiting": self.turns.waiting,
-                "passed_over_total": self.turns.passed_over,
+                "waiting": self.executor.waiting,
+                "passed_over_total": self.executor.passed_over,
                 "resting": float(self.resting),
             }
 
     # Writing.
 
     def keep(
-        self, parcel: ChunkDescriptor, space: NamespaceInfo, pieces: Sequence[memoryview]
+        self,
+        descriptor: ChunkDescriptor,
+        namespace: NamespaceInfo,
+        pieces: Sequence[memoryview],
     ) -> bool:
         """:meth:`write`, unless somebody else has put it there already."""
-        if self.shared and all(self._breaker.call(self._backend.contains, [parcel.key])):
+        if self.shared and all(self._breaker.call(self._backend.contains, [descriptor.key])):
             with self._lock:
-                self._learn(BlobHeader(packed_tight(parcel), space))
+                self._learn(BlobHeader(packed_tight(descriptor), namespace))
             return True
-        return self.write(parcel, space, pieces)
+        return self.write(descriptor, namespace, pieces)
 
     def write(
-        self, parcel: ChunkDescriptor, space: NamespaceInfo, pieces: Sequence[memoryview]
+        self,
+        descriptor: ChunkDescriptor,
+        namespace: NamespaceInfo,
+        pieces: Sequence[memoryview],
     ) -> bool:
         """Put a chunk there; others leave for it. False when it does not fit. To be called in
         turn. Raises BackendError."""
-        label = BlobHeader(packed_tight(parcel), space)
+        header = BlobHeader(packed_tight(descriptor), namespace)
         put = False
         try:
             self._sweep()
-            put = self._put(label, pieces)
+            put = self._put(header, pieces)
         finally:
             with self._lock:
                 if put:
                     self._counters["written_chunks_total"] += 1
-                    self._counters["written_bytes_total"] += parcel.nbytes
-                    self._learn(label)
+                    self._counters["written_bytes_total"] += descriptor.nbytes
+                    self._learn(header)
                 else:
                     self._counters["refused_total"] += 1
         return put
 
     # Behind it.
 
-    def _put(self, label: BlobHeader, pieces: Sequence[memoryview]) -> bool:
-        parcel, meta = label.parcel, label.encode()
+    def _put(self, header: BlobHeader, pieces: Sequence[memoryview]) -> bool:
+        descriptor, meta = header.descriptor, header.encode()
         for _ in range(_TRIES):
-            if self._breaker.call(self._backend.put, parcel.key, meta, pieces):
+            if self._breaker.call(self._backend.put, descriptor.key, meta, pieces):
                 return True
-            if not self._is_findable(label) or not self._evict(parcel):
+            if not self._is_findable(header) or not self._evict(descriptor):
                 return False
         return False
 
-    def _is_findable(self, label: BlobHeader) -> bool:
+    def _is_findable(self, header: BlobHeader) -> bool:
         """Whether what it follows is here: if not, nothing should leave for it."""
-        parcel = label.parcel
-        return parcel.parent == parcel.namespace[:KEY_BYTES] or self.holds(parcel.parent)
+        descriptor = header.descriptor
+        return descriptor.parent == descriptor.namespace[:KEY_BYTES] or self.contains(
+            descriptor.parent
+        )
 
-    def _evict(self, parcel: ChunkDescriptor) -> bool:
+    def _evict(self, descriptor: ChunkDescriptor) -> bool:
         """Have chunks of as many bytes leave, or none at all."""
         if self.shared:
             return False
 
         def may_leave(entry: Entry) -> bool:
-            needed = entry.pins or entry.anchors
-            return not needed and entry.key not in (parcel.key, parcel.parent)
+            needed = entry.pins or entry.ref_count
+            return not needed and entry.key not in (descriptor.key, descriptor.parent)
 
         with self._lock:
             victims, freed = list[Entry](), 0
-            for victim in leaving(self._shelf, may_leave):
+            for victim in leaving(self._index, may_leave):
                 victims.append(victim)
                 freed += victim.nbytes
-                if freed >= parcel.nbytes:
+                if freed >= descriptor.nbytes:
                     break
-            if freed < parcel.nbytes:
+            if freed < descriptor.nbytes:
                 return False
             for victim in victims:
-                self._shelf.unlink(victim)
+                self._index.unlink(victim)
             self._counters["evicted_chunks_total"] += len(victims)
             self._counters["evicted_bytes_total"] += freed
         self._sweep()
         return True
 
-    def _learn(self, label: BlobHeader) -> None:
+    def _learn(self, header: BlobHeader) -> None:
         """The store has this, under the lock. Raises ValueError when its namespace has another
         shape here."""
-        parcel, info = label
-        body = StoredPayload([], extents=parcel.extents, packing=parcel.packing)
-        entry = self._shelf.entries.get(parcel.key)
+        descriptor, info = header
+        payload = StoredPayload([], extents=descriptor.extents, blob_encoding=descriptor.encoding)
+        entry = self._index.entries.get(descriptor.key)
         if entry is not None:
-            self._shelf.forsake(entry)
-            self._shelf.adopt(entry, body)
+            self._index.detach(entry)
+            self._index.attach_payload(entry, payload)
             return
-        space = self._shelf.space_of(info)
-        order = big_endian(parcel.tokens)
-        entry = Entry(parcel.key, parcel.parent, space, order, parcel.start, body, self._clock())
-        self._shelf.put(entry)
-        self._shelf.complete(entry)
-        if len(self._shelf.entries) > self._most:
-            self._overlook()
+        namespace = self._index.namespace_of(info)
+        sort_key = big_endian(descriptor.tokens)
+        entry = Entry(
+            descriptor.key,
+            descriptor.parent,
+            namespace,
+            sort_key,
+            descriptor.start,
+            payload,
+            self._clock(),
+        )
+        self._index.put(entry)
+        self._index.complete(entry)
+        if len(self._index.entries) > self._most:
+            self._drop_from_index()
 
-    def _overlook(self) -> None:
+    def _drop_from_index(self) -> None:
         """Know one chunk less; it stays in the store."""
         victim = next(
-            leaving(self._shelf, lambda entry: not entry.pins and not entry.anchors), None
+            leaving(self._index, lambda entry: not entry.pins and not entry.ref_count), None
         )
         if victim is not None:
-            self._shelf.unlink(victim)
-            del self._shelf.doomed[victim.key]
+            self._index.unlink(victim)
+            del self._index.pending_deletes[victim.key]
 
-    def spoilt(self, key: ChunkKey, why: str) -> None:
+    def mark_corrupt(self, key: ChunkKey, why: str) -> None:
         """What lies there is not what was put there: it goes."""
         logger.warning("%s: dropped chunk %s: %s", self.location, key.hex(), why)
         self._counters["corrupt_total"] += 1
@@ -227,21 +243,21 @@ class StoreTierBase(Tier):
 
     def _drop(self, key: ChunkKey) -> None:
         with self._lock:
-            entry = self._shelf.entries.get(key)
+            entry = self._index.entries.get(key)
             if entry is not None:
-                self._shelf.unlink(entry)
-            self._shelf.doomed[key] = None
-        self.turns.send(self._sweep)
+                self._index.unlink(entry)
+            self._index.pending_deletes[key] = None
+        self.executor.enqueue(self._sweep)
 
     def _sweep(self) -> None:
         """Remove from the store what has left the index. Raises BackendError."""
         with self._lock:
-            doomed = list(self._shelf.doomed)
-        if doomed:
-            self._breaker.call(self._backend.remove, doomed)
+            pending_deletes = list(self._index.pending_deletes)
+        if pending_deletes:
+            self._breaker.call(self._backend.remove, pending_deletes)
             with self._lock:
-                for key in doomed:
-                    del self._shelf.doomed[key]
+                for key in pending_deletes:
+                    del self._index.pending_deletes[key]
 
     def _scan(self) -> None:
         """Learn what lies there, once. Raises BackendError."""
@@ -257,7 +273,7 @@ class StoreTierBase(Tier):
             logger.info(
                 "%s: %d chunks lie there, found in %.1f s",
                 self.location,
-                len(self._shelf.entries),
+                len(self._index.entries),
                 self._clock() - begun,
             )
 
@@ -265,11 +281,11 @@ class StoreTierBase(Tier):
         self._scanned = True
 
     def _found(self, stored: BlobRecord) -> None:
-        if self.holds(stored.key) or stored.key in self._shelf.doomed:
+        if self.contains(stored.key) or stored.key in self._index.pending_deletes:
             return
         try:
-            label = BlobHeader.decode(stored.key, stored.meta, stored.nbytes)
+            header = BlobHeader.decode(stored.key, stored.meta, stored.nbytes)
             with self._lock:
-                self._learn(label)
+                self._learn(header)
         except ValueError as error:
-            self.spoilt(stored.key, str(error))
+            self.mark_corrupt(stored.key, str(error))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class StoredPayload(Payload):
     """Bytes of a chunk in a store; ``extents`` count from the start of the blob's data."""
 
-    packing: Encoding | None = None
+    blob_encoding: Encoding | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -26,27 +26,30 @@ class StoredPayload(Payload):
 
 
 class StoreIndex(ChunkIndex):
-    """``nbytes``: what lies in the store, without its own overhead. ``doomed``: what has left the
-    shelf, and must leave the store, too."""
+    """The index of a store tier.
+
+    ``nbytes``: bytes in the store, without its own overhead. ``pending_deletes``: keys that have
+    left the index and are still to be removed from the store.
+    """
 
     def __init__(self, policy: EvictionPolicy) -> None:
         super().__init__(policy)
         self.nbytes = 0
-        self.doomed: dict[ChunkKey, None] = {}
+        self.pending_deletes: dict[ChunkKey, None] = {}
 
     def put(self, entry: Entry) -> None:
         super().put(entry)
         self.nbytes += entry.nbytes
 
-    def adopt(self, entry: Entry, body: Payload) -> None:
-        super().adopt(entry, body)
-        self.nbytes += body.nbytes
+    def attach_payload(self, entry: Entry, payload: Payload) -> None:
+        super().attach_payload(entry, payload)
+        self.nbytes += payload.nbytes
 
-    def forsake(self, entry: Entry) -> None:
-        super().forsake(entry)
+    def detach(self, entry: Entry) -> None:
+        super().detach(entry)
         self.nbytes -= entry.nbytes
 
     def unlink(self, entry: Entry) -> None:
         if entry.linked:
-            self.doomed[entry.key] = None
+            self.pending_deletes[entry.key] = None
         super().unlink(entry)

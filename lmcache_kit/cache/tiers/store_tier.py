@@ -13,7 +13,7 @@ from lmcache_kit.cache.tiers.blob_header import BlobHeader, payloads
 from lmcache_kit.cache.tiers.blob_reader import BlobReader
 from lmcache_kit.cache.tiers.store_base import StoreTierBase
 from lmcache_kit.cache.tiers.store_index import StoredPayload
-from lmcache_kit.cache.tiers.transcoding import pack, unpack
+from lmcache_kit.cache.tiers.transcoding import decode_stored, encode_stored
 from lmcache_kit.keys import ChunkKey, chain
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ class StoreTier(StoreTierBase):
         """Chunks here that go on with the tokens from number ``start`` on, which follows the chunk
         ``parent``: each with how many of its tokens agree."""
         with self._lock:
-            space = self._shelf.spaces.get(query.namespace)
+            namespace = self._index.namespaces.get(query.namespace)
             shape = (query.chunk_size, query.world_size)
-            if space is None or (space.chunk_size, space.world_size) != shape:
+            if namespace is None or (namespace.chunk_size, namespace.world_size) != shape:
                 return []
-            walk = self._shelf.walk(space, query.tokens, start, parent)
+            walk = self._index.walk(namespace, query.tokens, start, parent)
             for located, _ in reversed(walk):
-                self._shelf.policy.touched(located.key)
+                self._index.policy.touched(located.key)
             return [(located.key, located.usable) for located, _ in walk]
 
     def ask(self, query: Query, start: int, parent: ChunkKey) -> list[tuple[ChunkKey, int]]:
@@ -66,44 +66,44 @@ class StoreTier(StoreTierBase):
         return [(link.key, link.end - link.start) for link in links[:missing]]
 
     def open(self, key: ChunkKey) -> tuple[BlobHeader, BlobReader] | None:
-        """What lies there, its label verified and its bytes not yet; None where there is nothing
-        that can be used. The content is the caller's to close. Raises BackendError."""
-        if key in self._shelf.doomed:
+        """What lies there, its header verified and its bytes not yet; None where there is nothing
+        that can be used. The reader is the caller's to close. Raises BackendError."""
+        if key in self._index.pending_deletes:
             return None
         blob = self._breaker.call(self._backend.get, key)
         if blob is None:
             self._drop(key)
             return None
-        content = BlobReader(blob, self._breaker)
+        reader = BlobReader(blob, self._breaker)
         try:
-            label = BlobHeader.decode(key, blob.meta, content.nbytes)
+            header = BlobHeader.decode(key, blob.meta, reader.nbytes)
             with self._lock:
-                known = self._shelf.entries.get(key)
-                if known is None or known.body.extents != label.parcel.extents:
-                    self._learn(label)
+                known = self._index.entries.get(key)
+                if known is None or known.payload.extents != header.descriptor.extents:
+                    self._learn(header)
         except ValueError as error:
-            content.close()
-            self.spoilt(key, str(error))
+            reader.close()
+            self.mark_corrupt(key, str(error))
             return None
         with self._lock:
             self._counters["read_chunks_total"] += 1
-            self._counters["read_bytes_total"] += label.parcel.nbytes
-        return label, content
+            self._counters["read_bytes_total"] += header.descriptor.nbytes
+        return header, reader
 
     def read(self, key: ChunkKey) -> tuple[BlobHeader, list[memoryview]] | None:
         """The same, with the bytes of each rank."""
         opened = self.open(key)
         if opened is None:
             return None
-        label, content = opened
-        data = memoryview(bytearray(label.parcel.nbytes))
-        with closing(content):
+        header, reader = opened
+        data = memoryview(bytearray(header.descriptor.nbytes))
+        with closing(reader):
             try:
-                content.read_into(data)
+                reader.read_into(data)
             except EOFError as error:
-                self.spoilt(key, str(error))
+                self.mark_corrupt(key, str(error))
                 return None
-        return label, payloads(label.parcel, data)
+        return header, payloads(header.descriptor, data)
 
     def late(self) -> None:
         """It has kept a lookup waiting in vain: leave it alone for a while."""
@@ -126,42 +126,42 @@ class StoreTier(StoreTierBase):
             self._sweep()
             return both
 
-        return self.turns.do(change)
+        return self.executor.call(change)
 
-    def forget(self, keys: Collection[ChunkKey]) -> DeleteResult:
+    def delete(self, keys: Collection[ChunkKey]) -> DeleteResult:
         """See :class:`~lmcache_kit.cache.tier_base.Tier`."""
-        forgotten = super().forget(keys)
-        self.turns.send(self._sweep)
-        return forgotten
+        deleted = super().delete(keys)
+        self.executor.enqueue(self._sweep)
+        return deleted
 
-    def pack(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+    def encode(self, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
         """See :class:`~lmcache_kit.cache.tier_base.Tier`."""
-        return pack(self, key, method, codec)
+        return encode_stored(self, key, method, codec)
 
-    def unpack(self, key: ChunkKey, method: str) -> Transcoded:
+    def decode(self, key: ChunkKey, method: str) -> Transcoded:
         """See :class:`~lmcache_kit.cache.tier_base.Tier`."""
-        return unpack(self, key, method, self._get_codec)
+        return decode_stored(self, key, method, self._get_codec)
 
     def entry(self, key: ChunkKey) -> tuple[Entry | None, Encoding | None]:
         """What the index knows of a chunk, and how it is encoded."""
         with self._lock:
-            entry = self._shelf.entries.get(key)
-            body = entry.body if entry else None
-            return entry, body.packing if isinstance(body, StoredPayload) else None
+            entry = self._index.entries.get(key)
+            payload = entry.payload if entry else None
+            return entry, payload.blob_encoding if isinstance(payload, StoredPayload) else None
 
-    def replace(self, entry: Entry, label: BlobHeader, pieces: Sequence[memoryview]) -> Transcoded:
-        """Put other bytes in the place of an entry's, if they are still those of ``label``."""
+    def replace(self, entry: Entry, header: BlobHeader, pieces: Sequence[memoryview]) -> Transcoded:
+        """Put other bytes in the place of an entry's, if they are still those of ``header``."""
 
         def change() -> Transcoded:
             before = entry.nbytes
             with self._lock:
                 if not entry.linked:
                     return Transcoded("gone")
-                growth = label.parcel.nbytes - before
+                growth = header.descriptor.nbytes - before
                 if entry.pins and self._pins.pinned_bytes + growth > self._pins.budget_bytes:
                     return Transcoded("failed", OVER_PIN_BUDGET)
-            if not self.write(label.parcel, label.space, pieces):
+            if not self.write(header.descriptor, header.namespace, pieces):
                 return Transcoded("failed", "no room for it")
-            return Transcoded("done", "", before, label.parcel.nbytes)
+            return Transcoded("done", "", before, header.descriptor.nbytes)
 
-        return self.turns.do(change)
+        return self.executor.call(change)

@@ -54,7 +54,7 @@ class _Copy:
 
     key: ChunkKey
     ticket: int
-    content: BlobReader
+    reader: BlobReader
     why: Future[str]
 
 
@@ -66,16 +66,16 @@ class TierReader:
     """Reads from ``tier`` into memory; ``transfers`` lands the chunks."""
 
     def __init__(
-        self, tier: StoreTier, shelf: MemoryIndex, transfers: Transfers, get_codec: GetCodec
+        self, tier: StoreTier, index: MemoryIndex, transfers: Transfers, get_codec: GetCodec
     ) -> None:
         self._tier = tier
-        self._memory = shelf.memory
+        self._memory = index.memory
         self._transfers = transfers
         self._get_codec = get_codec
         self._threads = ThreadPoolExecutor(THREADS, f"lmcache-kit-fetch-{tier.location}")
 
     def fetch(
-        self, keys: Sequence[ChunkKey], taker: PromotionTarget
+        self, keys: Sequence[ChunkKey], target: PromotionTarget
     ) -> Generator[bool, None, None]:
         """Have these chunks in memory: whether each has come, in order. Each gets its room, and is
         found, after those before it; those after the last one that was asked for do not come.
@@ -89,7 +89,7 @@ class TierReader:
                     # What has come is told of before anything else is waited for.
                     while begun and (len(begun) == AHEAD or not opening.done()):
                         yield self._end(begun.popleft())
-                    begun.append(self._begin(key, opening, taker))
+                    begun.append(self._begin(key, opening, target))
             while begun:
                 yield self._end(begun.popleft())
         finally:
@@ -117,7 +117,7 @@ class TierReader:
                 opening.cancel()
                 opening.add_done_callback(_close)
 
-    def _begin(self, key: ChunkKey, opening: _Opening, taker: PromotionTarget) -> _Begun:
+    def _begin(self, key: ChunkKey, opening: _Opening, target: PromotionTarget) -> _Begun:
         """Room for what was found, and a thread that copies it there."""
         try:
             opened = opening.result()
@@ -125,18 +125,21 @@ class TierReader:
             return error
         if opened is None:
             return False
-        label, content = opened
-        space, query = label.space, taker.query
-        if query and (space.chunk_size, space.world_size) != (query.chunk_size, query.world_size):
-            content.close()
-            self._tier.spoilt(key, "its namespace has another shape")
+        header, reader = opened
+        namespace, query = header.namespace, target.query
+        if query and (namespace.chunk_size, namespace.world_size) != (
+            query.chunk_size,
+            query.world_size,
+        ):
+            reader.close()
+            self._tier.mark_corrupt(key, "its namespace has another shape")
             return False
-        landing = self._land(label, taker)
-        if landing.status != "granted":
-            content.close()
-            return landing.status == "present"
-        why = self._threads.submit(self._fill, label.parcel, landing, content)
-        return _Copy(key, landing.ticket, content, why)
+        reservation = self._reserve(header, target)
+        if reservation.status != "granted":
+            reader.close()
+            return reservation.status == "present"
+        why = self._threads.submit(self._fill, header.descriptor, reservation, reader)
+        return _Copy(key, reservation.ticket, reader, why)
 
     def _end(self, begun: _Begun) -> bool:
         if isinstance(begun, BackendError):
@@ -146,45 +149,47 @@ class TierReader:
         try:
             why = begun.why.result()
         except BackendError:
-            self._transfers.discard(begun.ticket)
+            self._transfers.abort(begun.ticket)
             raise
         if why:
-            self._transfers.discard(begun.ticket)
-            self._tier.spoilt(begun.key, why)
+            self._transfers.abort(begun.ticket)
+            self._tier.mark_corrupt(begun.key, why)
             return False
-        return self._transfers.landed(begun.ticket)
+        return self._transfers.commit(begun.ticket)
 
     def _give_up(self, copy: _Copy) -> None:
         if copy.why.cancel():
-            copy.content.close()
+            copy.reader.close()
         else:
             copy.why.exception()  # when it has ended, nobody writes there any more
-        self._transfers.discard(copy.ticket)
+        self._transfers.abort(copy.ticket)
 
-    def _land(self, label: BlobHeader, taker: PromotionTarget) -> Reservation:
+    def _reserve(self, header: BlobHeader, target: PromotionTarget) -> Reservation:
         """Memory for a chunk. One that is on its way for somebody else is waited for, shortly."""
-        parcel, space = label
+        descriptor, namespace = header
         for _ in range(_PATIENCE):
-            [landing] = self._transfers.receive(
-                [parcel], {space.digest: space}, taker.owner, self._get_codec
+            [reservation] = self._transfers.reserve(
+                [descriptor], {namespace.digest: namespace}, target.owner, self._get_codec
             )
-            if landing.status != "storing" or taker.gone():
+            if reservation.status != "storing" or target.gone():
                 break
             time.sleep(_AGAIN_S)
-        return landing
+        return reservation
 
-    def _fill(self, parcel: ChunkDescriptor, landing: Reservation, content: BlobReader) -> str:
+    def _fill(
+        self, descriptor: ChunkDescriptor, reservation: Reservation, reader: BlobReader
+    ) -> str:
         """Copy it; why it cannot be used, or nothing. Raises BackendError."""
-        with closing(content):
-            for region, extent in zip(landing.regions, parcel.extents, strict=True):
+        with closing(reader):
+            for region, extent in zip(reservation.regions, descriptor.extents, strict=True):
                 with self._memory.view(region) as view:
                     try:
-                        checksum = _copied(content, view)
+                        checksum = _copied(reader, view)
                     except EOFError as error:
                         return str(error)
                     if checksum != extent.checksum:
                         return "the bytes do not match their checksum"
-                    if landing.codec and (why := check_blob(landing.codec, view)):
+                    if reservation.codec and (why := check_blob(reservation.codec, view)):
                         return why
         return ""
 
@@ -194,13 +199,13 @@ def _close(opening: _Opening) -> None:
         opened[1].close()
 
 
-def _copied(content: BlobReader, target: memoryview) -> int:
+def _copied(reader: BlobReader, target: memoryview) -> int:
     """The checksum of what is in ``target`` afterwards. Each piece is hashed while the processor's
     cache has it, which is faster than to hash all of it in the end."""
     hashed = xxh3_64()
     for start in range(0, len(target), _PIECE_BYTES):
         piece = target[start : start + _PIECE_BYTES]
-        content.read_into(piece)
+        reader.read_into(piece)
         hashed.update(piece)
     checksum: int = hashed.intdigest()
     return checksum

@@ -32,33 +32,33 @@ Convert: TypeAlias = "Callable[[memoryview, ChunkInfo], bytes | bytearray]"
 logger = logging.getLogger(__name__)
 
 
-def pack(tier: StoreTier, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
+def encode_stored(tier: StoreTier, key: ChunkKey, method: str, codec: Codec) -> Transcoded:
     """Encode a chunk with ``codec``."""
-    entry, packing = tier.entry(key)
+    entry, encoding = tier.entry(key)
     if entry is None:
         return Transcoded("gone")
-    if packing is not None:
-        return not_raw(packing.method, method)
+    if encoding is not None:
+        return not_raw(encoding.method, method)
     try:
-        chunks = tuple([entry.chunk_info(rank) for rank in range(entry.space.world_size)])
+        chunks = tuple([entry.chunk_info(rank) for rank in range(entry.namespace.world_size)])
     except ValueError as error:
         return Transcoded("failed", str(error))
 
     def encode(payload: memoryview, chunk: ChunkInfo) -> bytes:
         return encode_payload(payload, chunk, codec)
 
-    return _recode(tier, entry, chunks, Encoding(method, codec.format_version, chunks), encode)
+    return _transcode(tier, entry, chunks, Encoding(method, codec.format_version, chunks), encode)
 
 
-def unpack(tier: StoreTier, key: ChunkKey, method: str, get_codec: GetCodec) -> Transcoded:
+def decode_stored(tier: StoreTier, key: ChunkKey, method: str, get_codec: GetCodec) -> Transcoded:
     """Decode a chunk that ``method`` has encoded."""
-    entry, packing = tier.entry(key)
+    entry, encoding = tier.entry(key)
     if entry is None:
         return Transcoded("gone")
-    if packing is None:
+    if encoding is None:
         return Transcoded("already")
-    if packing.method != method:
-        return Transcoded("failed", f"it is encoded with {packing.method}")
+    if encoding.method != method:
+        return Transcoded("failed", f"it is encoded with {encoding.method}")
     codec = get_codec(method)
 
     def decode(blob: memoryview, chunk: ChunkInfo) -> bytearray:
@@ -66,36 +66,36 @@ def unpack(tier: StoreTier, key: ChunkKey, method: str, get_codec: GetCodec) -> 
         codec.decode(blob, chunk, raw)
         return raw
 
-    return _recode(tier, entry, packing.chunks, None, decode)
+    return _transcode(tier, entry, encoding.chunks, None, decode)
 
 
-def _recode(
+def _transcode(
     tier: StoreTier,
     entry: Entry,
     chunks: Sequence[ChunkInfo],
-    packing: Encoding | None,
+    encoding: Encoding | None,
     convert: Convert,
 ) -> Transcoded:
-    """Read it, convert each rank's bytes, and write them with ``packing`` for their label."""
+    """Read it, convert each rank's bytes, and write them with ``encoding`` for their header."""
     try:
         found = tier.read(entry.key)
         if found is None:
             return Transcoded("gone")
-        label, pieces = found
-        for piece, extent in zip(pieces, label.parcel.extents, strict=True):
+        header, pieces = found
+        for piece, extent in zip(pieces, header.descriptor.extents, strict=True):
             check_payload(piece, extent.checksum)
         made = [convert(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True)]
         extents = tuple([Extent(0, len(each), xxh3_64_intdigest(each)) for each in made])
-        parcel = label.parcel._replace(extents=extents, packing=packing)
+        descriptor = header.descriptor._replace(extents=extents, encoding=encoding)
         return tier.replace(
-            entry, BlobHeader(parcel, label.space), [memoryview(each) for each in made]
+            entry, BlobHeader(descriptor, header.namespace), [memoryview(each) for each in made]
         )
     except CorruptPayload as error:
-        tier.spoilt(entry.key, str(error))
+        tier.mark_corrupt(entry.key, str(error))
         return Transcoded("failed", str(error))
     except (BackendError, ValueError) as error:
         return Transcoded("failed", str(error))
     # A codec is somebody's plugin: whatever it raises, the chunk stays as it was, and that is said.
     except Exception as error:
-        logger.exception("could not recode chunk %s", entry.key.hex())
+        logger.exception("could not transcode chunk %s", entry.key.hex())
         return Transcoded("failed", f"{type(error).__name__}: {error}")

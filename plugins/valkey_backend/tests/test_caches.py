@@ -43,7 +43,7 @@ def test_what_one_stores_the_other_finds(
     one.store(TOKENS)
     one.settle()
     assert other.hit(TOKENS) == len(TOKENS)
-    assert other.stats()["recalled_chunks_total"] == 13
+    assert other.stats()["promoted_chunks_total"] == 13
     other.settle()
     assert other.tiers[0].stats()["written_chunks_total"] == 0
 
