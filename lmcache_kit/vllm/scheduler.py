@@ -62,7 +62,7 @@ class SchedulerSide:
     ) -> None:
         self._client = client
         self._model = model
-        self._policy = policy
+        self.policy = policy
         self._clock = clock
         self._tracked: dict[str, Tracked | None] = {}
         self._loads: dict[str, tuple[Found, int, int]] = {}
@@ -70,6 +70,11 @@ class SchedulerSide:
         self._failures_seen = 0
         self._passive = ""
         self.counts: Counter[str] = Counter()
+
+    @property
+    def followed(self) -> int:
+        """Number of requests that the connector keeps state for."""
+        return len(self._tracked)
 
     def matched_tokens(self, request: Request, computed: int) -> int | None:
         """Tokens that can be loaded beyond the ``computed`` ones that vLLM holds itself; None while
@@ -79,11 +84,11 @@ class SchedulerSide:
         asked once. The last token is never loaded, since vLLM must compute something.
         """
         tracked = self._track(request)
-        may_load = self._policy.load and not self._passive
+        may_load = self.policy.load and not self._passive
         if tracked is None or not may_load or request.skip_reading_prefix_cache:
             return 0
         hit = tracked.hit
-        if hit is None or self._clock() - hit.at > self._policy.lookup_age_s:
+        if hit is None or self._clock() - hit.at > self.policy.lookup_age_s:
             self._give_back(hit)
             tracked.hit = hit = self._look_up(tracked, computed)
             if hit is None:
@@ -92,7 +97,7 @@ class SchedulerSide:
         if hit.found is None:
             return 0
         more = min(hit.found.tokens, request.num_tokens - 1) - computed
-        return more if more >= max(1, self._policy.min_load_tokens) else 0
+        return more if more >= max(1, self.policy.min_load_tokens) else 0
 
     def placed(self, request: Request, external: int) -> None:
         """vLLM has blocks for the request, and wants ``external`` tokens loaded into them."""
@@ -119,7 +124,7 @@ class SchedulerSide:
             request = tracked.request
             # Tokens sampled but not known yet (async scheduling) and rejected drafts do not count.
             valid = min(request.num_computed_tokens + scheduled, request.num_tokens)
-            dues = list(tracked.due(valid, self._policy.saving)) if self._saves(tracked) else []
+            dues = list(tracked.due(valid, self.policy.saving)) if self._saves(tracked) else []
             if load is None and not dues:
                 continue
             (blocks,) = output.kv_connector_block_state.get_block_ids(request_id)
@@ -172,7 +177,7 @@ class SchedulerSide:
             tracked.asked.abandon()
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         valid = min(computed, request.num_tokens - 1)
-        policy = self._policy.saving
+        policy = self.policy.saving
         if not (policy.decode and self._saves(tracked)) or valid <= request.num_prompt_tokens:
             return False
         tails = [
@@ -199,7 +204,7 @@ class SchedulerSide:
         return known
 
     def _saves(self, tracked: Tracked) -> bool:
-        return tracked.saves and self._policy.save and not self._passive
+        return tracked.saves and self.policy.save and not self._passive
 
     def _look_up(self, tracked: Tracked, computed: int) -> Hit | None:
         """The answer, None while it has not come."""
@@ -207,9 +212,9 @@ class SchedulerSide:
             if tracked.asked is None:
                 self.counts["lookups"] += 1
                 tracked.asked = self._client.begin_lookup(
-                    tracked.namespace, tracked.packed(), self._policy.saving.chunk_size
+                    tracked.namespace, tracked.packed(), self.policy.saving.chunk_size
                 )
-                found = tracked.asked.poll(self._policy.patience_s)
+                found = tracked.asked.poll(self.policy.patience_s)
                 self.counts["lookups_waited_for"] += found is None
             else:
                 found = tracked.asked.poll()
