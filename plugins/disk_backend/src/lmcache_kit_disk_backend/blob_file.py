@@ -23,8 +23,8 @@ from lmcache_kit.interfaces import Blob, OpenBlob
 from lmcache_kit.interfaces.backend import MAX_META_BYTES
 
 ALIGNMENT = 4096
-_MAGIC = b"LKDb"
-_VERSION = 1
+MAGIC = b"LKDb"
+VERSION = 1
 _FIELDS = struct.Struct("<4sIIIQ16s")
 _CHECK_BYTES = 8
 _HEADER_BYTES = _FIELDS.size + _CHECK_BYTES
@@ -53,7 +53,7 @@ class Head(NamedTuple):
 
     def pack(self, key: bytes) -> bytes:
         """All that comes before the data, with the zeros."""
-        fields = _FIELDS.pack(_MAGIC, _VERSION, len(self.meta), 0, self.data_bytes, key)
+        fields = _FIELDS.pack(MAGIC, VERSION, len(self.meta), 0, self.data_bytes, key)
         head = fields + xxh3_64_digest(fields + self.meta) + self.meta
         return head.ljust(self.data_at, b"\0")
 
@@ -85,10 +85,10 @@ def read_head(fd: int, key: bytes) -> Head:
         raise Damaged(f"it ends after {len(start)} bytes")
     fields, check = start[: _FIELDS.size], start[_FIELDS.size : _HEADER_BYTES]
     magic, version, meta_bytes, _, data_bytes, named = _FIELDS.unpack(fields)
-    if magic != _MAGIC:
+    if magic != MAGIC:
         raise Damaged("it is no file of this backend")
-    if version != _VERSION:
-        raise Damaged(f"it is of version {version}, and this is {_VERSION}")
+    if version != VERSION:
+        raise Damaged(f"it is of version {version}, and this is {VERSION}")
     if meta_bytes > MAX_META_BYTES:
         raise Damaged("its header is damaged")
     meta = start[_HEADER_BYTES:][:meta_bytes]
