@@ -5,17 +5,19 @@ BIN := $(VENV)/bin
 ARGS ?=
 # How many tests run at the same time.
 JOBS ?= 2
+# Versions for `make pythons`; all that are supported where this is empty.
+PYTHONS ?=
 
 SOURCES := lmcache_kit tools $(wildcard plugins/*/src)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test test-random lint format demo docs peer wheels clean distclean
+.PHONY: help setup model test test-random pythons lint format demo docs lmcache wheels clean distclean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create .venv, or bring it up to date: vLLM for CPUs, the kit, what the tests need
-	@$(PYTHON) tools/setup_env.py $(VENV)
+	@$(PYTHON) -m tools.setup_env $(VENV)
 
 model: setup ## Convert the small language model that tests and demo use, once
 	@$(BIN)/python -m tools.make_model
@@ -26,6 +28,9 @@ test: setup model ## Run all tests; ARGS="-k name" for some, JOBS=4 for more at 
 
 test-random: setup model ## Run the tests that start no vLLM in random order; ARGS=--randomly-seed=N repeats one
 	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder -p randomly -m "not vllm" $(ARGS)
+
+pythons: ## Run the tests that do without vLLM on each supported Python found here, in .venv-3.12 ...
+	@$(PYTHON) -m tools.pythons $(PYTHONS) -- $(ARGS)
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .
@@ -43,8 +48,8 @@ docs: setup ## Build the documentation into site/; a link that leads nowhere is 
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"
 
-peer: setup ## Create .venv-peer: LMCache on top of .venv, for the benchmarks
-	@$(PYTHON) tools/setup_peer.py $(VENV) .venv-peer
+lmcache: setup ## Create .venv-lmcache: LMCache on top of .venv, for the benchmarks
+	@$(PYTHON) tools/setup_lmcache.py $(VENV) .venv-lmcache
 
 wheels: setup ## Build wheels and sdists of core and plugins into dist/
 	@for folder in . plugins/*/; do \
@@ -53,7 +58,7 @@ wheels: setup ## Build wheels and sdists of core and plugins into dist/
 
 clean: ## Remove what builds and tests left behind
 	rm -rf dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv and the converted model too
-	rm -rf $(VENV) .venv-peer .cache
+distclean: clean ## Remove all environments and the converted model too
+	rm -rf .venv .venv-* $(VENV) .cache

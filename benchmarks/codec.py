@@ -3,7 +3,7 @@
 KV is what the model leaves in its cache for five texts of 1536 tokens, coded in chunks of 256. The
 error is measured on the 192 tokens after them: Kullback-Leibler divergence of the predictions, and
 how often the likeliest token stays the same. All sizes are of whole blobs. LMCache's own CacheGen
-codes the same KV in the same run where `make peer` has installed it. Speed is CPU time on one
+codes the same KV in the same run where `make lmcache` has installed it. Speed is CPU time on one
 thread, the best of several, beside memcpy.
 
     python benchmarks/codec.py [--model FOLDER] [--profile FILE] [--texts 5] [--json] [--picture]
@@ -25,14 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lmcache_baseline
 import numpy as np
-import peer
 import rate_distortion
 import torch
 from lmcache_kit_cachegen.codec import CacheGenCodec
-from lmcache_kit_cachegen.measuring import Measuring, default_texts
 from lmcache_kit_cachegen.options import CacheGenOptions
 from lmcache_kit_cachegen.profile import Profile, load_profile
+from lmcache_kit_cachegen.profiler import Profiler, default_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lmcache_kit.interfaces import ChunkInfo, Rope
@@ -174,15 +174,17 @@ class Bench:
             len(payload) / best(lambda: codec.decode(blob, chunk, out)) / 1e6,
         )
 
-    def peer(self, bins: str) -> Row | None:
+    def lmcache(self, bins: str) -> Row | None:
         name = "LMCache" if bins == "default" else f"LMCache, {bins} bins everywhere"
         with tempfile.TemporaryDirectory() as folder:
             source, target, short = (f"{folder}/{part}.npy" for part in ("kv", "out", "short"))
             np.save(source, self.kv)
             np.save(short, self.kv[:, :, :, CHUNK_TOKENS : CHUNK_TOKENS + SHORT_TOKENS])
             model = self.model.folder
-            long = peer.measure("codec", model, source, bins, CHUNK_TOKENS, target)
-            brief = peer.measure("codec", model, short, bins, SHORT_TOKENS, f"{folder}/x.npy")
+            long = lmcache_baseline.measure("codec", model, source, bins, CHUNK_TOKENS, target)
+            brief = lmcache_baseline.measure(
+                "codec", model, short, bins, SHORT_TOKENS, f"{folder}/x.npy"
+            )
             if long is None or brief is None:
                 return None
             error = self.error(np.load(target))
@@ -204,10 +206,10 @@ def profile_of(folder: str, given: str | None) -> Profile:
     path = Path(given) if given else Path(folder).with_suffix(".lkcp")
     if not path.exists():
         print(f"making {path}; this takes minutes", file=sys.stderr)
-        measuring = Measuring(folder, context=1024, ahead=256, rope_style="neox")
+        profiler = Profiler(folder, context=1024, ahead=256, rope_style="neox")
         for text in default_texts():
-            measuring.add(text)
-        path.write_bytes(measuring.profile().to_bytes())
+            profiler.add(text)
+        path.write_bytes(profiler.profile().to_bytes())
     return load_profile(path)
 
 
@@ -243,7 +245,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rows.append(bench.run(name, codec))
         print(line(rows[-1]), file=sys.stderr, flush=True)
     for bins in ("default", "32"):
-        row = bench.peer(bins)
+        row = bench.lmcache(bins)
         if row is None:
             break
         rows.append(row)

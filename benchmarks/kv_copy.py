@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import peer
+import lmcache_baseline
 
 SHAPES = {"SmolLM2-135M": (30, 3, 64), "Llama-8B": (32, 8, 128)}
 ORDERS = ("vec", "amx", "token")
@@ -42,17 +42,17 @@ def writer(isa: str) -> Any:
     return write
 
 
-def open_pages(order: str, layers: int, heads: int, dim: int, blocks: int) -> Any:
+def open_kv_pages(order: str, layers: int, heads: int, dim: int, blocks: int) -> Any:
     """Synthetic bf16 pages."""
     import torch
 
     from lmcache_kit.vllm.cpu_pages import CPUPages
-    from lmcache_kit.vllm.cuda_pages import TokenPages
+    from lmcache_kit.vllm.cuda_pages import CUDAPages
 
     if order == "token":
         shape = (blocks, BLOCK, heads, 2 * dim)
         caches = [torch.randn(shape).to(torch.bfloat16).permute(0, 2, 1, 3) for _ in range(layers)]
-        return TokenPages(caches, BLOCK)
+        return CUDAPages(caches, BLOCK)
     shape = (blocks, heads, BLOCK, 2 * dim)
     caches = [torch.randn(shape).to(torch.bfloat16) for _ in range(layers)]
     return CPUPages(caches, writer(order), BLOCK)
@@ -67,24 +67,24 @@ def seconds(action: Callable[[], object]) -> float:
 def measure(name: str, order: str, tokens: int, rounds: int) -> dict[str, object]:
     import torch
 
-    from lmcache_kit.vllm.pages import Piece
+    from lmcache_kit.vllm.kv_pages import TransferSpec
 
     layers, heads, dim = SHAPES[name]
     count = -(-tokens // BLOCK)
-    pages = open_pages(order, layers, heads, dim, 2 * count)
+    pages = open_kv_pages(order, layers, heads, dim, 2 * count)
     sequence = torch.randperm(2 * count)[:count].tolist()
     size = pages.layout.payload_bytes(tokens)
     slab, source = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
     memory = memoryview(slab.numpy())
-    pieces = []
+    transfers = []
     for start in range(0, tokens, CHUNK):
         end = min(start + CHUNK, tokens)
         first, last = pages.layout.payload_bytes(start), pages.layout.payload_bytes(end)
-        pieces.append(Piece(sequence, start, end, memory[first:last], end - start))
+        transfers.append(TransferSpec(sequence, start, end, memory[first:last], end - start))
     actions: dict[str, Callable[[], object]] = {
         "memcpy": lambda: slab.copy_(source),
-        "store": lambda: pages.gather(pieces),
-        "load": lambda: [pages.scatter(piece) for piece in pieces],
+        "store": lambda: pages.gather(transfers),
+        "load": lambda: [pages.scatter(transfer) for transfer in transfers],
     }
     for action in actions.values():
         action()
@@ -106,13 +106,13 @@ def measure(name: str, order: str, tokens: int, rounds: int) -> dict[str, object
     return result
 
 
-def show_peer(name: str, options: argparse.Namespace) -> None:
+def show_lmcache(name: str, options: argparse.Namespace) -> None:
     """LMCache's store and retrieve of KV of the same shape, from token-major CPU pages."""
-    figures = peer.measure("store", *SHAPES[name], options.tokens)
+    figures = lmcache_baseline.measure("store", *SHAPES[name], options.tokens)
     if figures is None:
         return
     if options.json:
-        print(json.dumps({"shape": name, "peer": "LMCache", **figures}), flush=True)
+        print(json.dumps({"shape": name, "baseline": "LMCache", **figures}), flush=True)
     else:
         store, load = figures["store_gb_s"], figures["load_gb_s"]
         print(f"{name:13} LMCache: store {store:.2f} GB/s, load {load:.2f} GB/s", flush=True)
@@ -131,7 +131,7 @@ def main() -> None:
         import vllm._custom_ops  # noqa: F401
     torch.set_num_threads(1)
     for name in SHAPES:
-        show_peer(name, options)
+        show_lmcache(name, options)
         for order in ORDERS:
             result = measure(name, order, options.tokens, options.rounds)
             if options.json:

@@ -4,7 +4,7 @@ One instance of many, the last, holds the whole chain; every instance holds othe
 goes through the real messages: encoded, decoded, handled by the registry. Shown are the medians of
 a whole lookup, of its parts, of the same with fewer instances and with as many dead ones, the
 memory of the index per key, and how many keys it takes in per second. LMCache's own registry is
-asked in the same run where `make peer` has installed it.
+asked in the same run where `make lmcache` has installed it.
 
     python benchmarks/lookup.py [--keys 1000000] [--instances 1000] [--chunks 128] [--json]
 """
@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-import peer
+import lmcache_baseline
 
 from lmcache_kit.controller.key_index import KeyIndex, Owner
 from lmcache_kit.controller.lookup import lookup, pack
@@ -202,7 +202,7 @@ def main() -> None:
     results = run(asked.keys, asked.instances, asked.chunks)
     if not asked.json:
         show(results)
-    theirs = peer.measure("lookup", asked.instances, asked.keys, asked.chunks)
+    theirs = lmcache_baseline.measure("lookup", asked.instances, asked.keys, asked.chunks)
     if theirs and not asked.json:
         show({"lmcache": theirs})
     if asked.json:

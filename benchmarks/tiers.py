@@ -4,7 +4,7 @@ to a disk and come back, beside plain files and memcpy.
 Per round, in random order of the two caches: the same chunks are stored, looked up in memory,
 written to the disk, forgotten and looked up again. Files are in the page cache, so it is the way
 that is measured, not the disk. Ratios are of medians; in brackets, the range of the rounds' own.
-LMCache's local disk does the same in the same run where `make peer` has installed it.
+LMCache's local disk does the same in the same run where `make lmcache` has installed it.
 
     python benchmarks/tiers.py [--folder /var/tmp] [--rounds 11] [--chunks 32] [--chunk-mib 5.6]
 """
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-import peer
+import lmcache_baseline
 from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from lmcache_kit_disk_backend.backend import LocalDiskBackend
 from lmcache_kit_disk_backend.options import DiskOptions
@@ -158,8 +158,8 @@ def main() -> None:
                     note(what, seconds)
         alone.close()
         tiered.close()
-        (folder / "peer").mkdir()
-        theirs = peer.measure("disk", folder / "peer", asked.chunks, asked.rounds)
+        (folder / "lmcache").mkdir()
+        theirs = lmcache_baseline.measure("disk", folder / "lmcache", asked.chunks, asked.rounds)
 
     def ratio(one: str, other: str) -> str:
         own = sorted(a / b for a, b in zip(times[other], times[one], strict=True))

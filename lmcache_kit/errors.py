@@ -1,32 +1,32 @@
-"""Every error that the kit raises, the tree first.
+"""All errors that the kit raises; the tree comes first.
 
 ``KitError``
  +-- ``ConfigError``            (ValueError)    the configuration cannot be used
  +-- ``PluginError``            (RuntimeError)  a plugin cannot be used
- |    +-- ``PluginNotFound``    (LookupError)   nothing installed provides what was named
+ |    +-- ``PluginNotFound``    (LookupError)   no installed plugin provides the name
  |    +-- ``DuplicateName``                     two distributions provide the same name
- |    +-- ``PluginBroken``                      it is installed and fails to load
+ |    +-- ``PluginBroken``                      the plugin is installed and fails to load
  +-- ``CacheUnavailable``       (ConnectionError)  no cache process answers
- |    +-- ``CacheTimeout``      (TimeoutError)     it did not answer in time
- +-- ``ProtocolError``          (ValueError)    bytes from a peer do not mean anything
+ |    +-- ``CacheTimeout``      (TimeoutError)     the cache process did not answer in time
+ +-- ``ProtocolError``          (ValueError)    bytes from a peer are no valid message
  +-- ``UnsupportedModel``       (ValueError)    this model's KV cannot be cached
- +-- ``CodecError``             (ValueError)    encoded bytes cannot be decoded here
- |    +-- ``CorruptBlob``                       they are damaged
- |    +-- ``BlobMismatch``                      they are of another chunk
- |    +-- ``UnknownVersion``    (LookupError)   they are of another version of the format
- |    +-- ``UnknownProfile``    (LookupError)   the profile they were made with is not at hand
+ +-- ``CodecError``             (ValueError)    a blob cannot be decoded here
+ |    +-- ``CorruptBlob``                       the blob is damaged
+ |    +-- ``BlobMismatch``                      the blob is of another chunk
+ |    +-- ``UnknownVersion``    (LookupError)   the blob has another format version
+ |    +-- ``UnknownProfile``    (LookupError)   the blob's profile is not loaded
  +-- ``BackendError``           (OSError)         a store cannot be read or written
- +-- ``TransportError``         (ConnectionError)  bytes do not get from one process to another
- |    +-- ``TransferTimeout``   (TimeoutError)     they did not in time
+ +-- ``TransportError``         (ConnectionError)  a transfer between cache processes failed
+ |    +-- ``TransferTimeout``   (TimeoutError)     the transfer did not complete in time
  +-- ``ControlError``           (RuntimeError)  a control operation cannot be done
-      +-- ``InvalidQuery``     (ValueError)    what was asked for makes no sense
+      +-- ``InvalidQuery``     (ValueError)    the request itself is wrong
       +-- ``UnknownName``       (LookupError)   no such instance, location, event ...
-      +-- ``NoWorker``          (ConnectionError)  the instance is known and nobody answers for it
-      +-- ``DeadlineExceeded``  (TimeoutError)
-      +-- ``OperationFailed``                  the cache process tried and could not
+      +-- ``NoWorker``          (ConnectionError)  no cache process of the instance is alive
+      +-- ``DeadlineExceeded``  (TimeoutError)  the operation did not finish in time
+      +-- ``OperationFailed``                  the cache process could not carry it out
 
-A message names the thing, the value and the known set, and says what to do next. ``hint`` holds
-that last part, so that frontends can show it apart.
+A message names the thing, the value, the known set and the remedy. ``hint`` holds the remedy, so
+that frontends can show it separately.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from collections.abc import Callable
 
 
 class KitError(Exception):
-    """Base of all errors of the kit. ``hint`` says what to do next; it may be empty."""
+    """Base of all errors of the kit. ``hint`` is the remedy, or empty."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class PluginError(KitError, RuntimeError):
 
 
 class PluginNotFound(PluginError, LookupError):
-    """Nothing that is installed provides the name; the hint has the pip command if one is known."""
+    """No installed plugin provides the name; the hint has the pip command if one is known."""
 
 
 class DuplicateName(PluginError):
@@ -67,7 +67,7 @@ class PluginBroken(PluginError):
 
 
 class CacheUnavailable(KitError, ConnectionError):
-    """No cache process answers: never started, gone, or not reachable."""
+    """No cache process answers: it was never started, has ended, or cannot be reached."""
 
 
 class CacheTimeout(CacheUnavailable, TimeoutError):
@@ -75,7 +75,7 @@ class CacheTimeout(CacheUnavailable, TimeoutError):
 
 
 class ProtocolError(KitError, ValueError):
-    """Bytes from a peer are not a valid message, or are larger than allowed."""
+    """Bytes from a peer are no valid message, or exceed the size limit."""
 
 
 class UnsupportedModel(KitError, ValueError):
@@ -83,37 +83,42 @@ class UnsupportedModel(KitError, ValueError):
 
 
 class CodecError(KitError, ValueError):
-    """Encoded bytes cannot be decoded here."""
+    """A blob cannot be decoded here."""
 
 
 class CorruptBlob(CodecError):
-    """The bytes are not what an encoder wrote: cut short, or changed."""
+    """The blob is damaged: cut short, or changed."""
 
 
 class BlobMismatch(CodecError):
-    """The bytes are intact, and of a chunk of another shape or place."""
+    """The blob is intact, and of a chunk of another shape or position."""
 
 
 class UnknownVersion(CodecError, LookupError):
-    """The bytes are of a version of the format that this one does not read."""
+    """The blob has a format version that this codec does not read."""
 
 
 class UnknownProfile(CodecError, LookupError):
-    """The profile that the bytes were made with is not at hand."""
+    """The profile that the blob was encoded with is not loaded."""
 
 
 class BackendError(KitError, OSError):
-    """A store cannot be read or written: not reachable, failing, full for other reasons than its
-    own limit, or closed."""
+    """A store cannot be read or written: unreachable, failing, or closed.
+
+    A store that is full raises this only when something else than its own limit fills it.
+    """
 
 
 class TransportError(KitError, ConnectionError):
-    """Bytes do not get from one cache process to another."""
+    """A transfer between two cache processes failed."""
 
 
 class TransferTimeout(TransportError, TimeoutError):
-    """They did not in time. ``settled`` tells whether none can come any more: until it is true
-    the memory that they were meant for must not be used for anything else."""
+    """The bytes did not arrive before the deadline.
+
+    ``settled()`` is true once no more bytes can arrive. Until then the target memory must not be
+    used for anything else.
+    """
 
     def __init__(self, message: str, *, settled: Callable[[], bool] = lambda: True) -> None:
         super().__init__(message)
@@ -129,8 +134,11 @@ class InvalidQuery(ControlError, ValueError):
 
 
 class UnknownName(ControlError, LookupError):
-    """No such instance, location, method or event. ``known`` lists those that exist, and ``more``
-    is to be said after them."""
+    """No such instance, location, method or event.
+
+    ``kind`` and ``name`` say what is unknown. ``known`` lists the names that exist. ``more`` is
+    appended to the hint.
+    """
 
     def __init__(self, kind: str, name: str, known: list[str], more: str = "") -> None:
         listed = ", ".join(known) if known else "none"
@@ -149,4 +157,4 @@ class DeadlineExceeded(ControlError, TimeoutError):
 
 
 class OperationFailed(ControlError):
-    """The cache process tried to carry the operation out and could not."""
+    """The cache process could not carry out the operation."""

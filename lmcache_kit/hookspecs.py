@@ -1,9 +1,9 @@
-"""The hook specs, all of them.
+"""All hook specifications.
 
 A plugin is a distribution with an entry point in the group ``lmcache_kit.v1``. The entry point
 names a light module (no torch, no aiohttp, no pydantic) that implements some of these hooks with
-:data:`hookimpl`. Hooks run when something is composed, never on a hot path, and return
-declarations: nothing is built in a hook.
+:data:`hookimpl`. Hooks run at composition, never on a hot path. They return declarations and build
+nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-# What a plugin offers. Called once, when plugins are listed or composed.
+# Declarations. Called once, when plugins are listed or composed.
 
 
 @hookspec
@@ -54,25 +54,25 @@ def register_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
     """Return the subcommands of ``lmcache-kit`` that this plugin offers."""
 
 
-# What a plugin may take part in.
+# Events and policies.
 
 
 @hookspec(firstresult=True)
 def make_eviction_policy(name: str) -> EvictionPolicy | None:
-    """Return a new eviction policy for ``cache_policy: <name>``, or None if it is not yours.
+    """Return a new eviction policy for ``cache_policy: <name>``, or None for an unknown name.
 
-    Called once per location when a cache opens. The kit's own LRU, FIFO and LFU are asked last.
+    Called once per location when a cache opens. The kit's own LRU, FIFO and LFU come last.
     """
 
 
 @hookspec
 def cache_opened(info: CacheInfo) -> None:
-    """Notice that a cache has opened; called in its process, before its first client."""
+    """React to the opening of a cache. Called in the cache process, before its first client."""
 
 
 @hookspec
 def cache_closing(info: CacheInfo) -> None:
-    """Notice that a cache is about to close; called in its process, after its last client."""
+    """React to the end of a cache. Called in the cache process, after its last client."""
 
 
 @hookspec

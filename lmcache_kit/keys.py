@@ -1,11 +1,11 @@
-"""Names of KV: the namespace that makes it compatible, and the chain of chunk keys.
+"""Namespaces and chunk keys.
 
 ``namespace = BLAKE3(canonical encoding of the descriptor)``, 32 bytes.
 ``key_i = BLAKE3(namespace || key_{i-1} || tokens_i as little-endian u32)``, the first 16 bytes.
 The parent of a first chunk is ``namespace[:16]``, its *root*.
 
-Keys depend on nothing else: not on PYTHONHASHSEED, the Python version, the machine or on which
-packages are installed. The golden vectors in the tests hold them in place.
+Keys depend on nothing else: not on PYTHONHASHSEED, the Python version, the machine or the installed
+packages. Golden vectors in the tests pin them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from blake3 import blake3
 from lmcache_kit.layout import KVLayout
 
 ChunkKey: TypeAlias = bytes
-"""16 bytes."""
+"""Key of a chunk: 16 bytes."""
 
 KEY_BYTES = 16
 TOKEN_BYTES = 4
@@ -31,11 +31,11 @@ _DOMAIN = b"lmcache-kit/namespace/1"
 
 
 class Namespace(msgspec.Struct, frozen=True):
-    """What makes KV compatible: two caches with equal namespaces may exchange chunks.
+    """All that KV depends on; caches with equal namespaces may exchange chunks.
 
     ``layout`` is that of the whole model, over all ranks. ``lora``, ``cache_salt`` and ``tags``
-    are empty in the *base* namespace that an instance registers, and set by :meth:`variant` for
-    the requests that carry them.
+    are empty in the *base* namespace that an instance registers. :meth:`variant` sets them for
+    requests that carry them.
     """
 
     model: str
@@ -49,18 +49,18 @@ class Namespace(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> bytes:
-        """32 bytes that stand for this namespace on every wire."""
+        """Name of this namespace in every protocol: 32 bytes."""
         return _digest(self)
 
     @property
     def root(self) -> ChunkKey:
-        """The parent of every first chunk."""
+        """Parent key of every first chunk."""
         return _digest(self)[:KEY_BYTES]
 
     def variant(
         self, *, lora: str = "", cache_salt: str = "", tags: tuple[tuple[str, str], ...] = ()
     ) -> Namespace:
-        """The namespace of requests with this LoRA, salt and tags; itself when all are empty."""
+        """Return the namespace of requests with this LoRA, salt and tags; self if all are empty."""
         if not (lora or cache_salt or tags):
             return self
         return msgspec.structs.replace(
@@ -69,7 +69,7 @@ class Namespace(msgspec.Struct, frozen=True):
 
 
 class Chunk(NamedTuple):
-    """A slice ``[start, end)`` of a token sequence, with its key and its parent's."""
+    """Tokens ``[start, end)`` of a sequence, with their key and the key of their parent."""
 
     start: int
     end: int
@@ -78,7 +78,7 @@ class Chunk(NamedTuple):
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:
-    """Tokens as little-endian u32, 4 bytes each.
+    """Pack tokens as little-endian u32, 4 bytes each.
 
     Raises OverflowError for a token outside ``[0, 2**32)`` and TypeError for one that is no int.
     """
@@ -89,16 +89,16 @@ def pack_tokens(tokens: Sequence[int]) -> bytes:
 
 
 def chunk_key(namespace: bytes, parent: ChunkKey, tokens: bytes) -> ChunkKey:
-    """Key of one chunk; ``namespace`` is a digest, ``tokens`` are packed."""
+    """Return the key of one chunk; ``namespace`` is a digest, ``tokens`` are packed."""
     return blake3(namespace + parent + tokens).digest(KEY_BYTES)
 
 
 def chain(
     namespace: bytes, tokens: bytes, chunk_size: int, *, start: int = 0, parent: ChunkKey = b""
 ) -> Iterator[Chunk]:
-    """Keys of all chunks of packed ``tokens``, in order; the last one may be partial.
+    """Yield the chunks of packed ``tokens`` in order; the last one may be partial.
 
-    ``start`` (a multiple of ``chunk_size``) and ``parent`` continue a chain that was cut short.
+    ``start`` (a multiple of ``chunk_size``) and ``parent`` continue an existing chain.
     """
     parent = parent or namespace[:KEY_BYTES]
     total = len(tokens) // TOKEN_BYTES

@@ -1,4 +1,4 @@
-"""The shape of one token's KV, and what a chunk of it weighs."""
+"""Shape and size of a token's KV."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DTYPE_BYTES = {
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """What one rank stores for a token.
+    """Layout of the KV of one token, as one rank stores it.
 
-    The payload of a raw chunk is contiguous and layer-major: ``[layers, 2, tokens, kv_heads,
-    head_dim]`` for kind ``"kv"`` and ``[layers, 1, tokens, head_dim]`` for kind ``"mla"``
-    (``head_dim`` is then the latent width and ``kv_heads`` is 1), in ``dtype``, little-endian.
+    The payload of a raw chunk is contiguous and layer-major, in ``dtype``, little-endian. Its shape
+    is ``[layers, 2, tokens, kv_heads, head_dim]`` for kind ``"kv"``, and ``[layers, 1, tokens,
+    head_dim]`` for kind ``"mla"``, where ``head_dim`` is the latent width and ``kv_heads`` is 1.
     """
 
     dtype: str
@@ -36,5 +36,5 @@ class KVLayout(msgspec.Struct, frozen=True):
         return self.layers * sides * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     def payload_bytes(self, tokens: int) -> int:
-        """Bytes of a raw chunk of ``tokens`` tokens."""
+        """Return the bytes of a raw chunk of ``tokens`` tokens."""
         return tokens * self.token_bytes

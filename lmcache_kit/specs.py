@@ -1,25 +1,67 @@
-"""Declarations: what a plugin says about what it offers, before any of it is imported.
+"""Declare what a plugin offers, before any of it is imported.
 
-A hook returns these; nothing is built in a hook. ``target`` is a dotted path ``module:attribute``
-that is imported only when the configuration asks for the name.
+A hook returns these declarations; nothing is built in a hook. ``target``, ``config`` and ``probe``
+are dotted paths ``module:attribute``, imported only when the configuration asks for the name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 Kind: TypeAlias = Literal["backend", "codec", "transport", "frontend", "command"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
-KINDS: tuple[Kind, ...] = ("backend", "codec", "transport", "frontend", "command")
+KeyType: TypeAlias = Literal["text", "number", "folder", "list"]
+"""How the value of a key is read, before the model of the options checks it. ``"folder"``: a path
+or a ``file://`` URL, made absolute, ``~`` expanded. ``"list"``: texts, or one text with commas."""
+
+KEY_TYPES: tuple[KeyType, ...] = get_args(KeyType)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigKey:
+    """A key at the top of a configuration that sets an option of a plugin.
+
+    Every option can be set under ``backend_options``, ``codec_options`` or ``transport_options``.
+    A key is a second spelling of one, such as the one that users of LMCache know.
+
+    ``name``: the key, in lower case. ``option``: field of the ``config`` model that it sets.
+    ``help``: the first sentence says what the key is. ``default``: the value that sets nothing.
+    ``selects``: a value also adds the backend to ``tiers``. ``needs``: another key of the same
+    declaration, without which this one is an error.
+    """
+
+    name: str
+    option: str
+    help: str
+    type: KeyType = "text"
+    default: object = None
+    selects: bool = False
+    needs: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """A metric that a plugin counts. ``labels``: names of its labels. ``unit``: as Prometheus
+    writes units, such as ``bytes`` or ``seconds``; empty for a plain count."""
+
+    name: str
+    help: str
+    unit: str = ""
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """``name``: what configurations and requests call it. ``target``: ``module:attribute`` of the
-    class or factory. ``config``: ``module:attribute`` of a pydantic model for its options, or
-    empty. ``capabilities``: names of the optional powers it claims. ``probe``: ``module:attribute``
-    of a function that returns an empty string, or the reason why it cannot work on this machine.
+    """``name``: the name in configurations and requests. ``target``: ``module:attribute`` of the
+    class or factory. ``config``: ``module:attribute`` of a pydantic model of its options, or empty.
+    ``capabilities``: names of the optional protocols that it supports. ``probe``:
+    ``module:attribute`` of a function that returns an empty string, or the reason why the target
+    cannot work on this machine. ``keys``: keys of the configuration that set its options.
+    ``inherits``: keys of the kit whose values become options as soon as one of ``keys`` is given.
+    ``metrics``: the metrics that it counts.
     """
 
     name: str
@@ -28,6 +70,9 @@ class _Spec:
     config: str = ""
     capabilities: frozenset[str] = field(default_factory=frozenset)
     probe: str = ""
+    keys: tuple[ConfigKey, ...] = ()
+    inherits: Mapping[str, str] = field(default_factory=dict, hash=False)
+    metrics: tuple[MetricSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +80,8 @@ class BackendSpec(_Spec):
     """A storage backend; ``name`` is the location that control operations address.
 
     ``target`` is a :class:`~lmcache_kit.interfaces.Backend` class, or, with the capability
-    ``"memory"``, a :class:`~lmcache_kit.interfaces.MemoryBackend` class.
+    ``"memory"``, a :class:`~lmcache_kit.interfaces.MemoryBackend` class, which ``memory_backend``
+    may name.
     """
 
 
@@ -49,14 +95,15 @@ class TransportSpec(_Spec):
     """A transport between cache processes; ``name`` is a value of ``transfer_channel``.
 
     ``target`` is a :class:`~lmcache_kit.interfaces.Transport` class. ``transfer_channel: auto``
-    tries those with the capability ``"one-sided"`` first: they read a peer's memory without its
-    help.
+    tries transports with the capability ``"one-sided"`` first: they read the memory of a peer
+    without its help. One with the capability ``"any-network"`` works wherever two processes reach
+    each other by TCP, and serves where the named transport cannot.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class FrontendSpec(_Spec):
-    """A way into the controller, such as ``http``."""
+    """A server in the controller that users and programs talk to, such as REST over HTTP."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""The configuration: three sources, the origin of every value, and messages that name the line."""
+"""The configuration: three sources, origins of values, keys of plugins, messages with a line."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -12,9 +13,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lmcache_kit.config import KitConfig, Loaded, load_config
+from lmcache_kit.config.load import declarations
+from lmcache_kit.config.model import KEYS
 from lmcache_kit.errors import ConfigError
+from lmcache_kit.plugins import Plugins
+from lmcache_kit.plugins.first_party import FirstParty
+from lmcache_kit.service.service import settings_digest
+from tools.docs.keys import keys_table
+
+if TYPE_CHECKING:
+    from tests.support.sites import FakeSite
 
 ROOT = Path(__file__).parent.parent
+OF_OURS = ("local_disk", "max_local_disk_size", "remote_url", "nixl_backends")
 
 WALK_THROUGH = """\
 chunk_size: 256
@@ -54,7 +65,7 @@ def test_nothing_given_means_the_defaults() -> None:
     loaded = load_config(environ={})
     assert loaded.config == KitConfig()
     assert set(loaded.origins.values()) == {"default"}
-    assert loaded.origins.keys() == KitConfig.model_fields.keys()
+    assert loaded.origins.keys() == KEYS.keys()
     assert loaded.warnings == []
 
 
@@ -165,7 +176,7 @@ def test_gibibytes_become_bytes() -> None:
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        KitConfig().chunk_size = 1  # type: ignore[misc]
+        KitConfig().chunk_size = 1
 
 
 @given(
@@ -220,7 +231,6 @@ def test_one_key_file_without_the_other_is_an_error(key: str) -> None:
         ("lmcache_worker_ports: [1, x]", r"lmcache_worker_ports: \[1, 'x'\] \(FILE:2\): .*integer"),
         ("lmcache_instance_id: ''", r"lmcache_instance_id: '' \(FILE:2\): .*at least 1"),
         ('lmcache_instance_id: "a\\nb"', r"lmcache_instance_id: 'a\\nb' \(FILE:2\): .*pattern"),
-        ("local_cpu: false", r"local_cpu: false leaves no place for KV"),
         ("enable_controller: true", r"enable_controller needs controller_url"),
         ("save_decode_cache: [", r"FILE:3: not YAML"),
         ("  chunk_size: 1", r"FILE:2: not YAML \(column 1?\d\): mapping values are not allowed"),
@@ -265,15 +275,64 @@ def test_tiers_stand_in_their_order_with_their_options(file: Path) -> None:
     assert config.locations == ("LocalCPUBackend", *config.lower_tiers)
 
 
+def test_a_tier_that_tiers_names_has_the_options_that_its_keys_set(file: Path) -> None:
+    text = "tiers: [LocalDiskBackend, Mine]\nlocal_disk: /kv\nmax_local_disk_size: 3\n"
+    config = from_text(file, text).config
+    assert list(config.lower_tiers) == ["LocalDiskBackend", "Mine"]
+    assert config.lower_tiers["LocalDiskBackend"]["path"] == "/kv"
+
+
+def test_options_win_over_the_keys_of_the_same_plugin(file: Path) -> None:
+    text = """
+        local_disk: /kv
+        max_local_disk_size: 3
+        backend_options: '{"LocalDiskBackend": {"max_size_gib": 7}}'
+    """
+    config = from_text(file, textwrap.dedent(text)).config
+    assert config.lower_tiers["LocalDiskBackend"]["max_size_gib"] == 7
+
+
+def test_a_key_of_a_transport_becomes_its_option() -> None:
+    config = from_environ(LMCACHE_NIXL_BACKENDS="UCX, GDS").config
+    assert config.transport_options == {"nixl": {"backends": ["UCX", "GDS"]}}
+
+
+def test_what_a_key_of_a_plugin_sets_has_the_origin_of_that_key(file: Path) -> None:
+    loaded = from_text(file, "chunk_size: 1\nremote_url: redis://cache:6379\n")
+    assert loaded.plugin_values == {"remote_url": "redis://cache:6379"}
+    where = {key for key, origin in loaded.origins.items() if origin == f"{file}:2"}
+    assert where == {"remote_url", "tiers", "backend_options"}
+
+
+def test_a_folder_is_found_from_any_working_directory() -> None:
+    options = from_extra(local_disk="kv", max_local_disk_size=1).config.lower_tiers
+    assert options["LocalDiskBackend"]["path"] == str(Path.cwd() / "kv")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("tiers: [A, A]", "names a backend twice"),
         ("tiers: A, LocalCPUBackend", "LocalCPUBackend is none of them"),
-        ("local_disk: /kv", "needs max_local_disk_size"),
+        ("memory_backend: Mine\ntiers: Mine", "Mine is none of them"),
+        ("local_cpu: false", "local_cpu: false leaves no place for KV"),
+        ("local_disk: /kv", r"local_disk \(.*:1\) needs max_local_disk_size: GiB of files"),
+        (
+            "local_disk: /kv\nmax_local_disk_size: -1",
+            r"max_local_disk_size: -1 \(.*:2\): .*greater",
+        ),
+        (
+            "local_disk: /kv\nmax_local_disk_size: many",
+            r"size: 'many' \(.*:2\): a number is expected",
+        ),
+        ("local_disk: ~nobody-has-this-name/kv", "Could not determine home directory"),
+        ("nixl_backends: 5", r"nixl_backends: 5 \(.*:1\): .*valid tuple"),
         ("local_disk: true", "a folder is expected"),
         ("backend_options: {B: {}}", "has 'B', which tiers does not name"),
-        ("remote_url: cache:6379", "begins with one of redis"),
+        (
+            "remote_url: cache:6379",
+            r"remote_url: .cache:6379. \(.*:1\): .*begins with one of redis",
+        ),
         ("tiers: [a, b, c, d, e, f, g, h]", "there may be 7 tiers"),
     ],
 )
@@ -282,7 +341,10 @@ def test_tiers_that_cannot_be_are_refused(file: Path, text: str, message: str) -
         from_text(file, text)
 
 
-@pytest.mark.parametrize("text", ["local_disk: false", "local_disk: null", "tiers: []"])
+@pytest.mark.parametrize(
+    "text",
+    ["local_disk: false", "local_disk: null", "max_local_disk_size: 5", "remote_url:", "tiers: []"],
+)
 def test_no_tier_is_none(file: Path, text: str) -> None:
     assert from_text(file, text).config.lower_tiers == {}
 
@@ -300,8 +362,8 @@ def test_a_file_without_end_is_refused(file: Path) -> None:
 
 
 def test_several_mistakes_are_all_named(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"chunk_size: 0 .*; cache_linger_s: -1 "):
-        from_text(file, "chunk_size: 0\ncache_linger_s: -1\n")
+    with pytest.raises(ConfigError, match=r"chunk_size: 0 .*; cache_linger_s: -1 .*; remote_url: "):
+        from_text(file, "remote_url: x\nchunk_size: 0\ncache_linger_s: -1\n")
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n"])
@@ -398,22 +460,121 @@ def test_an_unknown_extra_key_is_an_error() -> None:
         from_extra(chunk_sizes=1)
 
 
+# Memory by name.
+
+
+def test_the_first_tier_may_be_another_backend_that_has_options(file: Path) -> None:
+    text = "memory_backend: Mine\nlocal_cpu: false\nbackend_options: {Mine: {a: 1}}\n"
+    config = from_text(file, text).config
+    assert config.locations == ("Mine",)
+    assert config.backend_options == {"Mine": {"a": 1}}
+
+
+# Keys that plugins declare.
+
+ACME = """
+@hookimpl
+def register_backends():
+    keys = ({keys})
+    return [BackendSpec("{name}", "{name}:a", "", config="acme_options:Options", keys=keys)]
+"""
+OPTIONS = """
+from pydantic import BaseModel, Field
+class Options(BaseModel, extra="forbid"):
+    shelves: int = Field(default=1, ge=1)
+"""
+SHELVES = 'ConfigKey("acme_shelves", option="shelves", help="Shelves", type="number", selects=True)'
+
+
+def test_a_plugin_brings_a_key_of_its_own(site: FakeSite) -> None:
+    site.install("acme-shelf", ACME.format(name="Shelf", keys=f"{SHELVES},"))
+    site.module("acme_options", OPTIONS)
+    assert from_environ(LMCACHE_ACME_SHELVES="3").config.lower_tiers == {"Shelf": {"shelves": 3.0}}
+    with pytest.raises(ConfigError, match=r"acme_shelves: '0' \(LMCACHE_ACME_SHELVES\): .*greater"):
+        from_environ(LMCACHE_ACME_SHELVES="0")
+    with pytest.raises(ConfigError, match="Did you mean 'acme_shelves'"):
+        from_extra(acme_shelfs=1)
+    (found,) = (each for each in declarations(Plugins.load()) if each.name == "acme_shelves")
+    assert (found.help, found.plugin) == ("Shelves.", "Shelf")
+
+
+def test_a_key_that_two_plugins_declare_can_be_used_from_neither(site: FakeSite) -> None:
+    site.install("acme-one", ACME.format(name="One", keys=f"{SHELVES},"))
+    site.install("acme-two", ACME.format(name="Two", keys=f"{SHELVES},"))
+    with pytest.raises(ConfigError, match=r"acme_shelves \(.*\) is a key of acme-one and acme-two"):
+        from_extra(acme_shelves=1)
+
+
+def test_a_plugin_cannot_take_a_key_of_the_kit(site: FakeSite) -> None:
+    keys = SHELVES.replace("acme_shelves", "chunk_size")
+    site.install("acme-shelf", ACME.format(name="Shelf", keys=f"{keys},"))
+    assert from_extra(chunk_size=3).config.chunk_size == 3
+    assert len(declarations(Plugins.load())) == len({*KEYS, *OF_OURS})
+
+
+def test_a_key_whose_plugin_is_not_installed_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = (FirstParty("backend", "Acme", "lmcache-kit-acme", keys=("acme_folder",)),)
+    monkeypatch.setattr("lmcache_kit.plugins.first_party.FIRST_PARTY", ours)
+    with pytest.raises(ConfigError) as caught:
+        from_extra(acme_folder="/kv")
+    assert str(caught.value) == (
+        "acme_folder (kv_connector_extra_config) sets backend Acme: "
+        "no backend 'Acme' is installed. pip install lmcache-kit-acme"
+    )
+    assert from_extra(acme_folder=False).warnings == []
+
+
+def test_a_key_whose_plugin_is_blocked_says_so() -> None:
+    environ = {"LMCACHE_KIT_PLUGINS": "-valkey_backend", "LMCACHE_REMOTE_URL": "redis://h:1"}
+    with pytest.raises(ConfigError, match=r"remote_url .*LMCACHE_REMOTE_URL.* keeps out"):
+        load_config(environ=environ)
+
+
+def test_no_plugin_is_loaded_for_keys_of_the_kit(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plugins, "load", lambda **_: pytest.fail("it loads plugins"))
+    assert from_text(file, WALK_THROUGH).warnings == []
+
+
+# Scopes.
+
+
+def test_keys_that_the_cache_process_reads_tell_two_of_them_apart() -> None:
+    digest = settings_digest(KitConfig())
+    for other in (
+        KitConfig(cache_policy="LFU"),
+        KitConfig(memory_backend="Mine"),
+        KitConfig(tiers=("Mine",)),
+        KitConfig(tiers=("Mine",), backend_options={"Mine": {"a": 1}}),
+        from_extra(nixl_backends="GDS").config,
+        from_extra(remote_url="redis://h:1").config,
+    ):
+        assert settings_digest(other) != digest
+    for same in (
+        KitConfig(chunk_size=3),
+        KitConfig(save_decode_cache=True),
+        KitConfig(distributed_url="x:1"),
+        KitConfig(cache_process="attach"),
+    ):
+        assert settings_digest(same) == digest
+
+
 # Documentation.
 
 
-def test_the_documentation_has_every_key_with_its_default() -> None:
+def test_every_key_is_declared_with_help_that_begins_with_a_sentence() -> None:
+    for each in declarations(Plugins.load()):
+        assert each.help.endswith("."), each.name
+        assert 0 < len(each.summary) < 100, each.name
+        assert each.name == each.name.lower()
+
+
+def test_the_documentation_has_every_key_as_it_is_declared() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", text, flags=re.MULTILINE))
-    values = KitConfig().model_dump(mode="json")
-    shown = {
-        key: "null"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-        for key, value in values.items()
-    }
-    assert rows == shown
+    assert keys_table() in text, "run: python -m tools.docs.keys"
 
 
 def test_the_documentation_has_every_variable_of_the_kit() -> None:

@@ -13,7 +13,8 @@ import pytest
 from lmcache_kit import __version__
 from lmcache_kit.errors import ConfigError, DuplicateName, PluginBroken, PluginNotFound
 from lmcache_kit.interfaces import CacheInfo
-from lmcache_kit.plugins import BUILTIN_POLICIES, FIRST_PARTY, Failure, Plugins
+from lmcache_kit.plugins import BUILTIN_POLICIES, Failure, Plugins
+from lmcache_kit.plugins.first_party import FIRST_PARTY, FirstParty
 
 if TYPE_CHECKING:
     from tests.support.sites import FakeSite
@@ -125,7 +126,7 @@ def test_a_plugin_with_one_wrong_hook_leaves_none_of_its_others_behind(site: Fak
     plugins = load()
     assert names(plugins) == []
     assert plugins.specs("backend") == []
-    assert plugins.headers() == []
+    assert plugins.report_headers() == []
     assert plugins.failures[0].stage == "hooks"
     assert "nonsense" in plugins.failures[0].error
 
@@ -387,7 +388,7 @@ def test_every_plugin_hears_of_a_cache_even_if_one_raises(site: FakeSite) -> Non
 def test_headers_are_one_line_per_plugin_that_has_one(site: FakeSite) -> None:
     site.install("acme-a", "@hookimpl\ndef report_header(): return 'shelves: 3'")
     site.install("acme-b", "@hookimpl\ndef report_header(): return None")
-    assert load().headers() == ["shelves: 3"]
+    assert load().report_headers() == ["shelves: 3"]
 
 
 # Selection.
@@ -423,8 +424,8 @@ def test_an_allowed_plugin_that_is_not_installed_is_reported(site: FakeSite) -> 
 @pytest.fixture
 def acme_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the codec ``acme`` were in a distribution of this repository."""
-    ours = {("codec", "acme"): "lmcache-kit-acme"}
-    monkeypatch.setattr("lmcache_kit.plugins.registry.FIRST_PARTY", ours)
+    ours = (FirstParty("codec", "acme", "lmcache-kit-acme", keys=("acme_level",)),)
+    monkeypatch.setattr("lmcache_kit.plugins.first_party.FIRST_PARTY", ours)
 
 
 @pytest.mark.usefixtures("acme_is_ours")
@@ -537,4 +538,4 @@ def test_what_is_no_policy_is_a_failure(site: FakeSite) -> None:
 
 
 def test_our_distributions_are_named_by_one_rule() -> None:
-    assert all(name.startswith("lmcache-kit-") for name in FIRST_PARTY.values())
+    assert all(each.distribution.startswith("lmcache-kit-") for each in FIRST_PARTY)

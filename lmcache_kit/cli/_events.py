@@ -100,7 +100,7 @@ def told(event: Event) -> str:
 
 
 def came(transfer: Transfer | None, *, with_how: bool = False) -> str:
-    """``270.0 KiB by nixl (CMA on one host), 1.2 GB/s``; empty before anything has come."""
+    """``270.0 KiB by NIXL (CMA on one host), 1.2 GB/s``; empty before anything has come."""
     if transfer is None or not transfer.bytes:
         return ""
     how = f" ({transfer.how})" if with_how and transfer.how else ""

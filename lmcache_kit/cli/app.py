@@ -1,4 +1,4 @@
-"""The command ``lmcache-kit``: its own subcommands, and those that plugins offer."""
+"""The command ``lmcache-kit``: built-in subcommands, and those of plugins."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Any, NamedTuple
 import click
 
 from lmcache_kit import __version__
-from lmcache_kit.cli.output import quiet_plugins
+from lmcache_kit.cli.output import load_plugins
 from lmcache_kit.errors import KitError
 from lmcache_kit.specs import Spec
 
 
-class Own(NamedTuple):
-    """A subcommand of ours: where it lies and what it does, in a line."""
+class Builtin(NamedTuple):
+    """A built-in subcommand: its dotted target, and its help in one line."""
 
     target: str
     summary: str
 
 
-OWN: Mapping[str, Own] = {
-    "cache-server": Own("lmcache_kit.cli.cache_server:cache_server", "Run a cache process."),
-    "clear": Own("lmcache_kit.cli.operations:clear", "Forget stored KV."),
-    "compress": Own("lmcache_kit.cli.operations:compress", "Encode stored KV with a codec."),
-    "controller": Own("lmcache_kit.cli.controller:controller", "Run the controller."),
-    "decompress": Own("lmcache_kit.cli.operations:decompress", "Decode stored KV again."),
-    "doctor": Own("lmcache_kit.cli.doctor:doctor", "Say what works on this machine."),
-    "events": Own("lmcache_kit.cli.events:events", "Follow operations, or stop one."),
-    "keys": Own("lmcache_kit.cli.keys:keys", "Make keys for the monitor port."),
-    "lookup": Own("lmcache_kit.cli.lookup:lookup", "Ask the controller who holds some tokens."),
-    "move": Own("lmcache_kit.cli.move:move", "Bring stored KV to another instance."),
-    "new-plugin": Own("lmcache_kit.cli.new_plugin:new_plugin", "Make a plugin to start from."),
-    "pin": Own("lmcache_kit.cli.operations:pin", "Keep stored KV from being evicted."),
-    "pins": Own("lmcache_kit.cli.events:pins", "List pins."),
-    "plugins": Own("lmcache_kit.cli.plugins:plugins", "List the plugins that are installed."),
-    "show-config": Own(
+BUILTINS: Mapping[str, Builtin] = {
+    "cache-server": Builtin("lmcache_kit.cli.cache_server:cache_server", "Run a cache process."),
+    "clear": Builtin("lmcache_kit.cli.operations:clear", "Remove stored KV."),
+    "compress": Builtin("lmcache_kit.cli.operations:compress", "Encode stored KV with a codec."),
+    "controller": Builtin("lmcache_kit.cli.controller:controller", "Run the controller."),
+    "decompress": Builtin("lmcache_kit.cli.operations:decompress", "Decode stored KV again."),
+    "doctor": Builtin("lmcache_kit.cli.doctor:doctor", "Check what works on this machine."),
+    "events": Builtin("lmcache_kit.cli.events:events", "Follow operations, or stop one."),
+    "keys": Builtin("lmcache_kit.cli.keys:keys", "Make keys for the monitor port."),
+    "lookup": Builtin("lmcache_kit.cli.lookup:lookup", "Look up which instances hold tokens."),
+    "move": Builtin("lmcache_kit.cli.move:move", "Move stored KV to another instance."),
+    "new-plugin": Builtin("lmcache_kit.cli.new_plugin:new_plugin", "Generate a new plugin."),
+    "pin": Builtin("lmcache_kit.cli.operations:pin", "Keep stored KV from being evicted."),
+    "pins": Builtin("lmcache_kit.cli.events:pins", "List pins."),
+    "plugins": Builtin("lmcache_kit.cli.plugins:plugins", "List the plugins that are installed."),
+    "show-config": Builtin(
         "lmcache_kit.cli.show_config:show_config", "Show every key, its value and its origin."
     ),
-    "unpin": Own("lmcache_kit.cli.operations:unpin", "End pins."),
-    "validate": Own("lmcache_kit.cli.validate:validate", "Check a configuration file."),
+    "unpin": Builtin("lmcache_kit.cli.operations:unpin", "End pins."),
+    "validate": Builtin("lmcache_kit.cli.validate:validate", "Check a configuration file."),
 }
 
 
@@ -48,18 +48,18 @@ class App(click.Group):
     """Imports a subcommand when it runs; an error of the kit becomes a message and exit code 1."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*OWN, *_offered()])
+        return sorted([*BUILTINS, *_offered()])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in OWN:
-            return load(OWN[cmd_name].target)
+        if cmd_name in BUILTINS:
+            return load(BUILTINS[cmd_name].target)
         if cmd_name not in _offered():
             return None
-        command: click.Command = quiet_plugins().resolve("command", cmd_name)
+        command: click.Command = load_plugins().resolve("command", cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = {name: own.summary for name, own in OWN.items()}
+        rows = {name: each.summary for name, each in BUILTINS.items()}
         rows |= {name: spec.summary for name, spec in _offered().items()}
         with formatter.section("Commands"):
             formatter.write_dl(sorted(rows.items()))
@@ -80,8 +80,8 @@ def app() -> None:
 
     \b
       lmcache-kit doctor                  # what works on this machine
-      lmcache-kit show-config my.yaml     # what a configuration comes to
-      lmcache-kit controller --port 9000  # who holds which tokens, over REST
+      lmcache-kit show-config my.yaml     # every key, its value and its origin
+      lmcache-kit controller --port 9000  # which instance holds which tokens, over REST
     """
 
 
@@ -94,7 +94,7 @@ def load(target: str) -> click.Command:
 
 def run_alone(name: str, *, prog_name: str) -> None:
     """Run a subcommand as a program of its own."""
-    command = load(OWN[name].target)
+    command = load(BUILTINS[name].target)
     try:
         command(prog_name=prog_name)
     except KitError as error:
@@ -103,6 +103,6 @@ def run_alone(name: str, *, prog_name: str) -> None:
 
 
 def _offered() -> dict[str, Spec]:
-    """Subcommands of plugins; none of them can take one of our names."""
-    offers = quiet_plugins().specs("command")
-    return {offer.spec.name: offer.spec for offer in offers if offer.spec.name not in OWN}
+    """Return the subcommands of plugins. None can take the name of a built-in one."""
+    offers = load_plugins().specs("command")
+    return {offer.spec.name: offer.spec for offer in offers if offer.spec.name not in BUILTINS}

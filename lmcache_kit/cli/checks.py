@@ -1,4 +1,4 @@
-"""What ``lmcache-kit doctor`` looks at; nothing here imports vllm or torch."""
+"""The checks of ``lmcache-kit doctor``. None imports vllm or torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from lmcache_kit.errors import ConfigError, KitError
 from lmcache_kit.peer.probe import ProbeResult, probe
 from lmcache_kit.peer.selection import AUTO, candidates
 from lmcache_kit.plugins import Plugins
+from lmcache_kit.plugins.first_party import DEFAULT_FRONTEND, install_command
 from lmcache_kit.process.paths import secure_directory, socket_path
-from lmcache_kit.service.build import backend_of
+from lmcache_kit.service.build import backend_factory, memory_factory
 from lmcache_kit.service.codecs import Codecs
 from lmcache_kit.specs import TransportSpec
 from lmcache_kit.vllm.plugin import TAKE_OVER, serves_lmcache_name
@@ -39,7 +40,7 @@ _CGROUP_LIMITS = (
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ``fail``: the cache does not work; ``warn``: something beside it does not."""
+    """A finding. ``fail``: the cache does not work; ``warn``: something around it does not."""
 
     state: Literal["ok", "warn", "fail"]
     name: str
@@ -52,13 +53,13 @@ class Check:
 
 
 def kit() -> Iterator[Check]:
-    """This program and its interpreter."""
+    """Show the version of this program and its interpreter."""
     where = f"Python {platform.python_version()} at {sys.executable}"
     yield Check("ok", "lmcache-kit", f"{__version__} on {where}")
 
 
 def configuration(loaded: Loaded) -> Iterator[Check]:
-    """Where the values come from, and what has no effect."""
+    """Show the origins of values, and keys without effect."""
     given = {origin for origin in loaded.origins.values() if origin != "default"}
     files = {origin.rpartition(":")[0] for origin in given if ":" in origin}
     variables = {origin for origin in given if ":" not in origin}
@@ -68,26 +69,27 @@ def configuration(loaded: Loaded) -> Iterator[Check]:
 
 
 def tiers(found: Plugins, config: KitConfig) -> Iterator[Check]:
-    """Each tier below memory; those that are shared are opened, too."""
+    """Check each tier below memory; open those that are shared."""
     for name, options in config.lower_tiers.items():
         try:
-            make = backend_of(found, name, options)
-            how = "installed"
+            make = backend_factory(found, name, options)
+            detail = "installed"
             if getattr(found.resolve("backend", name), "shared", False):
                 with closing(make()) as backend:
-                    how = f"answers, {backend.usage().entries} chunks lie there"
-            yield Check("ok", f"tier {name}", how)
+                    detail = f"answers, holds {backend.usage().entries} chunks"
+            yield Check("ok", f"tier {name}", detail)
         except KitError as error:
             yield Check.failed(f"tier {name}", error)
 
 
 def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
-    """What the configuration asks for, then whatever else is installed."""
+    """Check what the configuration names, then all else that is installed."""
+    name = f"backend {config.memory_backend}"
     try:
-        found.resolve("backend", config.location)
-        yield Check("ok", f"backend {config.location}", "installed")
+        memory_factory(config, found)
+        yield Check("ok", name, "installed")
     except KitError as error:
-        yield Check.failed(f"backend {config.location}", error)
+        yield Check.failed(name, error)
     yield from tiers(found, config)
     try:
         found.eviction_policy(config.cache_policy)
@@ -100,12 +102,13 @@ def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
             yield Check("ok", f"store_codec {config.store_codec}", "installed")
         except KitError as error:
             yield Check.failed(f"store_codec {config.store_codec}", error)
+    name = f"frontend {DEFAULT_FRONTEND}"
     try:
-        found.resolve("frontend", "http")
-        yield Check("ok", "frontend http", "installed")
+        found.resolve("frontend", DEFAULT_FRONTEND)
+        yield Check("ok", name, "installed")
     except KitError as error:
-        yield Check("warn", "frontend http", f"{error.message}; no controller here", error.hint)
-    for line in found.headers():
+        yield Check("warn", name, f"{error.message}; no controller here", error.hint)
+    for line in found.report_headers():
         yield Check("ok", "plugin", line)
     for failure in found.failures:
         remedy = "Repair or uninstall it, or block it with LMCACHE_KIT_PLUGINS"
@@ -113,7 +116,7 @@ def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
 
 
 def shared_memory() -> Iterator[Check]:
-    """The memory that the cache process and vLLM share."""
+    """Check that memory can be shared between the cache process and vLLM."""
     try:
         fd = os.memfd_create("lmcache-kit-doctor")
         try:
@@ -127,7 +130,7 @@ def shared_memory() -> Iterator[Check]:
 
 
 def memory(config: KitConfig) -> Iterator[Check]:
-    """``max_local_cpu_size`` against what the machine, or its container, has."""
+    """Compare ``max_local_cpu_size`` with the memory of the machine or its container."""
     total, available = machine_memory()
     asked = f"max_local_cpu_size is {config.max_local_cpu_size:g} GiB"
     remedy = "Set max_local_cpu_size to less"
@@ -142,7 +145,7 @@ def memory(config: KitConfig) -> Iterator[Check]:
 
 
 def machine_memory() -> tuple[int, int]:
-    """Bytes of memory in all and available, within the limit of this container."""
+    """Return total and available bytes of memory, within the limit of this container."""
     fields = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
     )
@@ -159,7 +162,7 @@ def machine_memory() -> tuple[int, int]:
 
 
 def runtime_directory(config: KitConfig) -> Iterator[Check]:
-    """Where the cache process listens, and whether one does."""
+    """Check the folder of the cache process's socket, and whether one listens."""
     try:
         path = socket_path(config)
         secure_directory(path.parent)
@@ -179,7 +182,7 @@ def runtime_directory(config: KitConfig) -> Iterator[Check]:
 
 
 def vllm() -> Iterator[Check]:
-    """The vLLM and torch beside us, by their metadata."""
+    """Check the installed vLLM and torch, by their metadata."""
     torch = version("torch")
     yield Check("ok", "torch", torch or "not installed; only vLLM needs it")
     for name in ("torchvision", "torchaudio"):
@@ -207,7 +210,7 @@ def vllm() -> Iterator[Check]:
 
 
 def connectors() -> Iterator[Check]:
-    """Which connector names vLLM will know."""
+    """Check which connector names vLLM will know."""
     ours = importlib_metadata.entry_points(group="vllm.general_plugins", name="lmcache_kit")
     allowed = os.environ.get("VLLM_PLUGINS")
     if not ours:
@@ -228,14 +231,14 @@ def connectors() -> Iterator[Check]:
 
 
 def gpu() -> Iterator[Check]:
-    """Whether the driver shows a GPU."""
+    """Show how many GPUs the driver has."""
     found = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
-    detail = f"{len(found)} NVIDIA" if found else "none; KV goes between vLLM's CPU pages and us"
+    detail = f"{len(found)} NVIDIA" if found else "none; KV is on vLLM's CPU pages"
     yield Check("ok", "GPU", detail)
 
 
 def controller(config: KitConfig) -> Iterator[Check]:
-    """Whether the configured controller can be reached."""
+    """Check that the configured controller can be reached."""
     if not config.enable_controller or not config.controller_url:
         yield Check("ok", "controller", "not configured (enable_controller)")
         return
@@ -252,7 +255,7 @@ def controller(config: KitConfig) -> Iterator[Check]:
 
 
 def peers(found: Plugins, config: KitConfig) -> Iterator[Check]:
-    """What moves of KV from and to other instances would go by."""
+    """Check the transports of moves between instances."""
     if not config.enable_p2p:
         yield Check("ok", "peers", "not configured (enable_p2p)")
         return
@@ -262,14 +265,14 @@ def peers(found: Plugins, config: KitConfig) -> Iterator[Check]:
     channel, usable = config.transfer_channel, []
     for offer in found.specs("transport"):
         name, spec = f"transport {offer.spec.name}", offer.spec
-        result = ProbeResult(why_not=found.trouble(offer))
+        result = ProbeResult(why_not=found.why_unusable(offer))
         if not result.why_not:
             result = probe(spec.name, config)
-        if trouble := result.why_not:
+        if why_not := result.why_not:
             asked = spec.name == channel
             remedy = "Repair it, or set transfer_channel to another" if asked else ""
             state: Literal["ok", "warn"] = "warn" if asked else "ok"
-            yield Check(state, name, f"cannot be used here: {trouble}", remedy)
+            yield Check(state, name, f"cannot be used here: {why_not}", remedy)
         elif isinstance(spec, TransportSpec):
             usable.append(spec)
             yield Check("ok", name, f"works; would reach peers on this host by {result.how}")
@@ -278,20 +281,20 @@ def peers(found: Plugins, config: KitConfig) -> Iterator[Check]:
             found.spec("transport", channel)
         except KitError as error:
             yield Check("warn", f"transport {channel}", error.message, error.hint)
-    yield _ways(channel, candidates(channel, usable))
+    yield _order(channel, candidates(channel, usable))
 
 
-def _ways(channel: str, names: Sequence[str]) -> Check:
+def _order(channel: str, names: Sequence[str]) -> Check:
     detail = f"transfer_channel {channel}"
     if not names:
-        remedy = "pip install lmcache-kit-nixl-transport lmcache-kit-tcp-transport"
-        return Check("warn", "peers", f"{detail}: no transport can be used, so moves fail", remedy)
+        detail = f"{detail}: no transport can be used, so moves fail"
+        return Check("warn", "peers", detail, install_command("transport"))
     then = "".join(f", then {name}" for name in names[1:])
     return Check("ok", "peers", f"{detail}: {names[0]} is tried first{then}")
 
 
 def version(distribution: str) -> str:
-    """The installed version, or an empty string."""
+    """Return the installed version, or an empty string."""
     try:
         return importlib_metadata.version(distribution)
     except importlib_metadata.PackageNotFoundError:

@@ -13,6 +13,7 @@ import click
 from lmcache_kit.cli._listening import ListenError, monitor_ports
 from lmcache_kit.cli._serving import Settings, serve
 from lmcache_kit.errors import ConfigError, KitError
+from lmcache_kit.plugins.first_party import DEFAULT_FRONTEND
 from lmcache_kit.protocol.zmq_auth import ControllerKeys
 
 TOKEN_VARIABLE = "LMCACHE_KIT_TOKEN"  # noqa: S105
@@ -46,7 +47,7 @@ _LEVELS = ["debug", "info", "warning", "error"]
     "--frontend",
     "frontends",
     multiple=True,
-    default=("http",),
+    default=(DEFAULT_FRONTEND,),
     show_default=True,
     metavar="NAME",
     help="Frontend to serve; may be repeated. `lmcache-kit plugins` lists them.",
@@ -56,7 +57,7 @@ _LEVELS = ["debug", "info", "warning", "error"]
     "options",
     multiple=True,
     metavar="NAME.KEY=VALUE",
-    help="An option of one frontend, such as http.max_tokens=4096; may be repeated.",
+    help=f"An option of one frontend, such as {DEFAULT_FRONTEND}.max_tokens=4096; may be repeated.",
 )
 @click.option(
     "--token-file",
@@ -94,10 +95,10 @@ def controller(
     insecure: bool,
     log_level: str,
 ) -> None:
-    """Serve the controller: it knows which instance holds the KV of which tokens.
+    """Run the controller, which knows which instance holds the KV of which tokens.
 
-    Cache processes connect to the monitor port and report what they hold; people and programs
-    ask over REST.
+    Cache processes connect to the monitor port and report the chunks that they hold. Users and
+    programs ask over REST.
 
     \b
     Example:
@@ -124,12 +125,12 @@ def controller(
         )
         asyncio.run(serve(settings))
     except ListenError as error:
-        _give_up(error, status=1)
+        _exit(error, status=1)
     except KitError as error:
-        _give_up(error, status=2)
+        _exit(error, status=2)
 
 
-def _give_up(error: KitError, *, status: int) -> None:
+def _exit(error: KitError, *, status: int) -> None:
     click.echo(f"Error: {error}", err=True)
     raise SystemExit(status)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from lmcache_kit.cli import checks
-from lmcache_kit.cli.output import print_json, print_table, quiet_plugins
+from lmcache_kit.cli.output import load_plugins, print_json, print_table
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.errors import ConfigError
 
@@ -15,10 +15,10 @@ from lmcache_kit.errors import ConfigError
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(as_json: bool) -> None:
-    """Say what works on this machine, what does not, and what to do about it.
+    """Check what works on this machine, with a remedy for what does not.
 
-    Looks at the configuration that LMCACHE_CONFIG_FILE and LMCACHE_* give. The exit code is 1 if
-    something that is needed fails; a warning is about what vLLM does without.
+    The configuration is read from LMCACHE_CONFIG_FILE and LMCACHE_*. The exit code is 1 if
+    something that is needed fails; vLLM serves without what a warning is about.
 
     \b
     Examples:
@@ -36,15 +36,15 @@ def doctor(as_json: bool) -> None:
 
 
 def _all_checks() -> list[checks.Check]:
+    plugins = load_plugins()
     try:
-        loaded = load_config()
+        loaded = load_config(plugins=plugins)
     except ConfigError as error:
         config = KitConfig()
         configured = [checks.Check.failed("configuration", error)]
     else:
         config = loaded.config
         configured = list(checks.configuration(loaded))
-    plugins = quiet_plugins()
     return [
         *checks.kit(),
         *configured,

@@ -8,23 +8,23 @@ import click
 
 from lmcache_kit.cli._tokens import tokens_or_all
 from lmcache_kit.cli.operations import (
-    DEFAULT_LOCATION,
     everything_option,
     order,
     shared,
     wait_option,
 )
+from lmcache_kit.plugins.first_party import DEFAULT_MEMORY_BACKEND
 
 
 @click.command()
 @click.option("--from", "source", required=True, metavar="INSTANCE", help="Where it lies.")
 @click.option("--to", "destination", required=True, metavar="INSTANCE", help="Where it goes.")
 @click.option(
-    "--from-location", metavar="LOCATION", default=DEFAULT_LOCATION, show_default=True,
+    "--from-location", metavar="LOCATION", default=DEFAULT_MEMORY_BACKEND, show_default=True,
     help="Where in the one.",
 )  # fmt: skip
 @click.option(
-    "--to-location", metavar="LOCATION", default=DEFAULT_LOCATION, show_default=True,
+    "--to-location", metavar="LOCATION", default=DEFAULT_MEMORY_BACKEND, show_default=True,
     help="Where in the other.",
 )  # fmt: skip
 @shared
@@ -56,7 +56,7 @@ def move(
       lmcache-kit move 128000 849 21435 --from gpu-1 --to gpu-2 --wait
       lmcache-kit move --file tokens.json --from gpu-1 --to gpu-2 --copy
       lmcache-kit move --all --from gpu-1 --to gpu-2 --deadline 3600
-      lmcache-kit move --all --from gpu-1 --to gpu-1 --to-location LocalDiskBackend
+      lmcache-kit move --all --from gpu-1 --to gpu-1 --to-location LOCATION
     """
     asked = {
         "old_position": [source, from_location],

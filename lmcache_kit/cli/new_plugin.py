@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lmcache_kit.cli.output import quiet_plugins
+from lmcache_kit.cli.output import load_plugins
 from lmcache_kit.scaffold import KINDS, Project, ScaffoldError, check_free, render
 
 
@@ -36,7 +36,7 @@ def new_plugin(kind: str, name: str, into: Path, offer: str, distribution: str) 
       lmcache-kit new-plugin frontend lines --distribution acme-lines
     """
     project = Project.named(kind, name, distribution=distribution, offer=offer)
-    check_free(project, quiet_plugins())
+    check_free(project, load_plugins())
     folder = into / project.distribution
     try:
         made = render(kind, name, folder, distribution=distribution, offer=offer)

@@ -11,10 +11,10 @@ from lmcache_kit.cli._follow import follow
 from lmcache_kit.cli._rest import DEFAULT_URL, post
 from lmcache_kit.cli._tokens import given_tokens, tokens_or_all
 from lmcache_kit.cli.output import print_json
+from lmcache_kit.config.model import DEFAULT_INSTANCE
 from lmcache_kit.errors import ControlError
+from lmcache_kit.plugins.first_party import DEFAULT_CODEC, DEFAULT_MEMORY_BACKEND
 
-DEFAULT_INSTANCE = "lmcache_default_instance"
-DEFAULT_LOCATION = "LocalCPUBackend"
 _ANSWER_S = 40.0
 
 _C = TypeVar("_C", bound=Callable[..., Any])
@@ -33,11 +33,11 @@ _SHARED = (
 )
 _PLACE = (
     click.option("--instance", "instance_id", default=DEFAULT_INSTANCE, show_default=True),
-    click.option("--location", default=DEFAULT_LOCATION, show_default=True),
+    click.option("--location", default=DEFAULT_MEMORY_BACKEND, show_default=True),
 )
 everything_option = click.option("--all", "everything", is_flag=True, help="All at that location.")
 wait_option = click.option("--wait", is_flag=True, help="Show its progress, and wait for its end.")
-_method = click.option("--method", default="cachegen", show_default=True, help="The codec.")
+_method = click.option("--method", default=DEFAULT_CODEC, show_default=True, help="The codec.")
 
 
 def shared(command: _C) -> _C:

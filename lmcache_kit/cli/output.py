@@ -68,7 +68,6 @@ def silenced(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def quiet_plugins() -> Plugins:
-    """All plugins; their failures are for the command to show, not for the log."""
-    with silenced("lmcache_kit.plugins"):
-        return Plugins.load()
+def load_plugins() -> Plugins:
+    """Load all plugins. Failures are not logged: the command shows them."""
+    return Plugins.load(log_failures=False)

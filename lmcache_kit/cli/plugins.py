@@ -7,8 +7,13 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from lmcache_kit.cli.output import print_json, print_table, quiet_plugins
-from lmcache_kit.plugins import FIRST_PARTY, Plugins
+from lmcache_kit.cli.output import load_plugins, print_json, print_table
+from lmcache_kit.plugins import Plugins
+from lmcache_kit.plugins.first_party import (
+    DEFAULT_FRONTEND,
+    DEFAULT_MEMORY_BACKEND,
+    distribution_of,
+)
 from lmcache_kit.specs import KINDS
 
 COLUMNS = ("name", "kind", "version", "distribution", "path", "state", "failure")
@@ -16,7 +21,7 @@ COLUMNS = ("name", "kind", "version", "distribution", "path", "state", "failure"
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that a plugin offers, or a plugin that offers none, or what fails."""
+    """An offer of a plugin, a plugin without offers, or a failure."""
 
     name: str
     kind: str
@@ -30,7 +35,7 @@ class Row:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def plugins(as_json: bool) -> None:
-    """List what the installed plugins offer, and what is wrong with them.
+    """List the offers of installed plugins, and the failures.
 
     LMCACHE_KIT_PLUGINS selects plugins: "a,b" allows only these, "-a" blocks one.
 
@@ -39,16 +44,16 @@ def plugins(as_json: bool) -> None:
       lmcache-kit plugins
       LMCACHE_KIT_PLUGINS=-http_api lmcache-kit plugins --json
     """
-    rows = list(_rows(quiet_plugins()))
+    rows = list(_rows(load_plugins()))
     if as_json:
         print_json([asdict(row) for row in rows])
     elif rows:
         print_table(COLUMNS, [tuple(asdict(row).values()) for row in rows])
     else:
-        first = " ".join(
-            FIRST_PARTY[key] for key in (("backend", "LocalCPUBackend"), ("frontend", "http"))
-        )
-        click.echo(f"No plugins are installed. To store KV and to serve REST: pip install {first}")
+        memory = distribution_of("backend", DEFAULT_MEMORY_BACKEND)
+        rest = distribution_of("frontend", DEFAULT_FRONTEND)
+        wanted = f"pip install {memory} {rest}"
+        click.echo(f"No plugins are installed. To store KV and to serve REST: {wanted}")
 
 
 def _rows(found: Plugins) -> Iterator[Row]:
@@ -57,10 +62,10 @@ def _rows(found: Plugins) -> Iterator[Row]:
         for offer in found.specs(kind):
             info = offer.plugin
             silent.pop(info.name, None)
-            trouble = found.trouble(offer)
-            state = "unusable" if trouble else "ready"
+            why_not = found.why_unusable(offer)
+            state = "unusable" if why_not else "ready"
             yield Row(
-                offer.spec.name, kind, info.version, info.distribution, info.path, state, trouble
+                offer.spec.name, kind, info.version, info.distribution, info.path, state, why_not
             )
     for info in silent.values():
         yield Row(info.name, "hooks", info.version, info.distribution, info.path, "ready")

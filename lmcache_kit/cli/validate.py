@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from lmcache_kit.cli.output import quiet_plugins
+from lmcache_kit.cli.output import load_plugins
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.service.build import backend_of
+from lmcache_kit.service.build import backend_factory, memory_factory
 from lmcache_kit.service.codecs import Codecs
 from lmcache_kit.service.service import worker_keys
 
@@ -24,19 +24,20 @@ def validate(config: str) -> None:
     Example:
       lmcache-kit validate examples/lookup/example.yaml
     """
-    loaded = load_config(file=config, environ={})
+    plugins = load_plugins()
+    loaded = load_config(file=config, environ={}, plugins=plugins)
     for warning in loaded.warnings:
         click.secho(f"Warning: {warning}", fg="yellow", err=True)
-    check_names(loaded.config, quiet_plugins())
+    check_names(loaded.config, plugins)
     worker_keys(loaded.config)
     click.echo(f"{config} is valid.")
 
 
 def check_names(config: KitConfig, plugins: Plugins) -> None:
-    """Raises as :class:`Plugins` does for a name that no usable plugin provides."""
-    plugins.resolve("backend", config.location)
+    """Raises ConfigError or PluginError for a name that no usable plugin provides."""
+    memory_factory(config, plugins)
     for name, options in config.lower_tiers.items():
-        backend_of(plugins, name, options)
+        backend_factory(plugins, name, options)
     plugins.eviction_policy(config.cache_policy)
     if config.store_codec:
         Codecs(plugins, config.codec_options).make(config.store_codec)

@@ -1,16 +1,10 @@
-"""Names that a configuration may hold beside the keys that the kit serves."""
+"""Names of LMCache that a configuration may hold and the kit does not serve, as data."""
 
 from __future__ import annotations
 
 import re
 
-ALIASES = {
-    "controller_pull_url": "controller_url",
-    "lmcache_worker_port": "lmcache_worker_ports",
-}
-"""Other spellings of keys that are served."""
-
-_UNSERVED_PREFIXES = (
+UNSERVED_PREFIXES = (
     "blend_",
     "cost_aware_",
     "ec_",
@@ -89,12 +83,12 @@ _SERVICE_LINK = re.compile(r"(^|_)(service_(host|port\w*)|port_\d+_(tcp|udp)\w*)
 
 
 def is_unserved(key: str) -> bool:
-    """Whether LMCache knows this key and the kit does not serve it."""
-    return key in UNSERVED or key.startswith(_UNSERVED_PREFIXES)
+    """Return whether LMCache has a key of this name. Ask only for keys that nothing serves."""
+    return key in UNSERVED or key.startswith(UNSERVED_PREFIXES)
 
 
 def is_configuration(tail: str, value: str) -> bool:
-    """Whether the variable ``LMCACHE_<tail>`` can be meant as a configuration key.
+    """Return whether the variable ``LMCACHE_<tail>`` can be meant as a configuration key.
 
     Kubernetes puts variables such as ``LMCACHE_CONTROLLER_PORT=tcp://10.0.0.1:9001`` into every
     container beside a service named lmcache-controller.

@@ -1,26 +1,29 @@
 """Read the configuration: a YAML file, then the environment, then vLLM's extra configuration.
 
-The later source wins. Every value keeps where it came from, so that an error and
-``lmcache-kit show-config`` can say it.
+The later source wins. Every value keeps its origin, for errors and ``lmcache-kit show-config``.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from lmcache_kit.config.lmcache import ALIASES, UNSERVED, is_configuration, is_unserved
-from lmcache_kit.config.model import KitConfig
-from lmcache_kit.config.redaction import without_passwords
-from lmcache_kit.errors import ConfigError
+from lmcache_kit.config.declare import Declaration
+from lmcache_kit.config.entries import Entry, reason, shown, shown_value
+from lmcache_kit.config.lmcache import UNSERVED, is_configuration, is_unserved
+from lmcache_kit.config.model import ALIASES, KEYS, KitConfig
+from lmcache_kit.config.plugin_keys import PluginKeys
+from lmcache_kit.errors import ConfigError, PluginError
+from lmcache_kit.plugins import Plugins
+from lmcache_kit.plugins.first_party import FIRST_PARTY, provider_of
 
 ENV_PREFIX = "LMCACHE_"
 EXTRA_PREFIX = "lmcache."
@@ -28,29 +31,22 @@ EXTRA_ORIGIN = "kv_connector_extra_config"
 DEFAULT_ORIGIN = "default"
 
 _NEAR = 0.75
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 120
-_short.maxlevel = 2
 _NOTHING_ASKED = (None, False, 0, "", "false", "False", "0", "null", "none", "None")
-
-
-class Entry(NamedTuple):
-    """A key as it was written, its value, and where it stands."""
-
-    key: str
-    value: Any
-    origin: str
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration. ``origins``: for each key ``"default"``, ``"file:line"``, the variable's
-    name, or ``"kv_connector_extra_config"``. ``warnings``: what was asked for and is not served.
+    """A configuration.
+
+    ``origins``: for each key ``"default"``, ``"file:line"``, the variable's name, or
+    ``"kv_connector_extra_config"``; keys of plugins are there if they are given. ``plugin_values``:
+    the values of these, as written. ``warnings``: keys that are given and have no effect.
     """
 
     config: KitConfig
     origins: dict[str, str]
     warnings: list[str] = field(default_factory=list)
+    plugin_values: dict[str, Any] = field(default_factory=dict)
 
 
 def load_config(
@@ -58,10 +54,12 @@ def load_config(
     file: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] = os.environ,
     extra: Mapping[str, Any] | None = None,
+    plugins: Plugins | None = None,
 ) -> Loaded:
     """Merge ``file`` (``LMCACHE_CONFIG_FILE`` if None), ``LMCACHE_*`` and vLLM's ``extra``.
 
-    Raises ConfigError that names the key, the value and where it stands.
+    ``plugins``: declare further keys. If None, installed plugins are loaded as soon as a key is not
+    the kit's own. Raises ConfigError that names the key, the value and its origin.
     """
     named = environ.get(f"{ENV_PREFIX}CONFIG_FILE")
     if file:
@@ -74,19 +72,105 @@ def load_config(
         list(_from_environ(environ)),
         list(_from_extra(extra or {})),
     ]
-    values: dict[str, Entry] = {}
-    warnings: list[str] = []
+    reader = _Reader(environ, plugins)
     for entries in sources:
-        values |= _accept(entries, warnings)
-    config = _validated(values)
-    origins = dict.fromkeys(KitConfig.model_fields, DEFAULT_ORIGIN)
-    origins |= {key: entry.origin for key, entry in values.items()}
-    return Loaded(config, origins, list(dict.fromkeys(warnings)))
+        reader.accept(entries)
+    return reader.loaded()
 
 
-def nearest(name: str) -> str:
-    """The served or known key that is spelt most like ``name``, or an empty string."""
-    known = [*KitConfig.model_fields, *ALIASES, *sorted(UNSERVED)]
+def declarations(plugins: Plugins) -> list[Declaration]:
+    """Return all keys, those of the kit first, then those of installed plugins."""
+    return [*KEYS.values(), *PluginKeys(plugins).declarations()]
+
+
+class _Reader:
+    """Collects entries of one source after the other."""
+
+    def __init__(self, environ: Mapping[str, str], plugins: Plugins | None) -> None:
+        self._environ = environ
+        self._loaded_plugins = plugins
+        self._values: dict[str, Entry] = {}
+        self._plugin_values: dict[str, Entry] = {}
+        self._warnings: list[str] = []
+
+    def accept(self, entries: list[Entry]) -> None:
+        """Take the entries of one source. Raises ConfigError for a key that is not known."""
+        accepted: dict[str, Entry] = {}
+        for entry in entries:
+            key = ALIASES.get(entry.key, entry.key)
+            if key in KEYS:
+                earlier = accepted.setdefault(key, entry)
+                if earlier.value != entry.value:
+                    raise ConfigError(
+                        f"{earlier.key} ({earlier.origin}) and {entry.key} ({entry.origin}) mean "
+                        f"the same and differ: {shown_value(earlier.value)}, "
+                        f"{shown_value(entry.value)}"
+                    )
+            elif key in self._plugin_keys:
+                self._plugin_values[key] = entry
+            elif provider_of(key) or is_unserved(key):
+                self._not_served(entry)
+            else:
+                self._reject(entry)
+        self._values |= accepted
+
+    def loaded(self) -> Loaded:
+        """Validate what was taken. Raises ConfigError that names all mistakes."""
+        values, problems = self._values, list[str]()
+        # A null in a file means "the default".
+        given = {key: each for key, each in self._plugin_values.items() if each.value is not None}
+        if given:
+            translated = self._plugin_keys.translate(values, given)
+            values, problems = translated.values, translated.problems
+        config = _validated(values, problems)
+        origins = dict.fromkeys(KEYS, DEFAULT_ORIGIN)
+        origins |= {key: entry.origin for key, entry in {**values, **self._plugin_values}.items()}
+        written = {key: entry.value for key, entry in self._plugin_values.items()}
+        return Loaded(config, origins, list(dict.fromkeys(self._warnings)), written)
+
+    @cached_property
+    def _plugins(self) -> Plugins:
+        if self._loaded_plugins is not None:
+            return self._loaded_plugins
+        # Whoever composes a cache from this configuration loads them again and logs failures.
+        return Plugins.load(environ=self._environ, log_failures=False)
+
+    @cached_property
+    def _plugin_keys(self) -> PluginKeys:
+        return PluginKeys(self._plugins)
+
+    def _not_served(self, entry: Entry) -> None:
+        """Take a key of LMCache that nothing installed serves."""
+        if entry.value in _NOTHING_ASKED:
+            return
+        if provider := provider_of(entry.key):
+            where = f"{entry.key} ({entry.origin}) sets {provider.kind} {provider.name}"
+            try:
+                self._plugins.spec(provider.kind, provider.name)
+            except PluginError as error:
+                raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error
+        self._warnings.append(
+            f"{entry.key} ({entry.origin}) is a key of LMCache that this version does not serve; "
+            "it has no effect"
+        )
+
+    def _reject(self, entry: Entry) -> None:
+        """Refuse an unknown key. Other software has variables called ``LMCACHE_*`` too, so of those
+        only a near miss is an error."""
+        near = nearest(entry.key, self._plugin_keys)
+        if entry.origin == f"{ENV_PREFIX}{entry.key.upper()}" and not near:
+            self._warnings.append(f"{entry.origin} is no configuration key; it has no effect")
+            return
+        raise ConfigError(
+            f"unknown configuration key {entry.key!r} ({entry.origin})",
+            hint=f"Did you mean {near!r}?" if near else "'lmcache-kit show-config' lists all keys",
+        )
+
+
+def nearest(name: str, plugin_keys: Iterable[str] = ()) -> str:
+    """Return the known key that is spelt most like ``name``, or an empty string."""
+    ours = [key for each in FIRST_PARTY for key in each.keys]
+    known = dict.fromkeys([*KEYS, *ALIASES, *plugin_keys, *ours, *sorted(UNSERVED)])
     return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR)), "")
 
 
@@ -152,61 +236,21 @@ def _from_extra(extra: Mapping[str, Any]) -> Iterator[Entry]:
             yield Entry(name.removeprefix(EXTRA_PREFIX), value, EXTRA_ORIGIN)
 
 
-def _accept(entries: list[Entry], warnings: list[str]) -> dict[str, Entry]:
-    """One source's entries by canonical key; what is not served becomes a warning."""
-    accepted: dict[str, Entry] = {}
-    for entry in entries:
-        key = ALIASES.get(entry.key, entry.key)
-        if key in KitConfig.model_fields:
-            earlier = accepted.setdefault(key, entry)
-            if earlier.value != entry.value:
-                raise ConfigError(
-                    f"{earlier.key} ({earlier.origin}) and {entry.key} ({entry.origin}) mean the "
-                    f"same and differ: {_shown(earlier.value)}, {_shown(entry.value)}"
-                )
-        elif is_unserved(key):
-            if entry.value not in _NOTHING_ASKED:
-                warnings.append(
-                    f"{entry.key} ({entry.origin}) is a key of LMCache that this version does not "
-                    "serve; it has no effect"
-                )
-        else:
-            _reject(entry, warnings)
-    return accepted
-
-
-def _reject(entry: Entry, warnings: list[str]) -> None:
-    """Other software has variables called ``LMCACHE_*`` too: only a near miss is an error."""
-    near = nearest(entry.key)
-    if entry.origin == f"{ENV_PREFIX}{entry.key.upper()}" and not near:
-        warnings.append(f"{entry.origin} is no configuration key; it has no effect")
-        return
-    raise ConfigError(
-        f"unknown configuration key {entry.key!r} ({entry.origin})",
-        hint=f"Did you mean {near!r}?" if near else "'lmcache-kit show-config' lists all keys",
-    )
-
-
-def _validated(values: Mapping[str, Entry]) -> KitConfig:
-    # A null in a file means "the default".
+def _validated(values: Mapping[str, Entry], problems: list[str]) -> KitConfig:
     given = {key: entry.value for key, entry in values.items() if entry.value is not None}
     try:
-        return KitConfig.model_validate(given)
+        config = KitConfig.model_validate(given)
     except ValidationError as error:
         # Without its cause: that would show values in full, which aliases may make endless.
-        problems = [_problem(detail, values) for detail in error.errors()]
+        problems = [*(_problem(detail, values) for detail in error.errors()), *problems]
         raise ConfigError("; ".join(problems)) from None
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
 
 
 def _problem(detail: Mapping[str, Any], values: Mapping[str, Entry]) -> str:
-    reason = str(detail["msg"]).removeprefix("Value error, ")
     location = detail["loc"]
     entry = values.get(str(location[0])) if location else None
-    if entry is None:
-        return reason
-    return f"{entry.key}: {_shown(entry.value)} ({entry.origin}): {reason}"
-
-
-def _shown(value: Any) -> str:
-    """In short: aliases may make it endless. Passwords in URLs are left out of what is a text."""
-    return _short.repr(without_passwords(value) if isinstance(value, str) else value)
+    why = reason(str(detail["msg"]))
+    return f"{shown(entry)}: {why}" if entry else why

@@ -1,100 +1,35 @@
-"""The configuration's keys, their types and defaults."""
+"""The keys of the kit: names, types, defaults, scopes and help."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from lmcache_kit.config.declare import Declaration, declared, key
+from lmcache_kit.config.values import (
+    Address,
+    Count,
+    KeyFile,
+    Names,
+    Number,
+    Options,
+    Ports,
+    Ranks,
+)
+from lmcache_kit.plugins.first_party import DEFAULT_MEMORY_BACKEND
 
 GIB = 1024**3
-MEMORY = "LocalCPUBackend"
-DISK = "LocalDiskBackend"
-SERVER = "ValkeyBackend"
-SERVER_SCHEMES = ("redis", "rediss", "valkey", "valkeys", "unix")
+DEFAULT_INSTANCE = "lmcache_default_instance"
 MAX_TIERS = 7
 """With memory as many locations as the control plane takes."""
 
-_HOST_PORT = re.compile(
-    r"(?:tcp://)?(?:\[(?P<six>[0-9a-fA-F:.%]+)\]|(?P<host>[^\s:/\[\]]+)):(?P<port>\d+)"
-)
-
-
-def _int_list(value: Any) -> Any:
-    """``8001``, ``"8001"``, ``"8001, 8002"``, ``"[8001, 8002]"`` or a list."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.strip().strip("[]").split(",") if part.strip()]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    return value
-
-
-def _text_list(value: Any) -> Any:
-    """``UCX``, ``"UCX, GDS"`` or a list."""
-    if isinstance(value, str):
-        return [part.strip(" '\"") for part in value.strip().strip("[]").split(",") if part.strip()]
-    return value
-
-
-def _address(value: Any) -> Any:
-    if value is None or not isinstance(value, str):
-        return value
-    match = _HOST_PORT.fullmatch(value)
-    if not match or not 0 < int(match["port"]) < 65536:
-        raise ValueError("an address is HOST:PORT, for example localhost:9001")
-    return value
-
-
-def _absolute(value: Path | None) -> Path | None:
-    """The cache process has another working directory."""
-    return value and value.expanduser().absolute()
-
-
-def _folder(value: Any) -> Any:
-    """A path, or ``file://`` and a path; ``false`` is none, as LMCache has it."""
-    if value is False or (isinstance(value, str) and value.lower() == "false"):
-        return None
-    if value is True:
-        raise ValueError("a folder is expected, for example /var/cache/kv")
-    return value.removeprefix("file://") if isinstance(value, str) else value
-
-
-def _server(value: Any) -> Any:
-    scheme = value.partition("://")[0] if isinstance(value, str) else ""
-    if isinstance(value, str) and scheme not in SERVER_SCHEMES:
-        raise ValueError(f"a URL is expected that begins with one of {', '.join(SERVER_SCHEMES)}")
-    return value
-
-
-def _mapping(value: Any) -> Any:
-    """A mapping, or one written as JSON, as a variable has it."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from error
-
-
-def _number(value: Any) -> Any:
-    """Booleans are ints to Python; ``chunk_size: true`` is a mistake all the same."""
-    if isinstance(value, bool):
-        raise ValueError("a number is expected, not true or false")
-    return value
-
-
-Port = Annotated[int, Field(ge=1, le=65535), BeforeValidator(_number)]
-Rank = Annotated[int, Field(ge=0, le=65535), BeforeValidator(_number)]
-Address = Annotated[str | None, BeforeValidator(_address)]
-KeyFile = Annotated[Path | None, AfterValidator(_absolute)]
-Count = Annotated[int, BeforeValidator(_number)]
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-
 
 class KitConfig(BaseModel):
-    """One instance's configuration; attributes are called what LMCache calls its keys.
+    """The configuration of one instance, without the keys of plugins: those are options by now.
 
     >>> config = KitConfig(chunk_size=64)
     >>> KitConfig.from_json(config.to_json()) == config
@@ -103,142 +38,251 @@ class KitConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    chunk_size: Count = Field(default=256, ge=1, le=65536, description="tokens per chunk")
-    local_cpu: bool = Field(
-        default=True, description="keep KV in this host's memory (LocalCPUBackend)"
+    chunk_size: Count = key(
+        256,
+        "Tokens per chunk. Instances that share KV need the same value.",
+        scope="client",
+        ge=1,
+        le=65536,
     )
-    max_local_cpu_size: Number = Field(
-        default=5.0, gt=0, description="GiB of memory for KV, at most"
+    local_cpu: bool = key(
+        True,
+        "Keep KV in memory of this host, as LMCache spells the default of `memory_backend`. "
+        "`false` is refused with that default: KV passes through memory, whatever tiers there "
+        "are.",
+        scope="cache",
     )
-    tiers: Annotated[tuple[str, ...], BeforeValidator(_text_list)] = Field(
-        default=(), description="backends below memory, in the order in which they are asked"
+    max_local_cpu_size: Number = key(
+        5.0,
+        "GiB of memory for KV, at most. The memory is taken as it fills.",
+        scope="cache",
+        gt=0,
     )
-    backend_options: Annotated[dict[str, dict[str, Any]], BeforeValidator(_mapping)] = Field(
-        default={}, description="options of these backends, by their names"
+    memory_backend: str = key(
+        DEFAULT_MEMORY_BACKEND,
+        "Backend of the first tier, the memory that all KV passes through. Its name is the "
+        "location of that memory in REST and in commands.",
+        scope="cache",
+        lmcache=False,
+        min_length=1,
     )
-    local_disk: Annotated[Path | None, BeforeValidator(_folder), AfterValidator(_absolute)] = Field(
-        default=None, description="folder for LocalDiskBackend, a tier: a path or a file:// URL"
+    tiers: Names = key(
+        (),
+        "Backends below memory by name, in the order in which lookups ask them.",
+        scope="cache",
+        lmcache=False,
     )
-    max_local_disk_size: Number = Field(
-        default=0.0, ge=0, description="GiB of files in local_disk, at most"
+    backend_options: Options = key(
+        {},
+        "Options of these backends by name; in a variable as JSON. The page of a plugin lists its "
+        "options.",
+        scope="cache",
+        lmcache=False,
     )
-    remote_url: Annotated[str | None, BeforeValidator(_server)] = Field(
-        default=None, description="server for ValkeyBackend, a tier: redis://HOST:PORT or the like"
+    save_decode_cache: bool = key(False, "Save the KV of generated tokens too.", scope="client")
+    save_unfull_chunk: bool = key(True, "Save the last, partial chunk of a prompt.", scope="client")
+    cache_policy: str = key(
+        "LRU",
+        "Eviction policy: `LRU`, `FIFO`, `LFU`, or one of a plugin.",
+        scope="cache",
+        min_length=1,
     )
-    save_decode_cache: bool = Field(default=False, description="save generated tokens' KV too")
-    save_unfull_chunk: bool = Field(default=True, description="save a prompt's last, partial chunk")
-    cache_policy: str = Field(
-        default="LRU", min_length=1, description="eviction: LRU, FIFO, LFU or a plugin's"
+    min_retrieve_tokens: Count = key(
+        0, "Smallest match in tokens that is loaded.", scope="client", ge=0
     )
-    min_retrieve_tokens: Count = Field(
-        default=0, ge=0, description="do not load a match of fewer tokens than this"
-    )
-    blocking_timeout_secs: Number = Field(
-        default=1.0, gt=0, description="seconds to wait for a lookup; a late answer is a miss"
+    blocking_timeout_secs: Number = key(
+        1.0,
+        "Seconds that vLLM waits for a lookup. A late answer is a miss.",
+        scope="client",
+        gt=0,
     )
 
-    enable_controller: bool = Field(default=False, description="report to a controller")
-    lmcache_instance_id: str = Field(
-        default="lmcache_default_instance",
+    enable_controller: bool = key(
+        False, "Report to a controller. Needs `controller_url`.", scope="cache"
+    )
+    lmcache_instance_id: str = key(
+        DEFAULT_INSTANCE,
+        "Name of this instance, one vLLM server. Clients find its cache process by it.",
+        scope="client",
         min_length=1,
         max_length=256,
         pattern=r"^[^\x00-\x1f\x7f]+$",
-        description="this instance's name",
     )
-    controller_url: Address = Field(
-        default=None,
-        description="HOST:PORT of the controller's monitor (also: controller_pull_url)",
+    controller_url: Address = key(
+        None,
+        "`HOST:PORT` of the controller's monitor port.",
+        scope="cache",
+        aliases=("controller_pull_url",),
     )
-    controller_key: KeyFile = Field(
-        default=None, description="controller.key of the controller, to encrypt what it is told"
+    controller_key: KeyFile = key(
+        None,
+        "Path of the controller's `controller.key`, which encrypts the connection to it. Needs "
+        "`worker_key`.",
+        scope="cache",
+        lmcache=False,
     )
-    worker_key: KeyFile = Field(
-        default=None, description="our secret key file, to prove who we are; with controller_key"
+    worker_key: KeyFile = key(
+        None,
+        "Path of this worker's `NAME.key_secret`, which proves its identity to the controller. "
+        "Needs `controller_key`.",
+        scope="cache",
+        lmcache=False,
     )
-    controller_reply_url: Address = Field(
-        default=None, description="accepted; one connection to controller_url carries both ways"
+    controller_reply_url: Address = key(
+        None,
+        "Accepted and not used. One connection to `controller_url` carries both directions.",
+        scope="accepted",
     )
-    lmcache_worker_ports: Annotated[tuple[Port, ...] | None, BeforeValidator(_int_list)] = Field(
-        default=None, description="shown in /query_worker_info; no port is opened"
+    lmcache_worker_ports: Ports = key(
+        None,
+        'A port per rank, shown by `/query_worker_info`: `8001`, `"8001,8002"` or a list. No port '
+        "is opened.",
+        scope="cache",
+        aliases=("lmcache_worker_port",),
     )
-    lmcache_worker_ids: Annotated[tuple[Rank, ...] | None, BeforeValidator(_int_list)] = Field(
-        default=None, description="ranks that report to the controller; all if absent"
+    lmcache_worker_ids: Ranks = key(
+        None, "Ranks that report to the controller. All if absent.", scope="cache"
     )
-    lmcache_worker_heartbeat_time: Number = Field(
-        default=1.0, ge=0.05, le=3600, description="seconds between heartbeats to the controller"
+    lmcache_worker_heartbeat_time: Number = key(
+        1.0,
+        "Seconds between heartbeats to the controller. It hides an instance after three missed "
+        "ones.",
+        scope="cache",
+        ge=0.05,
+        le=3600,
     )
-    distributed_url: str | None = Field(
-        default=None,
-        description="accepted; nothing listens there, peers are found by the controller",
+    distributed_url: str | None = key(
+        None,
+        "Accepted and not used. Nothing listens there; the controller knows the peers.",
+        scope="accepted",
     )
 
-    enable_p2p: bool = Field(
-        default=False, description="take part in moves of KV between instances"
+    enable_p2p: bool = key(
+        False,
+        "Take part in moves of KV between instances. This opens the peer port.",
+        scope="cache",
     )
-    p2p_host: str = Field(
-        default="localhost",
+    p2p_host: str = key(
+        "localhost",
+        "Name or address by which peers reach this host. The peer port is bound to it, so the "
+        "default serves peers on the same host.",
+        scope="cache",
         min_length=1,
         max_length=255,
         pattern=r"^[^\s/]+$",
-        description="address of this host for peers; the peer port is bound there",
     )
-    p2p_init_ports: Annotated[tuple[Port, ...] | None, BeforeValidator(_int_list)] = Field(
-        default=None, description="the first is the peer port; any free one if absent"
+    p2p_init_ports: Ports = key(
+        None,
+        "The peer port. Of a list only the first is opened, since one cache process holds all "
+        "ranks. If absent any free port; the controller tells peers.",
+        scope="cache",
     )
-    p2p_lookup_ports: Annotated[tuple[Port, ...] | None, BeforeValidator(_int_list)] = Field(
-        default=None, description="accepted; nothing listens there, the controller looks up"
+    p2p_lookup_ports: Ports = key(
+        None,
+        "Accepted and not used. Nothing listens there; the controller looks up.",
+        scope="accepted",
     )
-    p2p_tls_cert: KeyFile = Field(
-        default=None, description="our certificate (PEM): peers talk TLS; with the next two"
+    p2p_tls_cert: KeyFile = key(
+        None,
+        "Path of this host's certificate (PEM), for TLS between peers. With the next two, only "
+        "peers whose certificate is of the same authority and names their `p2p_host` are talked "
+        "to.",
+        scope="cache",
+        lmcache=False,
     )
-    p2p_tls_key: KeyFile = Field(default=None, description="our certificate's key (PEM)")
-    p2p_tls_ca: KeyFile = Field(
-        default=None, description="whose certificates peers must show (PEM)"
+    p2p_tls_key: KeyFile = key(
+        None, "Path of the key of `p2p_tls_cert` (PEM).", scope="cache", lmcache=False
     )
-    transfer_channel: str = Field(
-        default="auto",
+    p2p_tls_ca: KeyFile = key(
+        None,
+        "Path of the certificate of the authority that peers must have theirs from (PEM).",
+        scope="cache",
+        lmcache=False,
+    )
+    transfer_channel: str = key(
+        "auto",
+        "Transport of moves by name, or `auto`. `auto`: the fastest that both sides can use. A "
+        "name: that one, and one for any network where it cannot reach a peer. `lmcache-kit "
+        "doctor` lists the usable ones.",
+        scope="cache",
         min_length=1,
-        description="how KV moves between instances: auto, nixl, tcp or a plugin's",
     )
-    nixl_backends: Annotated[tuple[str, ...] | None, BeforeValidator(_text_list)] = Field(
-        default=None, description="backends of NIXL; UCX if absent"
-    )
-    transport_options: Annotated[dict[str, dict[str, Any]], BeforeValidator(_mapping)] = Field(
-        default={}, description="options of transports, by their names"
-    )
-
-    cache_process: Literal["spawn", "attach", "embedded"] = Field(
-        default="spawn",
-        description="start a cache process, attach to one, or run it in this process",
-    )
-    cache_linger_s: Number = Field(
-        default=30.0, ge=0, description="seconds that a spawned cache outlives its last client"
-    )
-    cache_start_timeout_s: Number = Field(
-        default=20.0, gt=0, description="seconds to wait for a cache process to start"
-    )
-    cache_socket: Path | None = Field(
-        default=None,
-        description="Unix socket of the cache process; derived from the instance if absent",
-    )
-    lease_ttl_s: Number = Field(
-        default=120.0, gt=0, description="seconds after which a forgotten lease ends"
+    transport_options: Options = key(
+        {},
+        "Options of transports by name; in a variable as JSON. The page of a plugin lists its "
+        "options.",
+        scope="cache",
+        lmcache=False,
     )
 
-    max_pinned_share: Number = Field(
-        default=0.5, ge=0, le=1, description="share of the memory that pinned chunks may fill"
+    cache_process: Literal["spawn", "attach", "embedded"] = key(
+        "spawn",
+        "Whether to start a cache process. `spawn`: the first client starts it. `attach`: clients "
+        "use the one that `lmcache-kit cache-server` runs. `embedded`: it is a thread of the "
+        "client, for tests and scripts.",
+        scope="client",
+        lmcache=False,
     )
-    pin_timeout_sec: Number | None = Field(
-        default=None,
+    cache_linger_s: Number = key(
+        30.0,
+        "Seconds that a spawned cache process outlives its last client. A vLLM that is back by "
+        "then finds it warm: set more than your model takes to load.",
+        scope="cache",
+        lmcache=False,
         ge=0,
-        description="seconds that a pin without a time of its own lasts; 0: ever",
+    )
+    cache_start_timeout_s: Number = key(
+        20.0,
+        "Seconds that a client waits for a cache process to start.",
+        scope="client",
+        lmcache=False,
+        gt=0,
+    )
+    cache_socket: Path | None = key(
+        None,
+        "Path of the Unix socket of the cache process. If absent: "
+        "`$XDG_RUNTIME_DIR/lmcache-kit/`, else `/tmp/lmcache-kit-<uid>/`, and a name derived from "
+        "the instance's.",
+        scope="client",
+        lmcache=False,
+    )
+    lease_ttl_s: Number = key(
+        120.0,
+        "Seconds after which a lease that a reader forgot to release ends.",
+        scope="cache",
+        lmcache=False,
+        gt=0,
     )
 
-    store_codec: str | None = Field(
-        default=None, min_length=1, description="codec that encodes every chunk once it is stored"
+    max_pinned_share: Number = key(
+        0.5,
+        "Share of the memory, 0 to 1, that pinned chunks may fill. A pin beyond it holds the "
+        "longest prefix that fits.",
+        scope="cache",
+        lmcache=False,
+        ge=0,
+        le=1,
     )
-    codec_options: Annotated[dict[str, dict[str, Any]], BeforeValidator(_mapping)] = Field(
-        default={}, description="options of codecs, by their names"
+    pin_timeout_sec: Number | None = key(
+        None,
+        "Seconds that a pin without a time of its own lasts. `null` or `0`: until it is unpinned.",
+        scope="cache",
+        ge=0,
+    )
+
+    store_codec: str | None = key(
+        None,
+        "Codec by name that encodes every chunk in the background once it is stored. Readers get "
+        "chunks decoded.",
+        scope="cache",
+        lmcache=False,
+        min_length=1,
+    )
+    codec_options: Options = key(
+        {},
+        "Options of codecs by name; in a variable as JSON. The page of a plugin lists its options.",
+        scope="cache",
+        lmcache=False,
     )
 
     @model_validator(mode="after")
@@ -250,59 +294,58 @@ class KitConfig(BaseModel):
         tls = (self.p2p_tls_cert, self.p2p_tls_key, self.p2p_tls_ca)
         if any(tls) and not all(tls):
             raise ValueError("p2p_tls_cert, p2p_tls_key and p2p_tls_ca need each other")
-        if not self.local_cpu:
+        if not self.local_cpu and self.memory_backend == DEFAULT_MEMORY_BACKEND:
             raise ValueError(
                 "local_cpu: false leaves no place for KV: it comes and goes through host memory; "
-                "give it little of that by max_local_cpu_size"
+                "give it little of that by max_local_cpu_size, or name another memory_backend"
             )
-        if self.local_disk and not self.max_local_disk_size:
-            raise ValueError("local_disk needs max_local_disk_size, in GiB")
         if len(set(self.tiers)) < len(self.tiers):
             raise ValueError("tiers names a backend twice")
-        if MEMORY in self.tiers:
-            raise ValueError(f"tiers are below memory: {MEMORY} is none of them")
-        if len(self.lower_tiers) > MAX_TIERS:
+        if self.memory_backend in self.tiers:
+            raise ValueError(f"tiers are below memory: {self.memory_backend} is none of them")
+        if len(self.tiers) > MAX_TIERS:
             raise ValueError(f"there may be {MAX_TIERS} tiers")
-        idle = [name for name in self.backend_options if name not in self.lower_tiers]
+        idle = [name for name in self.backend_options if name not in self.locations]
         if idle:
-            raise ValueError(f"backend_options has {idle[0]!r}, which tiers does not name")
+            raise ValueError(
+                f"backend_options has {idle[0]!r}, which tiers does not name, nor memory_backend"
+            )
         return self
-
-    @property
-    def location(self) -> str:
-        """Name of the backend that KV comes and goes through."""
-        return MEMORY
 
     @property
     def lower_tiers(self) -> dict[str, dict[str, Any]]:
         """Backends below memory, in order, each with its options; none is an empty mapping."""
-        served: dict[str, dict[str, Any]] = {}
-        if self.local_disk:
-            served[DISK] = {
-                "path": str(self.local_disk),
-                "max_size_gib": self.max_local_disk_size,
-                "subfolder": self.lmcache_instance_id,
-            }
-        if self.remote_url:
-            served[SERVER] = {"url": self.remote_url}
-        names = (*self.tiers, *(name for name in served if name not in self.tiers))
-        return {name: served.get(name, {}) | self.backend_options.get(name, {}) for name in names}
+        return {name: self.backend_options.get(name, {}) for name in self.tiers}
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """Memory and what is below it."""
-        return (self.location, *self.lower_tiers)
+        """Memory, then the tiers below it."""
+        return (self.memory_backend, *self.tiers)
 
     @property
     def max_local_cpu_bytes(self) -> int:
         """``max_local_cpu_size`` in bytes."""
         return int(self.max_local_cpu_size * GIB)
 
+    def cache_settings_json(self) -> str:
+        """Return the values that tell one cache process of an instance from another, as JSON."""
+        read = {name for name, each in KEYS.items() if each.scope == "cache"}
+        return self.model_dump_json(include=read)
+
     def to_json(self) -> str:
-        """Everything, for another process."""
+        """Return all values, for another process."""
         return self.model_dump_json()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> KitConfig:
-        """The reverse of :meth:`to_json`."""
+        """Read what :meth:`to_json` wrote."""
         return cls.model_validate(json.loads(text))
+
+
+KEYS: Mapping[str, Declaration] = {
+    name: declared(name, field) for name, field in KitConfig.model_fields.items()
+}
+"""The keys of the kit, by name."""
+
+ALIASES: Mapping[str, str] = {alias: name for name, each in KEYS.items() for alias in each.aliases}
+"""Keys by their other spellings."""

@@ -1,4 +1,4 @@
-"""What a configuration says, without what must not be shown."""
+"""Take passwords out of values before they are shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _USER = re.compile(r"(\w+://)[^/@\s]+@")
 
 
 def without_passwords(value: Any) -> Any:
-    """The same, but for user and password in URLs.
+    """Return the value with user and password in URLs replaced.
 
     >>> without_passwords({"remote_url": "redis://me:secret@cache.example:6379"})
     {'remote_url': 'redis://***@cache.example:6379'}

@@ -1,4 +1,12 @@
-"""The contracts between the core and its plugins, and nothing else."""
+"""Contracts between the core and its plugins.
+
+1. Hooks declare, interfaces carry: hot paths are plain batched methods of these classes.
+2. A contract says who calls a method, from which thread, and how long it may block.
+3. The core decides (keys, eviction, pins, verification); a plugin stores, encodes or moves bytes.
+4. Doubt is a miss: a plugin reports failure by the errors in :mod:`lmcache_kit.errors`, and
+   serving goes on without it.
+5. A conformance suite in :mod:`lmcache_kit.testing` tests each contract.
+"""
 
 from lmcache_kit.interfaces.backend import (
     Backend,

@@ -1,4 +1,4 @@
-"""The tiers below the first one: stores of blobs."""
+"""Contract of storage backends, the tiers below memory: stores of blobs."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ MAX_META_BYTES = 1 << 20
 
 
 class Readable(Protocol):
-    """Bytes to be read, such as a file that was opened with ``buffering=0``."""
+    """A source of bytes, such as a file that was opened with ``buffering=0``."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
-        """Put some of what comes next into ``buffer``; how many bytes, 0 after the last one."""
+        """Read the next bytes into ``buffer``; return how many, 0 after the last one."""
         ...
 
     def close(self) -> None:
-        """Always called once at least."""
+        """Close the source. Called at least once."""
         ...
 
 
 class Blob(NamedTuple):
-    """What lies under one key: ``meta`` says what ``data`` is, and both are opaque to a store."""
+    """Blob of one key: ``meta`` describes ``data``; both are opaque to a store."""
 
     meta: bytes
     data: Data
 
 
 class OpenBlob(NamedTuple):
-    """The same with its data still to be read, from first to last, as ``file`` is positioned: so
-    it comes to its place in memory without a copy. It stays whole, whatever becomes of the key or
-    the backend meanwhile. One thread reads it, and closes it."""
+    """Blob whose data is still to be read from ``file``, from its position to the end.
+
+    The data then gets to its place in memory without a copy. It stays readable even if the key is
+    removed or the backend is closed meanwhile. One thread reads the file, and closes it.
+    """
 
     meta: bytes
     file: Readable
 
 
 class BlobRecord(NamedTuple):
-    """One of the blobs in a store, without its data, of which there are ``nbytes``."""
+    """Record of a blob in a store, without its data of ``nbytes`` bytes."""
 
     key: bytes
     meta: bytes
@@ -50,8 +52,11 @@ class BlobRecord(NamedTuple):
 
 
 class StoreUsage(msgspec.Struct, frozen=True):
-    """How much lies in a store: ``nbytes`` is the room that it takes there, which is at least the
-    sum of the data. ``capacity_bytes`` is None where the store has no limit of its own."""
+    """Usage of a store.
+
+    ``nbytes`` is the space that the blobs take, at least the sum of their data. ``capacity_bytes``
+    is None if the store has no limit of its own.
+    """
 
     entries: int
     nbytes: int
@@ -59,62 +64,67 @@ class StoreUsage(msgspec.Struct, frozen=True):
 
 
 class Backend(ABC):
-    """A tier below the first one: it keeps blobs under keys of 16 bytes.
+    """A tier below memory: a store of blobs under keys of 16 bytes.
 
-    The kit decides what goes in, what leaves and what it means, and verifies what comes out; a
-    backend keeps bytes. Methods are called from several threads at once, and may take their time,
-    but not for ever: a store that does not answer raises
-    :class:`~lmcache_kit.errors.BackendError` within seconds. Serving goes on without it then, and
-    it is asked again after a while.
+    The kit decides which blobs to put and to remove, and verifies each blob that it gets; a backend
+    stores bytes. Methods are called from several threads at once, and may block, but not for ever:
+    a store that does not answer raises :class:`~lmcache_kit.errors.BackendError` within seconds.
+    Serving then goes on without the store, and the kit tries it again after a while.
 
-    Built with an instance of its ``config`` model when the configuration has options for it, and
-    without arguments otherwise.
+    A backend is built with an instance of its ``config`` model if the configuration has options for
+    it, and without arguments otherwise.
 
-    ``shared``: others put and remove there too, so that the kit asks :meth:`contains` what it does
-    not know of, and evicts nothing; the store must see to its room itself.
+    ``shared``: other instances put and remove too. The kit then calls :meth:`contains` for unknown
+    keys and evicts nothing; the store must evict by itself.
     """
 
     shared: ClassVar[bool] = False
 
     @abstractmethod
     def put(self, key: bytes, meta: bytes, data: Sequence[memoryview]) -> bool:
-        """Keep a blob: ``meta``, at most ``MAX_META_BYTES``, and ``data``, to be joined.
+        """Store a blob: ``meta``, at most ``MAX_META_BYTES``, and the buffers of ``data``, joined.
 
-        It takes the place of what lay under the key; whoever reads meanwhile gets the one or the
-        other, never a mixture or a part. Once this has returned, the blob outlives the process if
-        blobs do so at all. ``data`` is not to be used afterwards.
+        The blob replaces an older one of the key. Concurrent readers get either blob, never a
+        mixture or a part. Once this has returned, the blob outlives the process, in a backend that
+        persists. The backend must not refer to ``data`` afterwards.
 
-        False: there is no room for it, and what lay under the key is as it was; the kit removes
-        others and tries again. Raises BackendError for all other failures.
+        Return False if the store is full; the older blob of the key is then unchanged, and the kit
+        removes others and tries again. Raises BackendError for all other failures.
         """
 
     @abstractmethod
     def get(self, key: bytes) -> Blob | OpenBlob | None:
-        """The blob, read or opened, or None when there is none; also when it is seen to be damaged.
-        Raises BackendError when that cannot be told."""
+        """Return the blob, read or opened, or None if there is none or it is damaged.
+
+        Raises BackendError if the store cannot tell.
+        """
 
     @abstractmethod
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """Whether there is a blob under each of these keys, in order, without reading them; as
-        cheap for many keys as the store allows. Raises BackendError."""
+        """Return for each key whether it has a blob, in order, without reading blobs.
+
+        One call has many keys, and should be as cheap as the store allows. Raises BackendError.
+        """
 
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Remove what lies under these keys; those that are not there are passed over. Raises
-        BackendError."""
+        """Remove the blobs of these keys; keys without a blob are ignored. Raises BackendError."""
 
     @abstractmethod
     def scan(self) -> Iterator[BlobRecord]:
-        """All blobs, each once, those first that were put first where that is known. One that is
-        put or removed meanwhile may come or not; nobody waits until all have come. Raises
-        BackendError."""
+        """Yield all blobs, each once, in the order of their puts if that is known.
+
+        A blob that is put or removed meanwhile may be missing. Other calls do not wait for the end
+        of a scan. Raises BackendError.
+        """
 
     @abstractmethod
     def usage(self) -> StoreUsage:
-        """How much lies here now. Raises BackendError."""
+        """Return the usage now. Raises BackendError."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back to the system; what outlives the process stays where it is. Calls
-        in flight end, with what they are for or with BackendError, and so do all later ones. Safe
-        to call twice."""
+        """Release all resources; blobs that outlive the process stay. Safe to call twice.
+
+        Calls in flight end, with their result or with BackendError. Later calls raise BackendError.
+        """

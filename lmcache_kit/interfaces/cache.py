@@ -1,4 +1,4 @@
-"""What plugins learn about a cache that opens or closes."""
+"""Description of a cache for the hooks ``cache_opened`` and ``cache_closing``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
-    """One life of a cache: whose it is, which life, and where it keeps things."""
+    """One incarnation of an instance's cache, and the names of its locations."""
 
     instance_id: str
     incarnation: str

@@ -1,4 +1,4 @@
-"""Codecs."""
+"""Contract of codecs: payloads of raw chunks to blobs and back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """The rotary embedding in K, as far as a codec needs it: which pairs turn, and how fast.
+    """Rotary embedding (RoPE) in K: which pairs are rotated, and by which frequencies.
 
-    The first ``rotary_dim`` values of a head are turned. ``"neox"`` pairs value ``i`` with
-    ``i + rotary_dim / 2``, ``"gptj"`` pairs ``2i`` with ``2i + 1``. Pair ``i`` turns by
-    ``frequencies[i]`` radians a token: ``inv_freq`` where it is given, and so for every scaling
-    (linear, llama3, yarn), else ``base ** (-2i / rotary_dim)``. A constant factor on the whole
-    of K (yarn's) is no rotation, and a codec need not know it. A rotation that depends on the
-    length of the sequence has no record: use None.
+    The first ``rotary_dim`` values of a head are rotated. ``"neox"`` pairs value ``i`` with
+    ``i + rotary_dim / 2``, ``"gptj"`` pairs ``2i`` with ``2i + 1``. Pair ``i`` is rotated by
+    ``frequencies[i]`` radians a token: ``inv_freq`` where it is given (for every scaling, such as
+    linear, llama3 or yarn), else ``base ** (-2i / rotary_dim)``. A constant factor on the whole of
+    K, as yarn has, is no part of this. A rotation that depends on the length of the sequence cannot
+    be described: use None.
     """
 
     rotary_dim: int
@@ -37,9 +37,12 @@ class Rope(msgspec.Struct, frozen=True):
 
 
 class ChunkInfo(msgspec.Struct, frozen=True):
-    """What a payload is. ``start`` is the position of its first token in the sequence, ``rope``
-    the rotation in its K (None: there is none, or it is not known), ``first_head`` the number of
-    this rank's first KV head in the whole model."""
+    """Description of a payload.
+
+    ``start`` is the position of its first token in the sequence. ``rope`` is the rotary embedding
+    in its K, or None if there is none or it is unknown. ``first_head`` is the number of this rank's
+    first KV head in the whole model.
+    """
 
     layout: KVLayout
     tokens: int
@@ -53,23 +56,23 @@ class ChunkInfo(msgspec.Struct, frozen=True):
 
 
 class BlobInfo(msgspec.Struct, frozen=True):
-    """What a codec says about bytes that it wrote, from their header alone."""
+    """Description of a blob, from its header alone."""
 
     format_version: int
     level: int
     raw_bytes: int
     blob_bytes: int
     profile: str = ""
-    """Name of the side information that decoding needs; empty when it needs none."""
+    """Name of the profile that decoding needs; empty if it needs none."""
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the blob is."""
+        """Compression ratio: raw bytes over blob bytes."""
         return self.raw_bytes / self.blob_bytes
 
 
 class Codec(ABC):
-    """Turns the payload of a raw chunk into fewer bytes and back, in host memory.
+    """Encode payloads of raw chunks to blobs, and decode them, in host memory.
 
     Thread-safe: one instance serves several threads at a time, and holds the GIL only briefly.
 
@@ -101,29 +104,32 @@ class Codec(ABC):
     """
 
     format_version: int
-    """Version of the bytes that :meth:`encode` writes; stored with each entry."""
+    """Format version of the blobs of :meth:`encode`; stored with each entry."""
 
     @abstractmethod
     def encode(self, payload: Buffer, chunk: ChunkInfo) -> bytes:
-        """Encode one chunk. What the codec cannot hold within its declared error, it keeps bit by
-        bit. Raises ValueError for a payload that is not ``chunk.payload_bytes`` long."""
+        """Encode one chunk.
+
+        Values that cannot be encoded within the codec's declared error are stored losslessly.
+        Raises ValueError for a payload that is not ``chunk.payload_bytes`` long.
+        """
 
     @abstractmethod
     def decode(self, blob: Buffer, chunk: ChunkInfo, out: Buffer) -> None:
-        """Decode into ``out``, all of it.
+        """Decode into the whole of ``out``. ``chunk`` is the one that was given to encode.
 
-        ``chunk`` is what was given to encode. Nothing is written for a blob that was damaged
-        (CorruptBlob), of another version (UnknownVersion), made with a profile that is not at
-        hand (UnknownProfile), or of another chunk (BlobMismatch): all are ValueErrors.
+        Raises CorruptBlob for a damaged blob, UnknownVersion for another format version,
+        UnknownProfile for a profile that is not loaded, and BlobMismatch for another chunk. All are
+        ValueErrors, and leave ``out`` unchanged.
         """
 
     @abstractmethod
     def describe(self, blob: Buffer) -> BlobInfo:
-        """Read the header, and no more. Raises as decode does."""
+        """Describe a blob from its header alone. Raises as decode does."""
 
     @abstractmethod
     def max_blob_bytes(self, chunk: ChunkInfo) -> int:
-        """The most that encode returns for this chunk."""
+        """Return the most bytes that encode returns for this chunk."""
 
     def warm_up(self) -> None:  # noqa: B027 - most codecs have nothing to prepare
-        """Do now, off the serving path, what the first calls would otherwise wait for."""
+        """Prepare all that the first calls would otherwise wait for, off the serving path."""

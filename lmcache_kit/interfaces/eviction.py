@@ -1,4 +1,4 @@
-"""Eviction policies."""
+"""Contract of eviction policies."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from lmcache_kit.keys import ChunkKey
 
 
 class EvictionPolicy(ABC):
-    """Decides in which order chunks leave a location.
+    """Decide in which order a location evicts chunks.
 
-    The engine tells it what comes, is used and goes, under its lock; it never blocks. Keys of a
-    prefix are touched from the last chunk to the first, so that a tail leaves before its head.
+    The engine reports every chunk that is added, used or removed, under its lock: methods must not
+    block. The chunks of a prefix are touched from the last to the first, so that the end of a
+    prefix is evicted before its start.
 
     >>> from lmcache_kit.cache.index.policies import LRU
     >>> policy = LRU()
@@ -23,20 +24,20 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def added(self, key: ChunkKey) -> None:
-        """A chunk that was not there is there."""
+        """Note a new chunk."""
 
     @abstractmethod
     def touched(self, key: ChunkKey) -> None:
-        """A chunk was found by a lookup that will load it."""
+        """Note that a lookup has found the chunk and will load it."""
 
     @abstractmethod
     def removed(self, key: ChunkKey) -> None:
-        """A chunk is gone, evicted or not."""
+        """Note that the chunk was removed, by eviction or otherwise."""
 
     @abstractmethod
     def victims(self) -> Iterator[ChunkKey]:
-        """All chunks, the first to leave first.
+        """Yield all chunks in the order of eviction.
 
-        The engine skips those in use and those that other chunks still follow, and takes only as
-        many as it needs before it changes anything.
+        The engine skips chunks in use and chunks that others still follow. It consumes as many as
+        it needs before it changes anything.
         """

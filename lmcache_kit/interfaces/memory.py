@@ -1,4 +1,4 @@
-"""The first tier: memory."""
+"""Contract of memory backends, the first tier."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Region(NamedTuple):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a memory backend holds, in bytes.
+    """Usage of a memory backend, in bytes.
 
-    ``requested_bytes`` is the sum of what was asked for, ``allocated_bytes`` the same with the
+    ``requested_bytes`` is the sum of all allocated requests, ``allocated_bytes`` the same with the
     allocator's rounding; ``allocated_bytes <= capacity_bytes`` always. ``largest_free_bytes`` is
     the largest request that would succeed now.
     """
@@ -43,8 +43,12 @@ class Usage(msgspec.Struct, frozen=True):
 class MemoryBackend(ABC):
     """The first tier: one span of memory that workers map, and an allocator over it.
 
-    The engine owns what lies where, for how long, and what to evict; the backend owns the bytes.
-    Methods are called under the engine's lock and must not block on anything but memory.
+    The engine decides which chunk is in which region, for how long, and what to evict; the backend
+    owns the bytes. Methods are called under the engine's lock, and must not block on anything but
+    memory.
+
+    A configuration names the class by ``memory_backend``. It is built with ``capacity_bytes``, and
+    with an instance of its ``config`` model as well when the configuration has options for it.
 
     >>> from lmcache_kit_cpu_backend.backend import LocalCPUBackend
     >>> memory = LocalCPUBackend(capacity_bytes=1 << 20)
@@ -66,36 +70,36 @@ class MemoryBackend(ABC):
     @property
     @abstractmethod
     def memory(self) -> memoryview:
-        """All of the memory, writable, the same object until the backend is closed."""
+        """The whole memory, writable; the same object until the backend is closed."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Region | None:
-        """Take ``nbytes`` (at least 1), or return None when no free run is large enough."""
+        """Allocate ``nbytes`` (at least 1), or return None when no free run is large enough."""
 
     @abstractmethod
     def free(self, region: Region) -> None:
-        """Give a region back. Raises ValueError for one that is not allocated."""
+        """Free a region. Raises ValueError for one that is not allocated."""
 
     @abstractmethod
     def eviction_plan(
         self, nbytes: int, evictable: Callable[[Region], bool]
     ) -> Iterable[Region] | None:
-        """Regions whose release lets ``allocate(nbytes)`` succeed, with as few bytes as can be.
+        """Return the cheapest set of regions to free so that ``allocate(nbytes)`` succeeds.
 
-        Only regions for which ``evictable`` is true may be named. None only when there is no such
-        set: the engine asks before it evicts anything, so that nothing is lost in vain, and again
-        when eviction in policy order has freed enough bytes in all and none of the holes is large
+        The set holds only regions for which ``evictable`` is true. Return None only if there is no
+        such set. The engine asks before it evicts anything, so that no chunk is evicted in vain. It
+        asks again when eviction in policy order has freed enough bytes, and no hole is large
         enough; this bounds fragmentation.
         """
 
     @abstractmethod
     def view(self, region: Region) -> memoryview:
-        """The region's bytes, writable, valid until it is freed or the backend is closed."""
+        """Return the region's bytes, writable, valid until the region is freed or on close."""
 
     @abstractmethod
     def usage(self) -> Usage:
-        """What is held now; exact at all times."""
+        """Return the usage now; exact at all times."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back to the system. Safe to call twice."""
+        """Return all memory to the system. Safe to call twice."""

@@ -1,4 +1,4 @@
-"""Transports."""
+"""Contract of transports between cache processes."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ if TYPE_CHECKING:
     import socket
 
 Dial: TypeAlias = "Callable[[float], socket.socket]"
-"""Takes seconds; returns a new connection, blocking and ready to use, to the peer's
-:meth:`Transport.serve`. Raises OSError or TransportError."""
+"""Function from a time-out in seconds to a new connection to the peer's :meth:`Transport.serve`,
+blocking and ready to use. Raises OSError or TransportError."""
 
 MAX_ADDRESS_BYTES = 64 * 1024
-"""The most that :meth:`Transport.address` and :meth:`Transport.offer` return."""
+"""Most bytes of the result of :meth:`Transport.address` and :meth:`Transport.offer`."""
 
 
 class ReadableRegion(NamedTuple):
-    """A region that is offered, and the xxh3-64 that its bytes had when they were stored."""
+    """A region to offer, and the xxh3-64 of its bytes when they were stored."""
 
     region: Region
     checksum: int
 
 
 class ReadResult(NamedTuple):
-    """The bytes of region ``number`` are there. ``checksum``: their xxh3-64, if the
-    transport computed it from the bytes as they came in; None: the reader has to."""
+    """All bytes of region ``number`` have arrived.
+
+    ``checksum`` is their xxh3-64 if the transport computed it as they arrived, or None: the reader
+    then computes it.
+    """
 
     number: int
     checksum: int | None = None
 
 
 class Link(ABC):
-    """A way to read from one peer. Used by one thread at a time, for one move after another."""
+    """A connection to read from one peer. Used by one thread at a time, for many moves."""
 
     @property
     @abstractmethod
@@ -44,59 +47,65 @@ class Link(ABC):
 
     @abstractmethod
     def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
-        """Fill ``into``, regions of our own memory, with what the peer offered, in any order.
+        """Fill ``into``, regions of this process's memory, with the offered regions, in any order.
 
-        Each region is named once, as soon as its bytes are all there. The caller may look at it
-        while the next ones come in; it takes the iterator to its end. Raises TransferTimeout when
-        not all have come within ``timeout_s`` seconds, and TransportError when the peer is gone,
-        does not offer this (any more), or sends what is no answer. Except after a TransferTimeout
-        that says otherwise (``settled``), nothing changes in ``into`` once this has ended.
+        Yields each region once, as soon as all its bytes have arrived. The caller may use the
+        region while the next ones arrive, and takes the iterator to its end. Raises TransferTimeout
+        when not all have arrived within ``timeout_s`` seconds, and TransportError when the peer is
+        gone, the offer is unknown or withdrawn, or the peer's answer is invalid. No byte of
+        ``into`` changes after the end, except after a TransferTimeout that is not ``settled``.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give up the connection; what is being read fails. Safe to call twice, from any thread."""
+        """Close the connection; a read in flight fails. Safe to call twice, from any thread."""
 
 
 class Transport(ABC):
-    """Moves bytes from the memory of one cache process into that of another.
+    """Move bytes from the memory of one cache process to that of another.
 
-    One per cache process, for its whole life. Built as ``target(memory, host)`` or, where the
-    spec names a config model, ``target(memory, host, options)``: ``memory`` is all of this
-    process's memory, writable and mapped until after :meth:`close`; ``host`` is the name or
-    address that peers reach this process by. Building it may take time and raise TransportError;
-    it happens on a thread of its own.
+    One per cache process, for its whole life. Built as ``target(memory, host)`` or, if the spec
+    names a config model, ``target(memory, host, options)``. ``memory`` is the whole memory of this
+    process, writable and mapped until after :meth:`close`. ``host`` is the name or address by which
+    peers reach this process. The constructor runs on a thread of its own, may block, and may raise
+    TransportError.
 
-    The side that has bytes offers them and is passive; the side that wants them connects and reads.
-    Thread-safe; every method may block, up to what its timeout says.
+    The source offers regions and is passive; the reader connects and reads. Thread-safe. Every
+    method may block, up to its time-out.
     """
 
     @abstractmethod
     def address(self) -> bytes:
-        """What a peer's :meth:`connect` must know of this side."""
+        """Return the address of this side, for a peer's :meth:`connect`."""
 
     @abstractmethod
     def offer(self, regions: Sequence[ReadableRegion]) -> bytes:
-        """Let peers read these regions; what they pass to :meth:`Link.read`. It cannot be guessed,
-        unless the transport cannot hide memory from its peers at all."""
+        """Let peers read these regions; return the offer, which they pass to :meth:`Link.read`.
+
+        An offer cannot be guessed, unless the transport cannot hide memory from peers at all.
+        """
 
     @abstractmethod
     def withdraw(self, offer: bytes) -> None:
-        """End an offer. What is being sent of it is cut off, if need be by closing the connection.
-        An unknown one is ignored."""
+        """End an offer, and cut off reads of it, if need be by closing their connections.
+
+        An unknown offer is ignored.
+        """
 
     @abstractmethod
     def connect(self, address: bytes, dial: Dial, timeout_s: float) -> Link:
-        """Reach the peer that said ``address``, and see that bytes get through.
+        """Connect to the peer of ``address``, and verify that bytes get through.
 
-        Raises TransportError, whose message says why this transport does not serve for this peer.
+        Raises TransportError; its message says why this transport cannot reach this peer.
         """
 
     @abstractmethod
     def serve(self, connection: socket.socket) -> None:
-        """Answer one peer on a connection that it dialled, until either side closes it. Owns the
-        connection. Called on a thread of its own; never raises for a peer's doing."""
+        """Answer a peer on a connection that the peer has dialled, until either side closes it.
+
+        Owns the connection. Called on a thread of its own; a peer cannot make it raise.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """End every transfer and give everything back. Safe to call twice."""
+        """End every transfer and release all resources. Safe to call twice."""

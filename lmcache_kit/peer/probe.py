@@ -58,7 +58,7 @@ def probe(name: str, config: KitConfig) -> ProbeResult:
 
 def probe_here(name: str, config: KitConfig) -> ProbeResult:
     """The same in this process."""
-    from lmcache_kit.peer.transports import make, options_of
+    from lmcache_kit.peer.transports import make
     from lmcache_kit.plugins import Plugins
 
     plugins = Plugins.load()
@@ -66,7 +66,7 @@ def probe_here(name: str, config: KitConfig) -> ProbeResult:
         pair: list[Transport] = []
         for _ in range(2):
             memory = memoryview(bytearray(_MEMORY_BYTES))
-            made = make(plugins, name, memory, config.p2p_host, options_of(config).get(name))
+            made = make(plugins, name, memory, config.p2p_host, config.transport_options.get(name))
             if isinstance(made, str):
                 return ProbeResult(why_not=made)
             ending.callback(made.close)

@@ -8,23 +8,25 @@ from lmcache_kit.specs import TransportSpec
 
 AUTO = "auto"
 ONE_SIDED = "one-sided"
-ANYWHERE = "tcp"
-"""The transport that works wherever two processes can talk at all."""
+ANY_NETWORK = "any-network"
+"""Capability of transports that work wherever two processes reach each other by TCP."""
 
 
 def candidates(channel: str, specs: Sequence[TransportSpec]) -> list[str]:
-    """Names in the order to try for ``transfer_channel: <channel>``, of those in ``specs``.
+    """Return names in the order to try for ``transfer_channel: <channel>``, of those in ``specs``.
 
-    ``auto`` is all of them, one-sided ones first; a name is that one, and TCP where it cannot
-    serve.
+    ``auto`` is all of them, one-sided ones first; a name is that one, then those for any network.
 
-    >>> nixl = TransportSpec("nixl", "m:N", "", capabilities=frozenset({"one-sided"}))
-    >>> tcp = TransportSpec("tcp", "m:T", "")
-    >>> candidates("auto", [tcp, nixl]), candidates("nixl", [tcp, nixl]), candidates("tcp", [tcp])
-    (['nixl', 'tcp'], ['nixl', 'tcp'], ['tcp'])
+    >>> rdma = TransportSpec("rdma", "m:R", "", capabilities=frozenset({"one-sided"}))
+    >>> stream = TransportSpec("stream", "m:S", "", capabilities=frozenset({"any-network"}))
+    >>> candidates("auto", [stream, rdma]), candidates("rdma", [stream, rdma])
+    (['rdma', 'stream'], ['rdma', 'stream'])
+    >>> candidates("stream", [stream, rdma])
+    ['stream']
     """
     if channel == AUTO:
         ordered = sorted(specs, key=lambda spec: (ONE_SIDED not in spec.capabilities, spec.name))
         return [spec.name for spec in ordered]
+    anywhere = sorted(spec.name for spec in specs if ANY_NETWORK in spec.capabilities)
     names = {spec.name for spec in specs}
-    return [name for name in dict.fromkeys((channel, ANYWHERE)) if name in names]
+    return [name for name in dict.fromkeys((channel, *anywhere)) if name in names]

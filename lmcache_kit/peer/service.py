@@ -20,7 +20,7 @@ from lmcache_kit.peer.move_server import SEND_S, Identity, MoveServer
 from lmcache_kit.peer.priority import lower_priority
 from lmcache_kit.peer.quarantine import Quarantine
 from lmcache_kit.peer.sockets import GREET_S, Listener, Tls, dial
-from lmcache_kit.peer.transports import Transports, options_of
+from lmcache_kit.peer.transports import Transports
 from lmcache_kit.protocol import peer as wire
 from lmcache_kit.protocol.capability import KEY_BYTES
 
@@ -62,7 +62,11 @@ class PeerService:
         self.key = secrets.token_bytes(KEY_BYTES)
         tls = _tls(config)
         self._transports = Transports(
-            plugins, config.transfer_channel, memory.memory, config.p2p_host, options_of(config)
+            plugins,
+            config.transfer_channel,
+            memory.memory,
+            config.p2p_host,
+            config.transport_options,
         )
         self._quarantine = Quarantine(
             engine.transfers, memory.usage().capacity_bytes // QUARANTINE_SHARE

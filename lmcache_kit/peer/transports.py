@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lmcache_kit.errors import KitError, PluginNotFound, TransportError
 from lmcache_kit.interfaces import Transport
 from lmcache_kit.peer.selection import AUTO, candidates
+from lmcache_kit.plugins.first_party import install_command
 from lmcache_kit.plugins.options import validated
 from lmcache_kit.protocol.peer import Address
 from lmcache_kit.specs import TransportSpec
 
 if TYPE_CHECKING:
-    from lmcache_kit.config import KitConfig
     from lmcache_kit.plugins import Plugins
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Transports:
         if not self.names:
             raise PluginNotFound(
                 "enable_p2p needs a transport, and none is installed",
-                hint="pip install lmcache-kit-tcp-transport",
+                hint=install_command("transport"),
             )
         self._options = {name: options.get(name) for name in self.names}
         for name, given in self._options.items():
@@ -134,14 +134,6 @@ def make(
         log.exception("transport %s could not be made", name)
         return f"{type(error).__name__}: {error}"
     return made if isinstance(made, Transport) else f"{made!r} is no Transport"
-
-
-def options_of(config: KitConfig) -> dict[str, dict[str, Any]]:
-    """``transport_options``, and what other keys say of a transport."""
-    options: dict[str, dict[str, Any]] = dict(config.transport_options)
-    if config.nixl_backends:
-        options["nixl"] = {"backends": config.nixl_backends, **options.get("nixl", {})}
-    return options
 
 
 def _arguments(plugins: Plugins, name: str, given: Mapping[str, Any] | None) -> list[object]:

@@ -1,7 +1,7 @@
 """Scan distributions for plugins and load each in a try of its own.
 
-pluggy's own loading stops at the first broken plugin and names nobody; it drops the second of two
-equal entry-point names, and does not see a misspelt hook. Hence this.
+pluggy's own loading stops at the first broken plugin without naming it, drops the second of two
+equal entry-point names, and accepts a misspelt hook.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ _GROUP = re.compile(rf"{hookspecs.PROJECT}\.v(\d+)")
 
 
 class Candidate(NamedTuple):
-    """A plugin that is installed, before anything of it is imported. ``requires``: what its
-    distribution requires, as its metadata has it."""
+    """An installed plugin, before anything of it is imported. ``requires``: requirements of its
+    distribution, as in its metadata."""
 
     info: PluginInfo
     entry_point: importlib_metadata.EntryPoint
     requires: list[str]
 
 
-class Described(NamedTuple):
-    """What a distribution says about itself: its entry points of our groups, by group, and what
-    it requires."""
+class DistributionMetadata(NamedTuple):
+    """Name and version of a distribution, its entry points by group, and its requirements."""
 
     name: str
     version: str
@@ -46,7 +45,7 @@ class Described(NamedTuple):
 
 @dataclass
 class Discovery:
-    """What a scan found. ``manager`` holds the plugins of ``loaded``, and no others."""
+    """The result of a scan. ``manager`` holds the plugins of ``loaded``, and no others."""
 
     manager: pluggy.PluginManager
     loaded: list[PluginInfo] = field(default_factory=list)
@@ -55,7 +54,7 @@ class Discovery:
 
 
 def discover(environ: Mapping[str, str]) -> Discovery:
-    """Load every plugin that is installed and selected; a failure is a record, never raised."""
+    """Load every plugin that is installed and selected. A failure is a record, never raised."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     found = Discovery(manager)
@@ -68,7 +67,7 @@ def discover(environ: Mapping[str, str]) -> Discovery:
 
 
 def _scan(failures: list[Failure]) -> Iterator[Candidate]:
-    """Entry points of our groups; of a distribution that lies on the path twice, the first."""
+    """Yield installed plugins. Of a distribution that is on the path twice, the first counts."""
     seen = set()
     for distribution in importlib_metadata.distributions():
         described = attempt(partial(_describe, distribution))
@@ -76,9 +75,9 @@ def _scan(failures: list[Failure]) -> Iterator[Candidate]:
             where = f"a distribution in {distribution.locate_file('')}"
             failures.append(Failure("?", where, "metadata", str(described)))
             continue
-        if described is None or _plain(described.name) in seen:
+        if described is None or _normalized(described.name) in seen:
             continue
-        seen.add(_plain(described.name))
+        seen.add(_normalized(described.name))
         own = described.groups.pop(hookspecs.ENTRY_POINT_GROUP, [])
         for entry_point in own:
             info = PluginInfo(entry_point.name, described.name, described.version)
@@ -87,8 +86,8 @@ def _scan(failures: list[Failure]) -> Iterator[Candidate]:
             failures += _other_versions(described.name, described.groups)
 
 
-def _describe(distribution: Any) -> Described | None:
-    """None when it has no entry point of ours. Raises whatever broken metadata may cause."""
+def _describe(distribution: Any) -> DistributionMetadata | None:
+    """Read metadata; None without an entry point of ours. Raises anything for broken metadata."""
     groups: dict[str, list[importlib_metadata.EntryPoint]] = defaultdict(list)
     for entry_point in distribution.entry_points:
         if _GROUP.fullmatch(entry_point.group):
@@ -96,7 +95,7 @@ def _describe(distribution: Any) -> Described | None:
     if not groups:
         return None
     requires = list(distribution.requires or [])
-    return Described(distribution.name, distribution.version, groups, requires)
+    return DistributionMetadata(distribution.name, distribution.version, groups, requires)
 
 
 def _other_versions(
@@ -114,7 +113,7 @@ def _other_versions(
 
 
 def _unambiguous(candidates: list[Candidate], found: Discovery) -> list[Candidate]:
-    """Those whose name nobody else has; of the others none is taken, and each names the rest."""
+    """Return the candidates with a unique name. The others become failures that name each other."""
     by_name: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         by_name[candidate.info.name].append(candidate)
@@ -130,24 +129,24 @@ def _unambiguous(candidates: list[Candidate], found: Discovery) -> list[Candidat
 def _selected(
     candidates: list[Candidate], environ: Mapping[str, str], found: Discovery
 ) -> Iterator[Candidate]:
-    """Those that ``LMCACHE_KIT_PLUGINS`` lets in: ``a,b`` allows only these, ``-a`` blocks one."""
+    """Yield what ``LMCACHE_KIT_PLUGINS`` selects: ``a,b`` allows only these, ``-a`` blocks one."""
     words = [word.strip() for word in environ.get(SELECTION_VARIABLE, "").split(",")]
-    allowed = {_plain(word) for word in words if word and not word.startswith("-")}
-    denied = {_plain(word[1:]) for word in words if word.startswith("-")}
+    allowed = {_normalized(word) for word in words if word and not word.startswith("-")}
+    denied = {_normalized(word[1:]) for word in words if word.startswith("-")}
     for candidate in candidates:
-        name = _plain(candidate.info.name)
+        name = _normalized(candidate.info.name)
         if name in denied or (allowed and name not in allowed):
             found.blocked.append(candidate.info)
         else:
             yield candidate
-    installed = {_plain(candidate.info.name): candidate.info.name for candidate in candidates}
+    installed = {_normalized(candidate.info.name): candidate.info.name for candidate in candidates}
     for name in sorted(allowed - installed.keys()):
         listed = ", ".join(sorted(installed.values())) or "none"
         error = f"{SELECTION_VARIABLE} allows it and it is not installed; installed: {listed}"
         found.failures.append(Failure(name, "no distribution", "selection", error))
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
@@ -177,11 +176,13 @@ def _load(candidate: Candidate, found: Discovery) -> None:
 
 
 def _unmet(candidate: Candidate) -> str:
-    """Which lmcache-kit its distribution requires when that is not this one; else empty. Raises
-    for a requirement that means nothing."""
+    """Return why this release of lmcache-kit does not meet the plugin's requirement, or nothing.
+
+    Raises for a requirement that cannot be parsed.
+    """
     from packaging.requirements import Requirement
 
-    ours = [each for each in candidate.requires if _plain(_named(each)) == hookspecs.PROJECT]
+    ours = [each for each in candidate.requires if _normalized(_named(each)) == hookspecs.PROJECT]
     for requirement in map(Requirement, ours):
         applies = not requirement.marker or requirement.marker.evaluate({"extra": ""})
         if applies and not requirement.specifier.contains(__version__, prereleases=True):
@@ -194,7 +195,7 @@ def _unmet(candidate: Candidate) -> str:
 
 
 def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
-    """Raises for a hook that does not exist, and for wrappers: hooks are collected one by one."""
+    """Register a plugin. Raises for unknown hooks and for wrappers."""
     if twin := manager.get_name(plugin):
         raise ValueError(f"it names the same object as plugin {twin!r}")
     manager.register(plugin, name=name)

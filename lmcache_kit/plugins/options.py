@@ -1,4 +1,4 @@
-"""Options that a configuration gives to a plugin's codec or transport."""
+"""Check the options that a configuration gives to a plugin."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from lmcache_kit.errors import ConfigError
-from lmcache_kit.specs import Spec
+from lmcache_kit.specs import Kind, Spec
 
 
-def validated(key: str, kind: str, spec: Spec, given: Mapping[str, Any]) -> object:
-    """What ``spec.config`` makes of them. Raises ConfigError that names ``key``, the plugin's name
-    and the option, or says that a ``kind`` of this name takes none."""
+def validated(key: str, kind: Kind, spec: Spec, given: Mapping[str, Any]) -> object:
+    """Return an instance of ``spec.config``.
+
+    Raises ConfigError that names ``key``, the plugin's name and the option, or says that a ``kind``
+    of this name takes no options.
+    """
     if not spec.config:
         raise ConfigError(f"{key}: {kind} {spec.name!r} takes no options")
     try:
-        made: object = pkgutil.resolve_name(spec.config)(**given)
+        options: object = pkgutil.resolve_name(spec.config)(**given)
     except ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(map(str, [spec.name, *detail["loc"]]))
         raise ConfigError(f"{key}: {where}: {detail['msg']}") from None
-    return made
+    return options

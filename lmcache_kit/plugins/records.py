@@ -1,4 +1,4 @@
-"""What is known about plugins, as data."""
+"""Records about plugins: what is installed, what it offers, what failed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _T = TypeVar("_T")
 class Failure:
     """Why a plugin, or one of its hooks, cannot be used.
 
-    ``stage``: where it went wrong: ``"metadata"``, ``"api version"``, ``"selection"``,
+    ``stage``: the step that failed: ``"metadata"``, ``"api version"``, ``"selection"``,
     ``"name"``, ``"requirement"``, ``"import"``, ``"hooks"``, or the name of the hook that failed.
-    ``error`` says what to do as well, where reinstalling it would not help.
+    ``error`` includes the remedy where reinstalling would not help.
     """
 
     plugin: str
@@ -31,8 +31,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
-    """An installed plugin. ``name``: its entry point's. ``path``: where its module lies, empty
-    if it was not loaded."""
+    """An installed plugin. ``name``: that of its entry point. ``path``: the file of its module,
+    empty if it was not loaded."""
 
     name: str
     distribution: str
@@ -41,7 +41,7 @@ class PluginInfo:
 
 
 class Offer(NamedTuple):
-    """One thing that a plugin offers."""
+    """A declaration, and the plugin that it comes from."""
 
     kind: Kind
     spec: Spec
@@ -49,7 +49,7 @@ class Offer(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """What a plugin's code raised instead of an answer."""
+    """The exception that code of a plugin raised."""
 
     error: BaseException
 
@@ -60,7 +60,7 @@ class Raised(NamedTuple):
 
 
 def attempt(call: Callable[[], _T]) -> _T | Raised:
-    """Run a stranger's code: it may raise anything, or try to exit, and nobody else suffers."""
+    """Run code of a plugin; return what it raises, SystemExit included."""
     try:
         return call()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary to all plugin code

@@ -1,4 +1,4 @@
-"""The typed face of all plugins: what the rest of the kit asks, by name."""
+"""Look up by name what the installed plugins offer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from lmcache_kit.errors import (
 )
 from lmcache_kit.interfaces import CacheInfo, EvictionPolicy
 from lmcache_kit.plugins.discovery import SELECTION_VARIABLE, Discovery, discover
+from lmcache_kit.plugins.first_party import distribution_of
 from lmcache_kit.plugins.records import Failure, Offer, PluginInfo, Raised, attempt
 from lmcache_kit.specs import (
+    KEY_TYPES,
     BackendSpec,
     CodecSpec,
     CommandSpec,
+    ConfigKey,
     FrontendSpec,
     Kind,
     Spec,
@@ -35,21 +38,11 @@ from lmcache_kit.specs import (
 logger = logging.getLogger(__name__)
 
 BUILTIN_POLICIES = ("FIFO", "LFU", "LRU")
-FIRST_PARTY: Mapping[tuple[Kind, str], str] = {
-    ("backend", "LocalCPUBackend"): "lmcache-kit-cpu-backend",
-    ("backend", "LocalDiskBackend"): "lmcache-kit-disk-backend",
-    ("backend", "ValkeyBackend"): "lmcache-kit-valkey-backend",
-    ("codec", "cachegen"): "lmcache-kit-cachegen",
-    ("frontend", "http"): "lmcache-kit-http-api",
-    ("transport", "nixl"): "lmcache-kit-nixl-transport",
-    ("transport", "tcp"): "lmcache-kit-tcp-transport",
-}
-"""Which of our own distributions provides a name, for the remedy in messages."""
-
 _VERSIONS = ("api version", "requirement")
-"""Stages whose error has the remedy: another version is needed, not the same one again."""
+"""Stages whose error includes the remedy: to install another version."""
 
 _BUILTIN = "lmcache_kit.cache.index.builtin_policies"
+_KEY = re.compile(r"[a-z][a-z0-9_]*")
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
 _REGISTRATIONS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_backends": ("backend", BackendSpec),
@@ -64,14 +57,15 @@ class Plugins:
     """All plugins that are installed and selected.
 
     ``loaded`` work, ``blocked`` are kept out by ``LMCACHE_KIT_PLUGINS``, ``failures`` say what
-    does not work and why; each was logged once as a warning.
+    does not work and why. ``log_failures``: log each once, as a warning.
 
-    >>> plugins = Plugins.load(environ={"LMCACHE_KIT_PLUGINS": "cpu_backend"})
-    >>> plugins.spec("backend", "LocalCPUBackend").target
-    'lmcache_kit_cpu_backend.backend:LocalCPUBackend'
+    >>> plugins = Plugins.load(environ={"LMCACHE_KIT_PLUGINS": "disk_backend"})
+    >>> [offer.plugin.distribution for offer in plugins.specs("backend")]
+    ['lmcache-kit-disk-backend']
     """
 
-    def __init__(self, discovery: Discovery) -> None:
+    def __init__(self, discovery: Discovery, *, log_failures: bool = True) -> None:
+        self._log_failures = log_failures
         self.loaded: list[PluginInfo] = discovery.loaded
         self.blocked: list[PluginInfo] = discovery.blocked
         self.failures: list[Failure] = []
@@ -83,26 +77,26 @@ class Plugins:
         self._collect_offers()
 
     @classmethod
-    def load(cls, *, environ: Mapping[str, str] = os.environ) -> Plugins:
+    def load(cls, *, environ: Mapping[str, str] = os.environ, log_failures: bool = True) -> Plugins:
         """Scan and load. Never raises for a plugin that is broken."""
-        return cls(discover(environ))
+        return cls(discover(environ), log_failures=log_failures)
 
-    # What plugins offer.
+    # Offers.
 
     def specs(self, kind: Kind) -> list[Offer]:
-        """Everything of this kind, by name; a duplicate name stands there once per plugin."""
+        """Return all offers of a kind, sorted by name; a duplicate name once per plugin."""
         keys = sorted(key for key in self._offers if key[0] == kind)
         return [offer for key in keys for offer in self._offers[key]]
 
     def spec(self, kind: Kind, name: str) -> Spec:
-        """The declaration of ``name``. Raises PluginNotFound, DuplicateName or PluginBroken."""
+        """Return a declaration. Raises PluginNotFound, DuplicateName or PluginBroken."""
         return self._offer(kind, name).spec
 
     def resolve(self, kind: Kind, name: str) -> Any:
-        """Probe ``name``, then import its target. Raises as :meth:`spec`, or PluginBroken."""
+        """Probe ``name``, then import its target. Raises as :meth:`spec`, and PluginBroken."""
         offer = self._offer(kind, name)
         who = _described(offer)
-        if reason := self.trouble(offer):
+        if reason := self.why_unusable(offer):
             raise PluginBroken(f"{who} cannot be used here: {reason}")
         target = attempt(partial(_attribute, offer.spec.target))
         if isinstance(target, Raised):
@@ -112,8 +106,8 @@ class Plugins:
             ) from target.error
         return target
 
-    def trouble(self, offer: Offer) -> str:
-        """Why this offer cannot be used on this machine; empty if it can."""
+    def why_unusable(self, offer: Offer) -> str:
+        """Return why this offer cannot be used on this machine; empty if it can."""
         if len(self._offers[offer.kind, offer.spec.name]) > 1:
             return _shared_name(self._offers[offer.kind, offer.spec.name])
         if not offer.spec.probe:
@@ -121,10 +115,10 @@ class Plugins:
         reason = attempt(lambda: str(_attribute(offer.spec.probe)() or ""))
         return f"its probe failed: {reason}" if isinstance(reason, Raised) else reason
 
-    # What plugins take part in.
+    # Hooks that plugins take part in.
 
     def eviction_policy(self, name: str) -> EvictionPolicy:
-        """A new policy for ``cache_policy: <name>``. Raises ConfigError for an unknown one."""
+        """Return a new policy for ``cache_policy``. Raises ConfigError for an unknown name."""
         if not self._manager.has_plugin(_BUILTIN):
             self._manager.register(importlib.import_module(_BUILTIN), name=_BUILTIN)
         made: dict[str, EvictionPolicy] = {}
@@ -157,11 +151,9 @@ class Plugins:
         """Tell every plugin that a cache is about to close."""
         list(self._results("cache_closing", info=info))
 
-    def headers(self) -> list[str]:
-        """One line per plugin that has something to say."""
+    def report_headers(self) -> list[str]:
+        """Return the line that each plugin has for ``lmcache-kit doctor``."""
         return [str(line) for _, line in self._results("report_header") if line]
-
-    # Behind it.
 
     def _collect_offers(self) -> None:
         for hook, (kind, spec_type) in _REGISTRATIONS.items():
@@ -180,7 +172,7 @@ class Plugins:
     def _results(
         self, hook: str, *, collect: Callable[[Any], Any] = lambda result: result, **values: object
     ) -> Iterator[tuple[str, Any]]:
-        """Each implementation's plugin and result; one that raises loses only its own."""
+        """Yield plugin and result of each implementation. One that raises becomes a failure."""
         caller = getattr(self._manager.hook, hook)
         for implementation in reversed(caller.get_hookimpls()):
             arguments = {name: values[name] for name in implementation.argnames}
@@ -196,7 +188,8 @@ class Plugins:
 
     def _fail(self, failure: Failure) -> None:
         self.failures.append(failure)
-        logger.warning("%s", failure)
+        if self._log_failures:
+            logger.warning("%s", failure)
 
     def _distribution(self, plugin: str) -> str:
         return self._infos[plugin].distribution if plugin in self._infos else "lmcache-kit"
@@ -218,13 +211,13 @@ class Plugins:
         return offers[0]
 
     def _missing(self, kind: Kind, name: str) -> KitError:
-        provider = FIRST_PARTY.get((kind, name))
+        provider = distribution_of(kind, name)
         for failure in self.failures:
-            if failure.distribution == provider:
+            if provider and failure.distribution == provider:
                 hint = "" if failure.stage in _VERSIONS else _reinstall(provider)
                 return PluginBroken(f"{kind} {name!r}: {failure}", hint=hint)
         for info in self.blocked:
-            if info.distribution == provider:
+            if provider and info.distribution == provider:
                 return PluginNotFound(
                     f"{kind} {name!r} is provided by plugin {info.name!r} of {provider}, which "
                     f"{SELECTION_VARIABLE} keeps out",
@@ -257,7 +250,7 @@ def _attribute(path: str) -> Any:
 
 
 def _malformed(spec: object, expected: type[Spec]) -> str:
-    """What is wrong with a declaration; empty if nothing."""
+    """Return what is wrong with a declaration; empty if nothing."""
     if not isinstance(spec, expected):
         return f"{spec!r} is no {expected.__name__}"
     if not isinstance(spec.name, str) or not spec.name:
@@ -265,6 +258,23 @@ def _malformed(spec: object, expected: type[Spec]) -> str:
     for path in (spec.target, spec.config or spec.target, spec.probe or spec.target):
         if not _TARGET.fullmatch(path):
             return f"{spec.name!r}: {path!r} is no 'module:attribute'"
+    for key in spec.keys:
+        if problem := _malformed_key(spec, key):
+            return f"{spec.name!r}: key {key.name!r} {problem}"
+    return ""
+
+
+def _malformed_key(spec: Spec, key: ConfigKey) -> str:
+    if not _KEY.fullmatch(key.name):
+        return "is no name in lower case"
+    if key.type not in KEY_TYPES:
+        return f"has the type {key.type!r}; known: {', '.join(KEY_TYPES)}"
+    if not spec.config or isinstance(spec, FrontendSpec | CommandSpec):
+        return "sets an option, and options need a backend, codec or transport with a config model"
+    if key.selects and (not isinstance(spec, BackendSpec) or "memory" in spec.capabilities):
+        return "selects a tier, and this is none"
+    if key.needs and key.needs not in {each.name for each in spec.keys}:
+        return f"needs {key.needs!r}, which is not declared beside it"
     return ""
 
 

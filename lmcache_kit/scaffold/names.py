@@ -1,4 +1,4 @@
-"""What a new plugin is called, in all the places where it has a name."""
+"""Names of a new plugin: distribution, package, class, and the name in configurations."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ KINDS: Mapping[Kind, tuple[str, ...]] = {
     "frontend": ("msgspec>=0.19", "pydantic>=2.7"),
     "transport": ("xxhash>=3.4",),
 }
-"""What can be generated: each has templates of its name, which need these distributions."""
+"""Kinds that can be generated, with the distributions that their templates need."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*")
 _RESERVED: Mapping[Kind, tuple[str, ...]] = {"transport": ("auto",)}
-"""What configurations say where a name of this kind may stand, and mean something else by."""
+"""Names that have another meaning in configurations, by kind."""
 _LETTERS = "letters, digits, and single - or _ between them, starting with a letter"
 _MAX_NAME = 64
 
 
 class ScaffoldError(KitError, ValueError):
-    """No plugin can be generated like this; nothing has been written."""
+    """A plugin cannot be generated from these arguments; nothing was written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """``distribution``: what pip calls it. ``offer``: what configurations and requests do."""
+    """Names of a plugin to generate.
+
+    ``distribution`` is the name for pip, ``offer`` the name in configurations and requests.
+    """
 
     kind: Kind
     distribution: str
@@ -44,7 +47,7 @@ class Project:
 
     @classmethod
     def named(cls, kind: str, name: str, *, distribution: str = "", offer: str = "") -> Project:
-        """Raises ScaffoldError for an unknown kind, and for names that cannot be used."""
+        """Derive all names. Raises ScaffoldError for an unknown kind or an unusable name."""
         if kind not in KINDS:
             raise ScaffoldError(f"unknown kind {kind!r}", hint=f"Known: {', '.join(KINDS)}")
         dashes = _checked("name", distribution or name).replace("_", "-").lower()
@@ -52,34 +55,34 @@ class Project:
         project = cls(next(each for each in KINDS if each == kind), dashes, offer)
         if offer in _RESERVED.get(project.kind, ()):
             raise ScaffoldError(
-                f"a {kind} cannot be called {offer!r}: the word has a meaning of its own",
+                f"a {kind} cannot be called {offer!r}, which has a meaning of its own",
                 hint="Choose another one with --name",
             )
         if keyword.iskeyword(project.package) or project.package in sys.stdlib_module_names:
             raise ScaffoldError(
-                f"{project.package!r} cannot be a package: Python has it already",
+                f"{project.package!r} cannot be a package: Python has a module of that name",
                 hint=f"Choose another one: --distribution my-{project.distribution}",
             )
         return project
 
     @property
     def package(self) -> str:
-        """What Python imports, and the name of the entry point."""
+        """Name of the package, and of the entry point."""
         return self.distribution.replace("-", "_")
 
     @property
     def class_name(self) -> str:
-        """Such as ``AcmeZipCodec``."""
+        """Name of the class, such as ``AcmeZipCodec``."""
         words = "".join(word.capitalize() for word in self.distribution.split("-"))
         return (words.removesuffix(self.kind.capitalize()) or "My") + self.kind.capitalize()
 
 
 def check_free(project: Project, plugins: Plugins) -> None:
-    """Raises ScaffoldError when something that is installed has one of its names already."""
+    """Raise ScaffoldError if an installed plugin, distribution or module has one of the names."""
     for offer in plugins.specs(project.kind):
         if offer.spec.name == project.offer:
             raise ScaffoldError(
-                f"the {project.kind} {project.offer!r} is there already, from "
+                f"the {project.kind} {project.offer!r} exists already, from "
                 f"{offer.plugin.distribution} {offer.plugin.version}",
                 hint="Choose another one with --name, or uninstall that one",
             )

@@ -1,4 +1,4 @@
-"""From templates to a folder: all of it, or nothing."""
+"""Rendering of templates into a folder, as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from lmcache_kit.scaffold.names import KINDS, Project, ScaffoldError
 
 _SUFFIX = ".tmpl"
 _USE = "use.md"
-"""Not a file of its own, but what the README says about this kind."""
+"""Template of the README's section about the kind; not a file of its own."""
 
 
 def render(
     kind: str, name: str, folder: Path, *, distribution: str = "", offer: str = ""
 ) -> list[Path]:
-    """Write a plugin to ``folder``, which is not there or empty; its files, sorted.
+    """Write a plugin to ``folder``, which must be missing or empty; return its files, sorted.
 
-    ``distribution`` and ``offer`` are ``name`` unless given. Raises ScaffoldError for names that
-    cannot be used and a folder that is taken, and OSError; nothing is left behind then.
+    ``distribution`` and ``offer`` default to ``name``. Raises ScaffoldError for unusable names and
+    for a folder with files in it, and OSError; nothing is left behind then.
     """
     project = Project.named(kind, name, distribution=distribution, offer=offer)
     texts = rendered(project)
     if folder.is_symlink() or (folder.exists() and not _is_empty(folder)):
         raise ScaffoldError(
             f"{folder} exists and is not an empty folder",
-            hint="Choose another place with --into, or remove it",
+            hint="Choose another folder with --into, or remove it",
         )
     if not folder.parent.is_dir():
         raise ScaffoldError(
-            f"{folder.parent} is no folder", hint=f"Make it first: mkdir -p {folder.parent}"
+            f"{folder.parent} is no folder", hint=f"Create it first: mkdir -p {folder.parent}"
         )
     with _beside(folder) as building:
         for path, text in texts.items():
@@ -49,7 +49,7 @@ def render(
 
 
 def rendered(project: Project) -> dict[PurePosixPath, str]:
-    """Every file of the distribution: where it stands in it, and what it says."""
+    """Return every file of the distribution: its path within, and its text."""
     values = _values(project)
     templates = files("lmcache_kit.scaffold") / "templates"
     values["use"] = _filled(templates / project.kind / f"{_USE}{_SUFFIX}", values)
@@ -64,8 +64,7 @@ def rendered(project: Project) -> dict[PurePosixPath, str]:
 
 
 def requirement() -> str:
-    """The versions of the kit that a plugin of today works with: these interfaces may change with
-    the next minor one."""
+    """Return the requirement of a plugin made today: a minor version may change an interface."""
     major, minor = (int(part) for part in __version__.split(".")[:2])
     return f"lmcache-kit>={major}.{minor},<{major}.{minor + 1}"
 
@@ -103,7 +102,7 @@ def _is_empty(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """A folder to build in, on the same file system; gone if it is not renamed."""
+    """Yield a folder to build in, on the same file system; remove it unless it was renamed."""
     building = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     building.mkdir()
     try:

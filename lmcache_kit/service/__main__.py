@@ -1,7 +1,7 @@
 """``python -m lmcache_kit.service``: the spawned cache process.
 
 Reads its configuration as JSON on stdin, and reports on ``--status-fd`` in one line of JSON that
-it is ready, or why it cannot be. Meant for :mod:`~lmcache_kit.service.launch`; a person starts
+it is ready, or why it cannot be. :mod:`~lmcache_kit.service.launch` starts it; users start
 ``lmcache-kit cache-server``.
 """
 
@@ -18,12 +18,12 @@ from typing import TextIO
 
 
 def main() -> int:
-    """Leave the process that started us, then serve. Returns an exit code."""
+    """Detach from the starting process, then serve. Returns an exit code."""
     parser = argparse.ArgumentParser(prog="python -m lmcache_kit.service")
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--status-fd", type=int, required=True)
     options = parser.parse_args()
-    # vLLM ends by killing all its descendants, and we shall outlive it: be nobody's child.
+    # vLLM kills all its descendants when it ends, and this process outlives it: be adopted by init.
     if os.fork():
         os._exit(0)
     os.set_inheritable(options.status_fd, False)
@@ -64,7 +64,7 @@ def _parts(error: Exception) -> tuple[str, str]:
 
 
 def _report(status: TextIO, error: str = "", message: str = "", hint: str = "") -> None:
-    """Once; who started us may have gone already, and another client may come."""
+    """Write the report once. The starter may have ended already; another client may come."""
     if not status.closed:
         with contextlib.suppress(BrokenPipeError), status:
             status.write(json.dumps({"error": error, "message": message, "hint": hint}) + "\n")

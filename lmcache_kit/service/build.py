@@ -1,15 +1,16 @@
-"""Backends, as the configuration asks for them."""
+"""Open the backends that the configuration names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache_kit.cache.engine import CacheEngine
 from lmcache_kit.cache.tiers.store_tier import StoreTier
-from lmcache_kit.errors import ConfigError, PluginBroken
+from lmcache_kit.errors import ConfigError, PluginBroken, PluginNotFound
 from lmcache_kit.interfaces import Backend, MemoryBackend
+from lmcache_kit.plugins.first_party import DEFAULT_MEMORY_BACKEND, distribution_of
 from lmcache_kit.plugins.options import validated
 
 if TYPE_CHECKING:
@@ -17,30 +18,35 @@ if TYPE_CHECKING:
     from lmcache_kit.config import KitConfig
     from lmcache_kit.plugins import Plugins
 
+MEMORY = "memory"
+"""Capability of backends that can be the first tier."""
 
-def make_engine(config: KitConfig, plugins: Plugins) -> tuple[MemoryBackend, CacheEngine]:
-    """The first tier. Raises ConfigError and PluginError."""
-    backend = plugins.resolve("backend", config.location)
+_B = TypeVar("_B", Backend, MemoryBackend)
+
+
+def build_engine(config: KitConfig, plugins: Plugins) -> tuple[MemoryBackend, CacheEngine]:
+    """Return the first tier and an engine over it. Raises ConfigError and PluginError."""
+    make = memory_factory(config, plugins)
     policy = plugins.eviction_policy(config.cache_policy)
-    memory: MemoryBackend = backend(capacity_bytes=config.max_local_cpu_bytes)
+    memory = _opened(config.memory_backend, make, MemoryBackend)  # type: ignore[type-abstract]
     engine = CacheEngine(
         memory,
         policy,
-        location=config.location,
+        location=config.memory_backend,
         lease_ttl_s=config.lease_ttl_s,
         max_pinned_share=config.max_pinned_share,
     )
     return memory, engine
 
 
-def make_tiers(config: KitConfig, plugins: Plugins, get_codec: GetCodec) -> list[StoreTier]:
-    """Those below it, all or none. Raises ConfigError and PluginError."""
+def build_tiers(config: KitConfig, plugins: Plugins, get_codec: GetCodec) -> list[StoreTier]:
+    """Return the tiers below memory, all or none. Raises ConfigError and PluginError."""
     tiers: list[StoreTier] = []
     try:
         for name, options in config.lower_tiers.items():
             tiers.append(
                 StoreTier(
-                    make_backend(plugins, name, options),
+                    open_backend(plugins, name, options),
                     plugins.eviction_policy(config.cache_policy),
                     location=name,
                     get_codec=get_codec,
@@ -54,27 +60,65 @@ def make_tiers(config: KitConfig, plugins: Plugins, get_codec: GetCodec) -> list
     return tiers
 
 
-def make_backend(plugins: Plugins, name: str, options: Mapping[str, Any]) -> Backend:
-    """One backend, opened. Raises as :func:`backend_of`, and PluginBroken where it cannot be."""
-    make = backend_of(plugins, name, options)
+def open_backend(plugins: Plugins, name: str, options: Mapping[str, Any]) -> Backend:
+    """Open a tier. Raises as :func:`backend_factory`, and PluginBroken if it cannot be opened."""
+    make = backend_factory(plugins, name, options)
+    return _opened(name, make, Backend)  # type: ignore[type-abstract]
+
+
+def memory_factory(config: KitConfig, plugins: Plugins) -> Callable[[], MemoryBackend]:
+    """Return a function that opens the first tier.
+
+    Raises ConfigError for a backend without the capability ``"memory"`` and for wrong options, and
+    PluginError for one that is not installed or does not work here.
+    """
+    name = config.memory_backend
+    offers = [each for each in plugins.specs("backend") if MEMORY in each.spec.capabilities]
+    names = [each.spec.name for each in offers]
+    installed = f"Installed: {', '.join(names) or 'none'}"
     try:
-        backend = make()
-    except ConfigError:
-        raise
-    except Exception as error:  # a backend is somebody's plugin: say whose, whatever it raises
-        raise PluginBroken(f"backend {name!r} cannot be opened: {error}") from error
-    if not isinstance(backend, Backend):
-        raise PluginBroken(f"backend {name!r} cannot be opened: {backend!r} is no Backend")
-    return backend
+        spec = plugins.spec("backend", name)
+    except PluginNotFound as error:
+        if distribution_of("backend", name):
+            raise  # the hint says how to install it
+        if DEFAULT_MEMORY_BACKEND not in names:
+            pip = f"pip install {distribution_of('backend', DEFAULT_MEMORY_BACKEND)}"
+            installed = f"{installed}. The default comes with: {pip}"
+        raise PluginNotFound(f"memory_backend: {error.message}", hint=installed) from error
+    if MEMORY not in spec.capabilities:
+        raise ConfigError(f"memory_backend: {name} is no memory", hint=installed)
+    target: Callable[..., MemoryBackend] = plugins.resolve("backend", name)
+    options = config.backend_options.get(name)
+    arguments = [validated("backend_options", "backend", spec, options)] if options else []
+    return partial(target, config.max_local_cpu_bytes, *arguments)
 
 
-def backend_of(plugins: Plugins, name: str, options: Mapping[str, Any]) -> Callable[[], Backend]:
-    """What opens a backend. Raises ConfigError for one that is no tier and for options, and
-    PluginError for one that is not there."""
+def backend_factory(
+    plugins: Plugins, name: str, options: Mapping[str, Any]
+) -> Callable[[], Backend]:
+    """Return a function that opens a tier.
+
+    Raises ConfigError for memory and for wrong options, and PluginError for a backend that is not
+    installed or does not work here.
+    """
     target: Callable[..., Backend] = plugins.resolve("backend", name)
     spec = plugins.spec("backend", name)
-    if "memory" in spec.capabilities:
+    if MEMORY in spec.capabilities:
         raise ConfigError(f"tiers: {name} is memory, and no tier below it")
     if not options:
         return target
     return partial(target, validated("backend_options", "backend", spec, options))
+
+
+def _opened(name: str, make: Callable[[], _B], expected: type[_B]) -> _B:
+    try:
+        backend = make()
+    except ConfigError:
+        raise
+    except Exception as error:  # plugin code: name the backend, whatever it raises
+        raise PluginBroken(f"backend {name!r} cannot be opened: {error}") from error
+    if not isinstance(backend, expected):
+        raise PluginBroken(
+            f"backend {name!r} cannot be opened: {backend!r} is no {expected.__name__}"
+        )
+    return backend

@@ -1,4 +1,4 @@
-"""The codecs of this process, by name, each made once."""
+"""The codecs of this process, by name, each built once."""
 
 from __future__ import annotations
 
@@ -20,48 +20,51 @@ _T = TypeVar("_T")
 
 
 class Codecs:
-    """Made from plugins when they are first asked for. ``options``: of each, by its name."""
+    """Codecs of plugins, built when they are first asked for. ``options``: by codec name."""
 
     def __init__(
         self, plugins: Plugins, options: Mapping[str, Mapping[str, Any]] | None = None
     ) -> None:
         self._plugins = plugins
         self._options = options or {}
-        self._made: dict[str, Codec] = {}
+        self._built: dict[str, Codec] = {}
         self._warm: set[str] = set()
-        self._making = threading.Lock()
+        self._building = threading.Lock()
 
     @property
     def names(self) -> list[str]:
-        """Those that are installed."""
+        """Names of all installed codecs."""
         return sorted({offer.spec.name for offer in self._plugins.specs("codec")})
 
     def get(self, name: str) -> Codec:
-        """A codec that is warmed up, which may take seconds. Raises PluginError or ConfigError."""
+        """Return a codec that is warmed up, which may take seconds the first time.
+
+        Raises PluginError and ConfigError.
+        """
         codec = self.make(name)
-        with self._making:
+        with self._building:
             if name not in self._warm:
                 self._guarded(name, codec.warm_up)
                 self._warm.add(name)
         return codec
 
     def make(self, name: str) -> Codec:
-        """The same without warming up, to see whether it can be had at all."""
-        with self._making:
-            if name not in self._made:
+        """Return a codec that may not be warmed up. Raises PluginError and ConfigError."""
+        with self._building:
+            if name not in self._built:
                 target = self._plugins.resolve("codec", name)
                 codec = self._guarded(name, partial(target, *self._arguments(name)))
                 if not isinstance(codec, Codec):
                     raise PluginBroken(f"codec {name!r} cannot be made: {codec!r} is no Codec")
-                self._made[name] = codec
-            return self._made[name]
+                self._built[name] = codec
+            return self._built[name]
 
     def _guarded(self, name: str, call: Callable[[], _T]) -> _T:
         try:
             return call()
         except ConfigError:
             raise
-        except Exception as error:  # a codec is somebody's plugin: say whose, whatever it raises
+        except Exception as error:  # plugin code: name the codec, whatever it raises
             raise PluginBroken(
                 f"codec {name!r} cannot be made: {type(error).__name__}: {error}"
             ) from error
@@ -75,5 +78,5 @@ class Codecs:
 
 
 def encoding_threads() -> int:
-    """How many threads may encode at a time: half of the cores are left to whoever we serve."""
+    """Return how many threads may encode at once; half of the cores remain for serving."""
     return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))

@@ -1,4 +1,13 @@
-"""How clients come to a cache process: spawn one, attach to one, or run one in a thread."""
+"""Connect clients to a cache process: spawn one, attach to one, or run one in a thread.
+
+A spawned process is started once, whatever clients race for it:
+
+1. Connect. If that succeeds, done.
+2. Take the starting lock without waiting; another client that holds it is starting one: poll.
+3. Take the serving lock without waiting; a process that holds it starts or ends: poll.
+4. Release the serving lock and start a process, which takes it. It reports over a pipe that it
+   listens, or why it cannot.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +62,13 @@ def open_client(
     wait_ready: bool = False,
     reconnect: Reconnect | None = None,
 ) -> CacheClient:
-    """A client of the instance's cache process, which ``cache_process`` may start.
+    """Return a client of the instance's cache process, which ``cache_process`` may start.
 
-    ``form``: what a worker's payloads are; without it they cannot be encoded.
+    ``form``: layout of a worker's payloads; without it they cannot be encoded.
 
-    It connects in the background. With ``wait_ready`` this waits for up to
+    The client connects in the background. ``wait_ready`` waits for up to
     ``cache_start_timeout_s``, and raises ConfigError or PluginError when no cache can be composed;
-    a process that is only late or absent is not an error. ``embedded`` raises these at once.
+    a late or absent process is not an error. ``embedded`` raises these errors at once.
     """
     path = socket_path(config)
     on_close: Callable[[], None] | None = None
@@ -99,7 +108,7 @@ def open_client(
 
 
 def _connect(path: Path) -> socket.socket:
-    """Raises CacheUnavailable, at once, when nobody listens."""
+    """Connect to the socket. Raises CacheUnavailable, at once, when nothing listens."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)  # a stopped process with a full backlog would block connect
     try:
@@ -113,7 +122,7 @@ def _connect(path: Path) -> socket.socket:
 
 
 class _Spawner:
-    """Dials, and starts a cache process when there is none."""
+    """Connects, and starts a cache process when none listens."""
 
     def __init__(self, config: KitConfig, path: Path) -> None:
         self._config = config
@@ -128,14 +137,14 @@ class _Spawner:
                 return _connect(self._path)
             except CacheUnavailable:
                 if started:
-                    raise  # it died at once; the next attempt is not to follow at once
+                    raise  # it ended at once; the client waits before the next attempt
             started = self._start_unless_started(stop, deadline)
             if not started:
                 stop.wait(_POLL_S)
         raise CacheTimeout(f"the cache process did not start within {timeout_s:g} s")
 
     def _start_unless_started(self, stop: threading.Event, deadline: float) -> bool:
-        """False when another one is coming up, or still on its way out."""
+        """Start a process. Returns False while another one is starting or ending."""
         paths.secure_directory(self._path.parent)
         starting = paths.starting_lock(self._path)
         if starting is None:
@@ -149,7 +158,7 @@ class _Spawner:
             return True
 
     def _start(self, stop: threading.Event, deadline: float) -> None:
-        """Start a process; return when it is ready, else raise why it is not."""
+        """Start a process and wait until it listens. Raises the error that it reports."""
         status, child_status = os.pipe()
         try:
             try:
@@ -165,10 +174,10 @@ class _Spawner:
                 return
             log = paths.beside(self._path, ".log")
             raise CacheUnavailable(
-                "the cache process ended as it started", hint=f"Its last words are in {log}"
+                "the cache process ended as it started", hint=f"Its log is {log}"
             )
         if report["error"]:
-            raise _rebuilt(report)
+            raise _reported_error(report)
 
     def _launch(self, status: int, deadline: float) -> None:
         command = [
@@ -200,7 +209,7 @@ class _Spawner:
 
 
 class _Embedded:
-    """A cache on a thread of this process, shared by the clients in it."""
+    """A cache on a thread of this process, shared by the clients in the process."""
 
     _by_path: ClassVar[dict[Path, _Embedded]] = {}
     _guard: ClassVar[threading.Lock] = threading.Lock()
@@ -209,19 +218,21 @@ class _Embedded:
         self._path = path
         self._lock = lock
         self._users = 0
-        self._host = service.CacheService(config)
+        self._service = service.CacheService(config)
         self._ready = threading.Event()
-        self._problem: BaseException | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lmcache-kit-cache", daemon=True)
         self._thread.start()
         self._ready.wait()
-        if self._problem:
-            raise self._problem
+        if self._error:
+            raise self._error
 
     @classmethod
     def share(cls, config: KitConfig, path: Path) -> Callable[[], None] | None:
-        """Run the cache if nobody does; returns what each user calls in the end. None when
-        another process runs it."""
+        """Start the cache unless it runs; returns a function to call when its user closes.
+
+        None when another process serves there.
+        """
         with cls._guard:
             cache = cls._by_path.get(path)
             if cache is None:
@@ -245,21 +256,21 @@ class _Embedded:
 
     def _stop(self) -> None:
         self._by_path.pop(self._path, None)
-        self._host.stop()
+        self._service.stop()
         self._thread.join()
         self._lock.close()
 
     def _run(self) -> None:
         try:
-            self._host.run(self._path, self._ready.set)
+            self._service.run(self._path, self._ready.set)
         except (KitError, OSError) as error:
-            self._problem = error
+            self._error = error
         finally:
             self._ready.set()
 
 
 def _read_line(fd: int, stop: threading.Event, deadline: float) -> bytes:
-    """What comes until a newline, the end of file, ``stop`` or the deadline."""
+    """Read until a newline, the end of file, ``stop`` or the deadline."""
     line = b""
     while not line.endswith(b"\n") and not stop.is_set() and time.monotonic() < deadline:
         if select.select([fd], [], [], _POLL_S)[0]:
@@ -270,8 +281,8 @@ def _read_line(fd: int, stop: threading.Event, deadline: float) -> bytes:
     return line
 
 
-def _rebuilt(report: dict[str, str]) -> KitError:
-    """The error that the process reported."""
+def _reported_error(report: dict[str, str]) -> KitError:
+    """Return the error that the process reported."""
     kinds = {kind.__name__: kind for kind in _REPORTED}
     kind = kinds.get(report["error"], CacheUnavailable)
     return kind(report["message"], hint=report["hint"])
@@ -286,7 +297,7 @@ def _open_log(path: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, in which the process finds the same lmcache_kit, installed or not."""
+    """Return this environment, changed so that the process imports this same lmcache_kit."""
     environment = dict(os.environ)
     root = str(Path(lmcache_kit.__file__).parents[1])
     if root != sysconfig.get_path("purelib"):

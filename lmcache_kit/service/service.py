@@ -1,4 +1,4 @@
-"""Composition: from a configuration to a cache that serves."""
+"""Compose a cache from a configuration, and serve it."""
 
 from __future__ import annotations
 
@@ -33,40 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 END_S = 30.0
-"""So long a process may take to end. Then it says what hangs, such as a disk, and is gone."""
-
-_SETTINGS = {
-    "backend_options",
-    "cache_linger_s",
-    "cache_policy",
-    "codec_options",
-    "controller_key",
-    "controller_url",
-    "enable_controller",
-    "enable_p2p",
-    "lease_ttl_s",
-    "lmcache_worker_heartbeat_time",
-    "lmcache_worker_ids",
-    "lmcache_worker_ports",
-    "local_cpu",
-    "local_disk",
-    "max_local_cpu_size",
-    "max_local_disk_size",
-    "max_pinned_share",
-    "nixl_backends",
-    "p2p_host",
-    "p2p_init_ports",
-    "p2p_tls_ca",
-    "p2p_tls_cert",
-    "p2p_tls_key",
-    "pin_timeout_sec",
-    "remote_url",
-    "store_codec",
-    "tiers",
-    "transfer_channel",
-    "transport_options",
-    "worker_key",
-}
+"""A process that takes longer to end dumps its stacks, which show what hangs, and exits."""
 
 
 def serve(
@@ -76,7 +43,7 @@ def serve(
     linger_s: float | None,
     on_ready: Callable[[], None] | None = None,
 ) -> None:
-    """Be the cache process of ``socket`` until SIGTERM, SIGINT, or ``linger_s`` without a client.
+    """Serve at ``socket`` until SIGTERM, SIGINT, or ``linger_s`` without a client.
 
     Runs on the main thread. Raises ConfigError or PluginError when no cache can be composed, and
     CacheUnavailable when another process serves there.
@@ -95,13 +62,16 @@ def serve(
 
 
 def settings_digest(config: KitConfig) -> str:
-    """Stands for all that makes one cache process differ from another of the same instance."""
-    used = config.model_dump_json(include=_SETTINGS)
-    return blake3(f"{lmcache_kit.__version__} {used}".encode()).hexdigest(16)
+    """Return a digest of the keys that a cache process reads, by their declared scope.
+
+    Two cache processes of one instance with the same digest are interchangeable.
+    """
+    settings = config.cache_settings_json()
+    return blake3(f"{lmcache_kit.__version__} {settings}".encode()).hexdigest(16)
 
 
 class CacheService:
-    """A composed cache. Raises as :func:`serve`; :meth:`run` or :meth:`close` must follow."""
+    """A composed cache. Raises as :func:`serve`; call :meth:`run` or :meth:`close` afterwards."""
 
     def __init__(self, config: KitConfig, *, linger_s: float | None = None) -> None:
         # Deferred: plugins and the engine take time to import, and clients need none of them.
@@ -110,7 +80,7 @@ class CacheService:
         from lmcache_kit.plugins import Plugins
         from lmcache_kit.process.server import CacheServer
         from lmcache_kit.service.background_encoder import BackgroundEncoder
-        from lmcache_kit.service.build import make_engine, make_tiers
+        from lmcache_kit.service.build import build_engine, build_tiers
         from lmcache_kit.service.codecs import Codecs
         from lmcache_kit.service.operations import EngineOperator
 
@@ -118,7 +88,7 @@ class CacheService:
         self.incarnation = secrets.token_hex(16)
         self._plugins = Plugins.load()
         codecs = Codecs(self._plugins, config.codec_options)
-        self.memory, self.engine = make_engine(config, self._plugins)
+        self.memory, self.engine = build_engine(config, self._plugins)
         self._tiers: LowerTiers | None = None
         self.namespaces = NamespaceRegistry()
         self._agent: Agent | None = None
@@ -126,9 +96,9 @@ class CacheService:
         self._node: PeerService | None = None
         self.operator: EngineOperator | None = None
         try:
-            if config.lower_tiers:
+            if config.tiers:
                 self._tiers = self.engine.attach(
-                    make_tiers(config, self._plugins, codecs.make), codecs.make
+                    build_tiers(config, self._plugins, codecs.make), codecs.make
                 )
             self._node = self._make_node(codecs)
             self.operator = EngineOperator(
@@ -191,9 +161,9 @@ class CacheService:
                 os.getpid(),
                 self.config.lmcache_instance_id,
                 path,
-                self.config.location,
+                self.config.memory_backend,
                 self.config.max_local_cpu_size,
-                "".join([f", {name}" for name in self.config.lower_tiers]),
+                "".join([f", {name}" for name in self.config.tiers]),
                 self.config.cache_policy,
                 self.incarnation,
             )
@@ -288,7 +258,7 @@ class CacheService:
 
 
 def worker_keys(config: KitConfig) -> WorkerKeys | None:
-    """What the configuration names; None without keys. Raises ConfigError."""
+    """Load the key files that the configuration names; None without. Raises ConfigError."""
     if not config.enable_controller or not config.controller_key or not config.worker_key:
         return None
     from lmcache_kit.protocol.zmq_auth import WorkerKeys

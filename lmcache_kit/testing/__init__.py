@@ -1,4 +1,10 @@
-"""Conformance suites: inherit one, name your plugin, run pytest.
+"""Conformance suites for plugins: inherit one, define its fixture, run pytest.
+
+1. A suite tests the contract in :mod:`lmcache_kit.interfaces`, through its public methods only.
+2. A requirement that a plugin does not meet is declared by an attribute, or overridden with a
+   reason (:func:`overrides`). No test of a suite disappears silently.
+3. Each suite is proven by faulty plugins: every fault must fail a test.
+4. Every wait has a limit, so that a plugin that hangs fails.
 
 Needs the extra ``lmcache-kit[testing]``; see docs/testing.md.
 """

@@ -1,4 +1,4 @@
-"""How a backend ends, and what is there when it begins again."""
+"""Tests of the end of a backend: close, kill, restart."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from lmcache_kit.testing._backend_tests import (
 )
 
 
-def do_and_be_killed(work: Callable[[], None], patience_s: float) -> None:
-    """Do it in a copy of this process, which is killed as soon as that is done: it closes nothing.
-    Fails when it raises, or has not ended in time."""
+def do_and_be_killed(work: Callable[[], None], timeout_s: float) -> None:
+    """Run ``work`` in a fork that is killed right after it, so that nothing is closed.
+
+    Fails when ``work`` raises or does not end in time.
+    """
 
     def life() -> None:
         work()
@@ -35,20 +37,20 @@ def do_and_be_killed(work: Callable[[], None], patience_s: float) -> None:
 
     process = get_context("fork").Process(target=life)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a copy has none of our threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # the fork uses no other thread
         process.start()
-    process.join(patience_s)
+    process.join(timeout_s)
     in_time = not process.is_alive()
     process.kill()
     process.join()
     if not in_time:
-        pytest.fail(f"a copy of this process has not ended after {patience_s:g} s")
+        pytest.fail(f"a fork of this process has not ended after {timeout_s:g} s")
     if process.exitcode != -signal.SIGKILL:
-        pytest.fail("a copy of this process failed: it has printed why")
+        pytest.fail("a fork of this process failed; its traceback is in the output")
 
 
 class EndingTests(BackendTests):
-    """Part of :class:`~lmcache_kit.testing.BackendSuite`."""
+    """Part of :class:`~lmcache_kit.testing.BackendSuite`: close, kill and restart."""
 
     def test_all_is_there_when_it_is_opened_again(self, opened: MakeBackend) -> None:
         self.needs_persistence()
@@ -66,12 +68,12 @@ class EndingTests(BackendTests):
         second = opened()
         assert {key: plain(second.get(key)) for key in wanted} == wanted
         assert second.get(key_of(4)) is None
-        told = {stored.key: (stored.meta, stored.nbytes) for stored in second.scan()}
-        assert told == {key: (meta, len(data)) for key, (meta, data) in wanted.items()}
+        reported = {stored.key: (stored.meta, stored.nbytes) for stored in second.scan()}
+        assert reported == {key: (meta, len(data)) for key, (meta, data) in wanted.items()}
         assert second.usage().entries == len(wanted)
 
     def test_what_was_put_is_there_after_a_kill(self, opened: MakeBackend) -> None:
-        """All that ``put`` has returned for, though nothing was closed."""
+        """Every blob whose ``put`` has returned, although nothing was closed."""
         self.needs_persistence()
 
         def put_some() -> None:
@@ -80,7 +82,7 @@ class EndingTests(BackendTests):
                 put(backend, key_of(number), bytes_of(1000 * number, number))
             put(backend, key_of(3), b"again", b"other")
 
-        do_and_be_killed(put_some, 6 * self.patience_s)
+        do_and_be_killed(put_some, 6 * self.timeout_s)
         again = opened()
         for number in range(20):
             wanted = (b"meta", bytes_of(1000 * number, number))
@@ -92,7 +94,7 @@ class EndingTests(BackendTests):
     def test_those_that_were_put_first_are_told_first_after_a_restart(
         self, opened: MakeBackend
     ) -> None:
-        """Which matters little: it may be unknown. But an order that is told is the right one."""
+        """The order may be unknown; a backend that knows it before a restart knows it after."""
         self.needs_persistence()
         first = opened()
         for number in range(20):
@@ -131,7 +133,7 @@ class EndingTests(BackendTests):
             "contains": lambda: backend.contains([key_of(1)]),
             "remove": lambda: backend.remove([key_of(1)]),
             "scan": lambda: list(backend.scan()),
-            "stock": backend.usage,
+            "usage": backend.usage,
         }
         answered = []
         for name, call in calls.items():
@@ -140,14 +142,14 @@ class EndingTests(BackendTests):
                 answered.append(name)
             except BackendError:
                 pass
-        assert answered == [], "these go on after close()"
+        assert answered == [], "these methods do not raise BackendError after close()"
 
     def test_closing_while_threads_are_at_work_ends_them_all(self, backend: Backend) -> None:
         begun, stop = threading.Barrier(5), threading.Event()
         ends: list[BaseException] = []
 
         def work(thread: int) -> None:
-            begun.wait(self.patience_s)
+            begun.wait(self.timeout_s)
             try:
                 for step in itertools.count():
                     if stop.is_set():
@@ -156,18 +158,18 @@ class EndingTests(BackendTests):
                     backend.put(key, b"meta", [memoryview(bytes(50_000))])
                     assert plain(backend.get(key)) in (None, (b"meta", bytes(50_000)))
                     list(backend.scan())
-            except BaseException as error:  # noqa: BLE001 - which one it was is looked at below
+            except BaseException as error:  # noqa: BLE001 - checked below
                 ends.append(error)
 
         threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(4)]
         for thread in threads:
             thread.start()
-        begun.wait(self.patience_s)
+        begun.wait(self.timeout_s)
         self.within(backend.close, what="close() while four threads are at work")
         for thread in threads:
-            thread.join(self.patience_s / len(threads))
+            thread.join(self.timeout_s / len(threads))
         stop.set()
-        assert len(ends) == 4, f"{4 - len(ends)} of four threads go on"
+        assert len(ends) == 4, f"{4 - len(ends)} of four threads still run after close()"
         assert [type(end) for end in ends if not isinstance(end, BackendError)] == []
 
     def test_closing_gives_everything_back(self, make_backend: MakeBackend) -> None:

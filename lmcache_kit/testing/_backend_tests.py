@@ -1,4 +1,4 @@
-"""What the parts of the suite of backends share."""
+"""Fixtures and helpers that the parts of the backends' suite share."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ Damage: TypeAlias = Callable[[bytes], None]
 
 
 def key_of(number: int) -> bytes:
-    """16 bytes that look like those that the kit uses: anything."""
+    """Return a key: 16 bytes, spread like the kit's own."""
     return hashlib.blake2b(b"%d" % number, digest_size=16).digest()
 
 
 def bytes_of(nbytes: int, seed: int = 0) -> Bytes:
-    """Bytes that no other seed gives."""
+    """Return random bytes, different for each seed."""
     return Bytes(random.Random(f"{nbytes} {seed}").randbytes(nbytes))
 
 
 def put(backend: Backend, key: bytes, data: bytes, meta: bytes = b"meta") -> None:
-    """Put it, in one piece; it has to fit."""
-    assert backend.put(key, meta, [memoryview(data)]) is True, "put() found no room"
+    """Put a blob from one buffer; fail if the store refuses it."""
+    assert backend.put(key, meta, [memoryview(data)]) is True, "put() refused the blob"
 
 
 def plain(blob: Blob | OpenBlob | None) -> tuple[Bytes, Bytes] | None:
-    """What was got, as bytes."""
+    """Return meta and data of a blob as bytes, or None."""
     if isinstance(blob, OpenBlob):
         return Bytes(blob.meta), read_all(blob.file)
     return None if blob is None else (Bytes(blob.meta), Bytes(blob.data))
 
 
 def read_all(file: Readable) -> Bytes:
-    """All that is left in it, read as the kit does."""
-    data, piece = bytearray(), memoryview(bytearray(1 << 19))
+    """Read the rest of the file as the kit does, and close it."""
+    data, part = bytearray(), memoryview(bytearray(1 << 19))
     with closing(file):
-        while count := file.readinto(piece):
-            assert 0 < count <= len(piece), f"readinto() of {len(piece)} bytes said {count}"
-            data += piece[:count]
+        while count := file.readinto(part):
+            assert 0 < count <= len(part), f"readinto() of {len(part)} bytes returned {count}"
+            data += part[:count]
     return Bytes(data)
 
 
@@ -69,12 +69,12 @@ class BackendTests(Suite):
 
     @pytest.fixture
     def damage(self) -> Damage | None:
-        """Spoils what lies under a key, where the backend notices that by itself."""
+        """Return a function that damages the blob of a key, if the backend detects damage."""
         return None
 
     @pytest.fixture
     def opened(self, make_backend: MakeBackend) -> Iterator[MakeBackend]:
-        """Opens the store of this test, and closes it in the end."""
+        """Return a function that opens the store of this test; close all backends at the end."""
         made: list[Backend] = []
 
         def build() -> Backend:
@@ -91,7 +91,7 @@ class BackendTests(Suite):
 
     def needs_persistence(self) -> None:
         if not self.persists:
-            pytest.skip("persists = False: blobs end with what keeps them")
+            pytest.skip("persists = False: blobs end with the backend")
 
     def needs_bound(self) -> int:
         if self.bounded_bytes is None:
@@ -99,7 +99,7 @@ class BackendTests(Suite):
         return self.bounded_bytes
 
     def is_empty(self, backend: Backend, keys: Sequence[bytes]) -> None:
-        """Nothing of these is there, whoever is asked."""
+        """Assert by every method that none of the keys has a blob."""
         assert [plain(backend.get(key)) for key in keys] == [None] * len(keys)
         assert backend.contains(keys) == [False] * len(keys)
         assert {stored.key for stored in backend.scan()}.isdisjoint(keys)

@@ -1,4 +1,4 @@
-"""How a backend stands many threads at once."""
+"""Tests of a backend with several threads at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 def together(work: Callable[[int], _T], threads: int = _THREADS) -> list[_T]:
-    """What they return, all at once; raises what one raises."""
+    """Run ``work`` in all threads at once; return its results, or raise its exception."""
     begin = threading.Barrier(threads)
 
     def run(number: int) -> _T:
@@ -40,10 +40,10 @@ def together(work: Callable[[int], _T], threads: int = _THREADS) -> list[_T]:
 
 
 class ThreadTests(BackendTests):
-    """Part of :class:`~lmcache_kit.testing.BackendSuite`."""
+    """Part of :class:`~lmcache_kit.testing.BackendSuite`: several threads at once."""
 
     def test_threads_with_keys_of_their_own_lose_nothing(self, backend: Backend) -> None:
-        """Each compares what it finds with what it put, and so does the end."""
+        """Each thread compares reads with its own puts; all are compared again at the end."""
 
         def work(thread: int) -> dict[bytes, bytes]:
             dice, mine = random.Random(thread), dict[bytes, bytes]()
@@ -62,7 +62,7 @@ class ThreadTests(BackendTests):
                 assert backend.contains([key]) == [key in mine]
             return mine
 
-        left = self.within(lambda: together(work), what="threads", seconds=6 * self.patience_s)
+        left = self.within(lambda: together(work), what="threads", seconds=6 * self.timeout_s)
         wanted = {key: data for mine in left for key, data in mine.items()}
         assert {stored.key for stored in backend.scan()} == wanted.keys()
         assert {key: plain(backend.get(key)) for key in wanted} == {
@@ -88,14 +88,12 @@ class ThreadTests(BackendTests):
                     done.set()
                 return
             while not done.is_set():
-                assert plain(backend.get(key_of(1))) in versions, "a mixture, a part, or nothing"
+                assert plain(backend.get(key_of(1))) in versions, "a torn or missing blob"
 
-        self.within(
-            lambda: together(work), what="readers and a writer", seconds=6 * self.patience_s
-        )
+        self.within(lambda: together(work), what="readers and a writer", seconds=6 * self.timeout_s)
 
     def test_threads_with_the_same_keys_leave_whole_blobs(self, backend: Backend) -> None:
-        """Who comes last is open; but it is one of them, and all methods agree on it."""
+        """The last writer may be any thread; all methods agree on one complete blob."""
         keys = [key_of(number) for number in range(3)]
         versions = {
             b"%d" % number: Bytes([number] * (3000 * number)) for number in range(4 * _THREADS)
@@ -114,12 +112,12 @@ class ThreadTests(BackendTests):
                 if dice.random() < 0.2:
                     backend.remove([key])
 
-        self.within(lambda: together(work), what="threads", seconds=6 * self.patience_s)
+        self.within(lambda: together(work), what="threads", seconds=6 * self.timeout_s)
         there = {key: found for key in keys if (found := plain(backend.get(key)))}
         for found in there.values():
             check(*found)
-        told = {stored.key: (stored.meta, stored.nbytes) for stored in backend.scan()}
-        assert told == {key: (meta, len(data)) for key, (meta, data) in there.items()}
+        reported = {stored.key: (stored.meta, stored.nbytes) for stored in backend.scan()}
+        assert reported == {key: (meta, len(data)) for key, (meta, data) in there.items()}
         assert backend.contains(keys) == [key in there for key in keys]
         assert backend.usage().entries == len(there)
 
@@ -132,7 +130,7 @@ class ThreadTests(BackendTests):
         assert plain(blob) == (b"meta", bytes_of(2_000_000))
 
     def test_scan_goes_on_while_others_put_and_remove(self, backend: Backend) -> None:
-        """They need not wait for it either, however slowly it is read."""
+        """Neither put() nor remove() waits for a scan that is read slowly."""
         staying = {key_of(number) for number in range(40)}
         for key in staying:
             put(backend, key, b"stays")
@@ -157,27 +155,26 @@ class ThreadTests(BackendTests):
                         found.append(stored.key)
                         if waiting and len(found) % 10 == 1:
                             changed.clear()
-                            waiting = changed.wait(self.patience_s)
+                            waiting = changed.wait(self.timeout_s)
                     assert len(found) == len(set(found)), "a blob came twice"
                     assert staying <= set(found), "a blob that was there all the time did not come"
             finally:
                 done.set()
             assert waiting, "put() or remove() waits until a scan has been read to its end"
 
-        self.within(lambda: together(work, 2), what="scans", seconds=6 * self.patience_s)
+        self.within(lambda: together(work, 2), what="scans", seconds=6 * self.timeout_s)
 
     def test_room_is_kept_to_by_threads_together(self, backend: Backend) -> None:
-        room = self.needs_bound()
-        size = room // 20
+        size = self.needs_bound() // 20
 
         def work(thread: int) -> None:
             for number in range(10):
                 backend.put(key_of(100 * thread + number), b"meta", [memoryview(bytes(size))])
-                stock = backend.usage()
-                assert stock.capacity_bytes is not None
-                assert stock.nbytes <= stock.capacity_bytes
+                usage = backend.usage()
+                assert usage.capacity_bytes is not None
+                assert usage.nbytes <= usage.capacity_bytes
 
-        self.within(lambda: together(work), what="four threads", seconds=6 * self.patience_s)
+        self.within(lambda: together(work), what="four threads", seconds=6 * self.timeout_s)
         kept = [stored.key for stored in backend.scan()]
         assert 10 <= len(kept) <= 20
 
@@ -185,7 +182,7 @@ class ThreadTests(BackendTests):
         self, backend: Backend, opened: MakeBackend
     ) -> None:
         if not backend.shared:
-            pytest.skip("shared = False: one has the store at a time")
+            pytest.skip("shared = False: one process uses the store at a time")
         other = opened()
         put(backend, key_of(1), b"of one")
         assert plain(other.get(key_of(1))) == (b"meta", b"of one")

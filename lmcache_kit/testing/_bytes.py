@@ -1,4 +1,4 @@
-"""Bytes for assertions that fail."""
+"""Bytes with a short repr, for failing assertions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _SHOWN_WHOLE = 64
 
 
 class Bytes(bytes):
-    """Bytes that are shown in a line, however many they are.
+    """Bytes whose repr is one line, however long they are.
 
-    Where ``CI`` is set, or with ``-vv``, pytest shows the whole of what differs, line by line, by
-    :mod:`difflib`. For two times a megabyte that takes hours and looks like a hang.
+    Where ``CI`` is set, or with ``-vv``, pytest compares the whole reprs by :mod:`difflib`. For two
+    values of a megabyte that takes hours and looks like a hang.
     """
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a codec must refuse: the half of the suite that is about what was not encoded just so."""
+"""The codecs' suite, part two: damaged blobs, blobs of other chunks, buffers of wrong size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ others = pytest.mark.parametrize(
 
 
 class RefusingTests(Suite):
-    """Part of :class:`~lmcache_kit.testing.CodecSuite`."""
+    """Part of :class:`~lmcache_kit.testing.CodecSuite`: refusals."""
 
     @pytest.fixture
     def codec(self) -> Codec:
@@ -49,11 +49,13 @@ class RefusingTests(Suite):
         )
 
     def of_another_version(self, blob: bytes) -> bytes | None:
-        """Define it to return the blob with another version of the format in its header, and with
-        all its checks intact."""
+        """Return the blob with another format version in its header and all checksums correct.
+
+        Define this to enable the tests of unknown versions.
+        """
         return None
 
-    # Blobs that are not what an encoder wrote.
+    # Damaged blobs.
 
     def test_every_cut_is_noticed(self, codec: Codec) -> None:
         blob = self._blob(codec)
@@ -62,8 +64,10 @@ class RefusingTests(Suite):
             self.refused(codec, blob[:length], what=f"the first {length} of {len(blob)} bytes")
 
     def test_every_flipped_bit_is_noticed(self, codec: Codec) -> None:
-        """All bits of the first bytes, where headers are, and a sample of the others. One that
-        makes it look like another version or chunk may be refused as such."""
+        """All bits of the first bytes, where headers are, and a sample of the others.
+
+        A bit that makes the blob look like another version or chunk may be refused as such.
+        """
         blob = self._blob(codec)
         bits = range(8 * len(blob))
         rest = random.Random(0).sample(bits, min(_MOST_DAMAGES, len(bits)))
@@ -107,7 +111,7 @@ class RefusingTests(Suite):
     def test_another_version_is_refused_by_name(self, codec: Codec) -> None:
         blob = self.of_another_version(self._blob(codec))
         if blob is None:
-            pytest.skip("of_another_version is not defined, which makes such a blob")
+            pytest.skip("of_another_version() is not defined")
         self.refused(codec, blob, error=UnknownVersion, what="another version")
         with pytest.raises(UnknownVersion):
             codec.describe(blob)
@@ -141,13 +145,13 @@ class RefusingTests(Suite):
             out = bytearray([_UNTOUCHED]) * (_SMALL.payload_bytes + more)
             with pytest.raises(ValueError):  # noqa: PT011 - any message will do
                 codec.decode(blob, _SMALL, out)
-            assert not out.strip(bytes([_UNTOUCHED])), "it wrote into an out that does not fit"
+            assert not out.strip(bytes([_UNTOUCHED])), "decode wrote into an out of wrong size"
 
     def test_an_out_that_cannot_be_written_is_refused(self, codec: Codec) -> None:
         with pytest.raises((ValueError, TypeError)):
             codec.decode(self._blob(codec), _SMALL, bytes(_SMALL.payload_bytes))
 
-    # Behind it.
+    # Helpers.
 
     def refused(
         self,
@@ -158,7 +162,7 @@ class RefusingTests(Suite):
         chunk: ChunkInfo = _SMALL,
         error: type[CodecError] = CorruptBlob,
     ) -> None:
-        """Fail unless decoding raises the error, and leaves ``out`` alone."""
+        """Fail unless decoding raises ``error`` and leaves ``out`` unchanged."""
         out = bytearray([_UNTOUCHED]) * chunk.payload_bytes
         try:
             codec.decode(blob, chunk, out)

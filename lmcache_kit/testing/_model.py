@@ -1,4 +1,4 @@
-"""A memory backend beside a naive model of what it should be doing."""
+"""A memory backend compared with a naive model after every step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from lmcache_kit.interfaces import MemoryBackend, Region
 _EDGE = 16
 
 
-class Checked:
-    """Does steps with a backend and compares it with the model after each. As a context manager
-    it frees everything at the end, compares once more, and closes the backend."""
+class CheckedMemory:
+    """Run steps on a backend and compare it with a model after each.
+
+    At its end, the context manager frees everything, compares once more and closes the backend.
+    """
 
     def __init__(self, backend: MemoryBackend) -> None:
         self.backend = backend
         self.live: dict[Region, bytes] = {}
         self._count = 0
 
-    def __enter__(self) -> Checked:
+    def __enter__(self) -> CheckedMemory:
         return self
 
     def __exit__(
@@ -29,11 +31,11 @@ class Checked:
             for region in list(self.live):
                 self.free(region)
             usage = self.backend.usage()
-            assert usage.largest_free_bytes == usage.capacity_bytes, "all is free, and in pieces"
+            assert usage.largest_free_bytes == usage.capacity_bytes, "free holes did not merge"
         self.backend.close()
 
     def step(self, *, allocate: bool, nbytes: int, which: int) -> bool:
-        """Allocate, or free one of those there are; whether that could be done."""
+        """Allocate, or free one of the live regions; return whether the step succeeded."""
         if allocate:
             return self._allocate(nbytes)
         if self.live:
@@ -50,10 +52,10 @@ class Checked:
         self._compare()
 
     def _allocate(self, nbytes: int) -> bool:
-        foretold = nbytes <= self.backend.usage().largest_free_bytes
+        fits = nbytes <= self.backend.usage().largest_free_bytes
         region = self.backend.allocate(nbytes)
-        assert (region is not None) == foretold, (
-            f"largest_free_bytes did not foretell that {nbytes} bytes give {region}"
+        assert (region is not None) == fits, (
+            f"allocate({nbytes}) returned {region}, against largest_free_bytes"
         )
         if region is None:
             self._compare()
@@ -81,8 +83,8 @@ class Checked:
         assert usage.largest_free_bytes <= usage.free_bytes
 
 
-def random_steps(checked: Checked, draw: random.Random, count: int) -> None:
-    """Many regions, mostly small, nearly full most of the time."""
+def random_steps(checked: CheckedMemory, draw: random.Random, count: int) -> None:
+    """Allocate and free at random: many regions, mostly small, memory nearly full."""
     for _ in range(count):
         nbytes = draw.choice([1, 100, 4096, 10_000, 50_000])
         checked.step(allocate=draw.random() < 0.55, nbytes=nbytes, which=draw.randrange(1 << 16))

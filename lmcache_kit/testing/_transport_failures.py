@@ -1,4 +1,4 @@
-"""What a transport must refuse, and how it fails when the peer or the way to it does."""
+"""Tests of refusals of a transport, and of its failures when peer or connection fail."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _NBYTES = 200_000
 
 
 class TransportTests(Suite):
-    """What the parts of the suite share."""
+    """Fixtures and helpers that the parts of the transports' suite share."""
 
     one_sided: ClassVar[bool] = False
     hides_memory: ClassVar[bool] = True
     encrypts: ClassVar[bool] = False
 
     memory_bytes: ClassVar[int] = 8 << 20
-    """Of each of the two hosts, no less."""
+    """Memory of each of the two hosts."""
     late_s: ClassVar[float] = 0.3
-    """A deadline that is meant to pass; long enough to connect within it."""
+    """A time-out that is meant to pass; long enough to connect within it."""
 
     @pytest.fixture
     def make_transport(self) -> MakeTransport:
@@ -50,11 +50,11 @@ class TransportTests(Suite):
         hosts: list[Host] = []
 
         def build() -> Host:
-            hosts.append(Host(make_transport, self.memory_bytes, self.patience_s))
+            hosts.append(Host(make_transport, self.memory_bytes, self.timeout_s))
             return hosts[-1]
 
         yield build
-        # All of them before any assertion, so that nothing is left for the next test.
+        # Close all hosts before any assertion, so that none is left for the next test.
         left = [name for host in hosts for name in host.close()]
         assert left == [], f"still running after close(): {', '.join(left)}"
         raised = [each for host in hosts for each in host.raised]
@@ -74,9 +74,9 @@ class TransportTests(Suite):
 
     @pytest.fixture
     def wire(self, source: Host) -> Iterator[MakeWire]:
-        """A way to the source that is disturbed."""
+        """Return a function that makes disturbed connections to the source."""
         if self.one_sided:
-            pytest.skip("one_sided: its bytes do not go over the connection that was dialled")
+            pytest.skip("one_sided: bytes do not go over the dialled connection")
         wires: list[Wire] = []
 
         def build(change: Callable[[int, bytes], bytes | None]) -> Wire:
@@ -88,12 +88,12 @@ class TransportTests(Suite):
             each.close()
 
     def fails(self, link: Link, offer: bytes, into: list[Region], *, what: str) -> Exception:
-        """The TransportError that a read ends with, or the ValueError of one that is not begun."""
+        """Return the TransportError of a read, or the ValueError of one that does not begin."""
         try:
             self.within(
-                lambda: list(link.read(offer, into, self.patience_s)),
+                lambda: list(link.read(offer, into, self.timeout_s)),
                 what=what,
-                seconds=1.5 * self.patience_s,
+                seconds=1.5 * self.timeout_s,
             )
         except (TransportError, ValueError) as error:
             return error
@@ -101,13 +101,13 @@ class TransportTests(Suite):
 
 
 class FailingTests(TransportTests):
-    """Part of :class:`~lmcache_kit.testing.TransportSuite`."""
+    """Part of :class:`~lmcache_kit.testing.TransportSuite`: refusals and failures."""
 
-    # What is not, or no longer, offered.
+    # Offers that do not exist.
 
     def test_a_withdrawn_offer_cannot_be_read(self, source: Host, sink: Host, link: Link) -> None:
         self._needs_hidden_memory()
-        offer, into = source.offer(source.filled(_NBYTES)), sink.room(_NBYTES)
+        offer, into = source.offer(source.filled(_NBYTES)), sink.allocate(_NBYTES)
         source.transport.withdraw(offer)
         error = self.fails(link, offer, into, what="reading a withdrawn offer")
         assert isinstance(error, TransportError)
@@ -120,8 +120,8 @@ class FailingTests(TransportTests):
         gone, kept = source.offer(first), source.offer(second)
         source.transport.withdraw(gone)
         source.transport.withdraw(gone)
-        [into] = sink.room(5000)
-        list(link.read(kept, [into], self.patience_s))
+        [into] = sink.allocate(5000)
+        list(link.read(kept, [into], self.timeout_s))
         assert sink.bytes_of(into) == source.bytes_of(second[0])
 
     @pytest.mark.parametrize("offer", [b"", b"\x00", b"no offer", bytes(20), b"\xff" * 300])
@@ -131,12 +131,12 @@ class FailingTests(TransportTests):
     @pytest.mark.parametrize("seed", range(8))
     def test_what_is_no_offer_cannot_be_read(self, sink: Host, link: Link, seed: int) -> None:
         noise = random.Random(seed).randbytes([0, 1, 8, 16, 20, 40, 1000, 70_000][seed])
-        error = self.fails(link, noise, sink.room(100), what=f"an offer of {len(noise)} bytes")
+        error = self.fails(link, noise, sink.allocate(100), what=f"an offer of {len(noise)} bytes")
         assert isinstance(error, TransportError)
         assert sink.is_empty(), "and something landed"
 
     def test_an_offer_cannot_be_guessed(self, source: Host, sink: Host) -> None:
-        """Not even by a peer that knows another one."""
+        """A peer that knows one offer cannot guess another one."""
         self._needs_hidden_memory()
         regions = source.filled(100)
         offers = [source.offer(regions) for _ in range(4)]
@@ -147,10 +147,10 @@ class FailingTests(TransportTests):
                 guess = bytearray(offers[0])
                 guess[at] ^= bit
                 link = sink.link_to(source)
-                self.fails(link, bytes(guess), sink.room(100), what="reading what was guessed")
+                self.fails(link, bytes(guess), sink.allocate(100), what="reading what was guessed")
                 link.close()
 
-    # What does not fit.
+    # Regions that do not fit.
 
     @pytest.mark.parametrize(
         "sizes",
@@ -161,9 +161,9 @@ class FailingTests(TransportTests):
         self, source: Host, sink: Host, link: Link, sizes: tuple[int, ...]
     ) -> None:
         offer = source.offer(source.filled(100, 200))
-        into = sink.room(*sizes)
+        into = sink.allocate(*sizes)
         with pytest.raises(TransportError):
-            self.within(lambda: list(link.read(offer, into, self.patience_s)), what="a misfit")
+            self.within(lambda: list(link.read(offer, into, self.timeout_s)), what="a misfit")
         for offset, nbytes in into:
             sink.memory[offset : offset + nbytes] = bytes(nbytes)
         assert sink.is_empty(), "something landed beside the regions"
@@ -189,18 +189,18 @@ class FailingTests(TransportTests):
         self, source: Host, sink: Host, link: Link
     ) -> None:
         self._needs_hidden_memory()
-        offered, [into] = source.filled(5000), sink.room(5000)
+        offered, [into] = source.filled(5000), sink.allocate(5000)
         gone = source.offer(offered)
         source.transport.withdraw(gone)
         self.fails(link, gone, [into], what="reading a withdrawn offer")
         try:
-            list(link.read(source.offer(offered), [into], self.patience_s))
+            list(link.read(source.offer(offered), [into], self.timeout_s))
         except TransportError:
             link.close()
-            list(sink.link_to(source).read(source.offer(offered), [into], self.patience_s))
+            list(sink.link_to(source).read(source.offer(offered), [into], self.timeout_s))
         assert sink.bytes_of(into) == source.bytes_of(offered[0])
 
-    # Peers that are none, or do not answer.
+    # Peers that cannot be reached or do not answer.
 
     @pytest.mark.parametrize("seed", range(6))
     def test_what_is_no_address_is_a_transport_error(
@@ -209,7 +209,7 @@ class FailingTests(TransportTests):
         noise = random.Random(seed).randbytes([0, 1, 10, 100, 1000, 64_000][seed])
         with pytest.raises(TransportError):
             self.within(
-                lambda: sink.transport.connect(noise, source.dial, self.patience_s),
+                lambda: sink.transport.connect(noise, source.dial, self.timeout_s),
                 what=f"connecting to an address of {len(noise)} bytes of noise",
             )
 
@@ -244,39 +244,39 @@ class FailingTests(TransportTests):
     def test_noise_ends_the_connection_it_comes_on_and_no_other(
         self, source: Host, sink: Host, link: Link, nbytes: int
     ) -> None:
-        with source.dial(self.patience_s) as noisy, contextlib.suppress(OSError):
+        with source.dial(self.timeout_s) as noisy, contextlib.suppress(OSError):
             noisy.sendall(random.Random(nbytes).randbytes(nbytes))
             noisy.shutdown(socket.SHUT_WR)
-            noisy.settimeout(self.patience_s)
+            noisy.settimeout(self.timeout_s)
             while noisy.recv(1 << 16):
                 pass
-        offered, [into] = source.filled(5000), sink.room(5000)
-        list(link.read(source.offer(offered), [into], self.patience_s))
+        offered, [into] = source.filled(5000), sink.allocate(5000)
+        list(link.read(source.offer(offered), [into], self.timeout_s))
         assert sink.bytes_of(into) == source.bytes_of(offered[0])
 
-    # A bad way.
+    # Bad connections.
 
     @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
     def test_a_bit_that_changed_on_the_way_is_noticed(
         self, source: Host, sink: Host, wire: MakeWire, share: float
     ) -> None:
-        """Either the read fails, or the checksum is of what came, so that the reader sees it."""
-        [offered], [into] = source.filled(_NBYTES), sink.room(_NBYTES)
+        """The read fails, or its checksum is that of the changed bytes, so that readers see it."""
+        [offered], [into] = source.filled(_NBYTES), sink.allocate(_NBYTES)
         way = wire(flip(int(share * _NBYTES)))
         with contextlib.suppress(TransportError):
             reading = sink.link_to(source, way.dial).read(
-                source.offer([offered]), [into], self.patience_s
+                source.offer([offered]), [into], self.timeout_s
             )
             for landed in self.within(lambda: list(reading), what="the read"):
                 assert landed.checksum in (None, sink.checksum(into)), (
-                    "the checksum is not of the bytes that landed"
+                    "the checksum is not that of the bytes in memory"
                 )
 
     @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
     def test_a_connection_that_is_cut_ends_the_read(
         self, source: Host, sink: Host, wire: MakeWire, share: float
     ) -> None:
-        offered, into = source.filled(_NBYTES, _NBYTES), sink.room(_NBYTES, _NBYTES)
+        offered, into = source.filled(_NBYTES, _NBYTES), sink.allocate(_NBYTES, _NBYTES)
         link = sink.link_to(source, wire(cut(int(share * 2 * _NBYTES))).dial)
         error = self.fails(link, source.offer(offered), into, what="reading over a cut line")
         assert isinstance(error, TransportError)
@@ -285,8 +285,8 @@ class FailingTests(TransportTests):
     def test_a_peer_that_stalls_costs_no_more_than_the_deadline(
         self, source: Host, sink: Host, wire: MakeWire
     ) -> None:
-        """Then nothing lands any more, once the error says that it is settled."""
-        offered, into = source.filled(_NBYTES, _NBYTES), sink.room(_NBYTES, _NBYTES)
+        """Once the error says that it is settled, no byte changes any more."""
+        offered, into = source.filled(_NBYTES, _NBYTES), sink.allocate(_NBYTES, _NBYTES)
         stall = Stall(int(1.5 * _NBYTES))
         link = sink.link_to(source, wire(stall).dial)
         try:
@@ -297,11 +297,11 @@ class FailingTests(TransportTests):
             before = Bytes(sink.memory)
         finally:
             stall.go_on.set()
-        time.sleep(self.late_s / 3)  # for what must not come, there is nothing to wait for
-        assert Bytes(sink.memory) == before, "something landed after the deadline"
+        time.sleep(self.late_s / 3)  # no event marks the absence of a write
+        assert Bytes(sink.memory) == before, "bytes were written after settled() was true"
 
     def test_no_time_is_a_timeout(self, source: Host, sink: Host, link: Link) -> None:
-        offer, into = source.offer(source.filled(_NBYTES)), sink.room(_NBYTES)
+        offer, into = source.offer(source.filled(_NBYTES)), sink.allocate(_NBYTES)
         with pytest.raises(TransferTimeout) as late:
             self.within(lambda: list(link.read(offer, into, 0.0)), what="a read in no time")
         self._until(late.value.settled, what="settled() to be true")
@@ -311,21 +311,21 @@ class FailingTests(TransportTests):
     ) -> None:
         if not self.encrypts:
             pytest.skip("encrypts = False")
-        [offered], [into] = source.filled(5000), sink.room(5000)
+        [offered], [into] = source.filled(5000), sink.allocate(5000)
         way = wire(lambda _, data: data)
-        list(sink.link_to(source, way.dial).read(source.offer([offered]), [into], self.patience_s))
+        list(sink.link_to(source, way.dial).read(source.offer([offered]), [into], self.timeout_s))
         assert sink.bytes_of(into) == source.bytes_of(offered)
         for at in range(0, 5000, 50):
-            assert source.bytes_of(offered)[at : at + 50] not in way.said, "there they are"
+            assert source.bytes_of(offered)[at : at + 50] not in way.said, "plain bytes on the wire"
 
-    # Behind it.
+    # Helpers.
 
     def _needs_hidden_memory(self) -> None:
         if not self.hides_memory:
-            pytest.skip("hides_memory = False: a peer may read what it likes")
+            pytest.skip("hides_memory = False: peers can read all memory")
 
     def _until(self, holds: Callable[[], bool], *, what: str) -> None:
-        deadline = time.monotonic() + self.patience_s
+        deadline = time.monotonic() + self.timeout_s
         while not holds():
-            assert time.monotonic() < deadline, f"waited {self.patience_s:g} s for {what}"
+            assert time.monotonic() < deadline, f"waited {self.timeout_s:g} s for {what}"
             time.sleep(0.005)

@@ -1,5 +1,4 @@
-"""What a storage backend below memory must do when one thread at a time asks; how it stands
-threads, restarts and its end is beside it."""
+"""The suite of storage backends: single-threaded behaviour here, threads and ends beside it."""
 
 from __future__ import annotations
 
@@ -28,16 +27,18 @@ ODD_KEYS = {
 
 
 class BackendSuite(ThreadTests, EndingTests):
-    """Inherit it, and define the fixture ``make_backend``: a function that opens the store of this
-    test, and the same one again when it is called again. The suite closes what it made.
+    """Conformance of a :class:`~lmcache_kit.interfaces.Backend`.
 
-    ``persists``: blobs are still there when the store is opened again. ``bounded_bytes``: the
-    capacity that ``make_backend`` sets, at least 16 MiB; None: none. A backend that is ``shared``
-    is opened twice at a time. The fixture ``damage``, a function that spoils what lies under a key,
-    is for a backend that notices that.
+    Define the fixture ``make_backend``: a function that opens the store of this test, and the same
+    store again when it is called again. The suite closes the backends.
+
+    ``persists``: blobs survive closing and reopening. ``bounded_bytes``: the capacity that
+    ``make_backend`` sets, at least 16 MiB, or None. A ``shared`` backend is opened twice at a time.
+    Define the fixture ``damage``, a function that damages the blob of a key, for a backend that
+    detects damage.
     """
 
-    # What comes back.
+    # Round trips.
 
     def test_it_is_a_backend(self, backend: Backend) -> None:
         assert isinstance(backend, Backend)
@@ -100,7 +101,7 @@ class BackendSuite(ThreadTests, EndingTests):
         source = bytearray(bytes_of(50_000))
         backend.put(key_of(1), b"meta", [memoryview(source)])
         assert Bytes(source) == bytes_of(50_000)
-        source.append(1)  # a BufferError if it still holds on to it
+        source.append(1)  # raises BufferError if the backend still holds a view
 
     def test_large_blobs_come_back(self, backend: Backend) -> None:
         nbytes = min(40 * MIB, (self.bounded_bytes or 48 * MIB) - 4 * MIB)
@@ -211,40 +212,40 @@ class BackendSuite(ThreadTests, EndingTests):
 
         assert self.within(scan_twice, what="a scan during another") == (20, 19)
 
-    # Room.
+    # Capacity.
 
-    def test_stock_counts(self, backend: Backend) -> None:
+    def test_usage_counts(self, backend: Backend) -> None:
         total = 0
         for number in range(10):
             put(backend, key_of(number), bytes_of(10_000 * number))
             total += 10_000 * number
-            stock = backend.usage()
-            assert stock.entries == number + 1
-            assert stock.nbytes >= total
+            usage = backend.usage()
+            assert usage.entries == number + 1
+            assert usage.nbytes >= total
         put(backend, key_of(9), bytes_of(5))
         assert backend.usage().entries == 10
         backend.remove([key_of(number) for number in range(10)])
         assert backend.usage().entries == 0
 
     def test_room_comes_back_with_what_is_removed(self, backend: Backend) -> None:
-        room = self.needs_bound()
+        capacity = self.needs_bound()
         number, left = 0, list[int]()
         for _ in range(3):
             while backend.put(key_of(number), b"meta", [memoryview(bytes(MIB))]):
                 number += 1
-                assert number * MIB <= 4 * room, "more was put than there is room for"
+                assert number * MIB <= 4 * capacity, "more was put than the capacity"
             there = [stored.key for stored in backend.scan()]
-            assert there, "nothing at all found room"
+            assert there, "put() refused the first blob"
             backend.remove(there)
             assert backend.usage().entries == 0
             left.append(backend.usage().nbytes)
-        assert left[2] <= left[0], "it counts more and more of what is not there"
+        assert left[2] <= left[0], "usage() of an empty store grows with each round"
 
     def test_what_does_not_fit_is_refused_and_changes_nothing(self, backend: Backend) -> None:
-        room = self.needs_bound()
+        capacity = self.needs_bound()
         put(backend, key_of(1), bytes_of(MIB))
         for key in (key_of(1), key_of(2)):
-            for nbytes in (room + 1, room - MIB // 2 if key == key_of(2) else 2 * room):
+            for nbytes in (capacity + 1, capacity - MIB // 2 if key == key_of(2) else 2 * capacity):
                 assert backend.put(key, b"meta", [memoryview(bytes(nbytes))]) is False
         assert plain(backend.get(key_of(1))) == (b"meta", bytes_of(MIB))
         assert backend.contains([key_of(1), key_of(2)]) == [True, False]
@@ -254,9 +255,9 @@ class BackendSuite(ThreadTests, EndingTests):
         self.needs_bound()
         for number in range(200):
             backend.put(key_of(number), b"meta", [memoryview(bytes((number % 7) * MIB // 2))])
-            stock = backend.usage()
-            assert stock.capacity_bytes is not None, "it has a limit and does not say so"
-            assert stock.nbytes <= stock.capacity_bytes
+            usage = backend.usage()
+            assert usage.capacity_bytes is not None, "usage() does not report the capacity"
+            assert usage.nbytes <= usage.capacity_bytes
             if number % 5 == 0:
                 backend.remove([key_of(number // 2)])
 
@@ -267,14 +268,14 @@ class BackendSuite(ThreadTests, EndingTests):
         self, backend: Backend, damage: Damage | None, nbytes: int
     ) -> None:
         if damage is None:
-            pytest.skip("no fixture 'damage'; what the kit verifies itself it finds all the same")
+            pytest.skip("no fixture 'damage'; the kit verifies data itself")
         put(backend, key_of(1), bytes_of(nbytes))
         put(backend, key_of(2), bytes_of(nbytes, 2))
         damage(key_of(1))
         try:
             assert plain(backend.get(key_of(1))) in (None, (b"meta", bytes_of(nbytes)))
         except BackendError:
-            pytest.fail("one damaged blob is a miss, and no failure of the store")
+            pytest.fail("a damaged blob is a miss, not a BackendError of the store")
         assert plain(backend.get(key_of(2))) == (b"meta", bytes_of(nbytes, 2))
         put(backend, key_of(1), b"sound again")
         assert plain(backend.get(key_of(1))) == (b"meta", b"sound again")

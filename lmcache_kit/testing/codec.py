@@ -1,4 +1,4 @@
-"""What a codec must do, whatever it does with the bytes."""
+"""The suite of codecs: round trips, buffers and threads; refusals are beside it."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ payloads = pytest.mark.parametrize("make", [kv_like, random_bits, special, const
 
 
 class CodecSuite(RefusingTests):
-    """Inherit it, and define the fixture ``codec``.
+    """Conformance of a :class:`~lmcache_kit.interfaces.Codec`. Define the fixture ``codec``.
 
-    ``lossless``: every payload comes back bit by bit (the default: declare less if it is less).
-    ``max_error``: else, the largest difference of a value from what it was, as a share of the
-    largest finite magnitude in its slice (one layer's K or V). NaN stays NaN and an infinity
-    itself; a codec keeps what it cannot hold.
+    ``lossless``: every payload comes back bit by bit (the default). ``max_error``: for a lossy
+    codec, the largest error of a value, as a share of the largest finite magnitude in its slice
+    (one layer's K or V). NaN stays NaN and infinities stay infinities: a codec stores losslessly
+    what it cannot encode within its error.
     """
 
     lossless: ClassVar[bool] = True
     max_error: ClassVar[float] = 0.0
 
-    # What comes back.
+    # Round trips.
 
     @layouts
     @pytest.mark.parametrize("tokens", [1, 24])
@@ -81,7 +81,7 @@ class CodecSuite(RefusingTests):
             out = bytearray(old * chunk.payload_bytes)
             codec.decode(blob, chunk, out)
             filled.append(Bytes(out))
-        assert filled[0] == filled[1], "what out held before shows in what was decoded"
+        assert filled[0] == filled[1], "old bytes of out remain after decode"
 
     def test_encoding_is_deterministic(self, codec: Codec) -> None:
         for layout in LAYOUTS:
@@ -96,7 +96,7 @@ class CodecSuite(RefusingTests):
         codec.warm_up()
         assert Bytes(codec.encode(kv_like(chunk), chunk)) == before
 
-    # What it says about itself.
+    # Metadata of blobs.
 
     @layouts
     def test_a_blob_is_never_larger_than_it_says(self, codec: Codec, layout: KVLayout) -> None:
@@ -105,16 +105,16 @@ class CodecSuite(RefusingTests):
             most = codec.max_blob_bytes(chunk)
             for make in (kv_like, random_bits, special, constant):
                 blob = codec.encode(make(chunk), chunk)
-                assert len(blob) <= most, f"{make.__name__}, {tokens} tokens: max_blob_bytes lied"
+                assert len(blob) <= most, f"{make.__name__}, {tokens} tokens: over max_blob_bytes"
 
     @layouts
     def test_describe_agrees_with_the_blob(self, codec: Codec, layout: KVLayout) -> None:
         chunk = chunk_of(layout)
         blob = codec.encode(kv_like(chunk), chunk)
-        told = codec.describe(blob)
-        assert told.format_version == codec.format_version
-        assert told.raw_bytes == chunk.payload_bytes
-        assert told.blob_bytes == len(blob)
+        reported = codec.describe(blob)
+        assert reported.format_version == codec.format_version
+        assert reported.raw_bytes == chunk.payload_bytes
+        assert reported.blob_bytes == len(blob)
 
     def test_the_format_version_is_a_small_number(self, codec: Codec) -> None:
         assert isinstance(codec.format_version, int)
@@ -134,9 +134,9 @@ class CodecSuite(RefusingTests):
             assert Bytes(codec.encode(kind, chunk)) == blob, f"{type(kind).__name__} as payload"
         for kind in _buffers(blob):
             assert self.decoded(codec, kind, chunk) == plain, f"{type(kind).__name__} as blob"
-        room = bytearray(b"\xa5" * (chunk.payload_bytes + 2))
-        codec.decode(blob, chunk, memoryview(room)[1:-1])
-        assert Bytes(room) == Bytes(b"\xa5" + plain + b"\xa5"), "a part of a buffer as out"
+        padded = bytearray(b"\xa5" * (chunk.payload_bytes + 2))
+        codec.decode(blob, chunk, memoryview(padded)[1:-1])
+        assert Bytes(padded) == Bytes(b"\xa5" + plain + b"\xa5"), "a part of a buffer as out"
 
     def test_a_blob_is_bytes_of_its_own(self, codec: Codec) -> None:
         chunk = chunk_of(LAYOUTS[0])
@@ -177,7 +177,7 @@ class CodecSuite(RefusingTests):
         with ThreadPoolExecutor(4) as pool:
             for _ in range(4):
                 together = list(pool.map(lambda chunk: self._both_ways(codec, chunk), chunks))
-                assert together == alone, "in four threads it gave something else than in one"
+                assert together == alone, "results in four threads differ from those in one"
 
     def test_it_does_not_unpickle(self, codec: Codec) -> None:
         package = type(codec).__module__.partition(".")[0]
@@ -187,9 +187,9 @@ class CodecSuite(RefusingTests):
             if name.partition(".")[0] == package
             for unsafe in _imported(getattr(module, "__file__", None)) & _UNSAFE
         }
-        assert not found, "blobs come from other hosts; nothing that runs code may read them"
+        assert not found, "blobs come from other hosts: nothing that runs code may read them"
 
-    # Behind it.
+    # Helpers.
 
     def round_trip(
         self, codec: Codec, chunk: ChunkInfo, make: Callable[[ChunkInfo], bytes]
@@ -199,13 +199,13 @@ class CodecSuite(RefusingTests):
         self.compare(payload, self.decoded(codec, codec.encode(payload, chunk), chunk), chunk)
 
     def decoded(self, codec: Codec, blob: Buffer, chunk: ChunkInfo) -> Bytes:
-        """What a blob decodes to."""
+        """Decode a blob and return the payload."""
         out = bytearray(b"\xa5" * chunk.payload_bytes)
         codec.decode(blob, chunk, out)
         return Bytes(out)
 
     def compare(self, payload: bytes, got: bytes, chunk: ChunkInfo) -> None:
-        """Fail if more was lost than is declared."""
+        """Fail if the error is larger than declared."""
         if payload == got:
             return
         assert not self.lossless, f"{chunk.layout}: declared lossless, and bytes changed"

@@ -1,4 +1,4 @@
-"""What a way into the controller must do, whatever it speaks."""
+"""The suite of frontends, independent of their protocol."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ FAILURES: tuple[Callable[[], Exception], ...] = (
 
 
 class Refused(Exception):
-    """What :meth:`FrontendSuite.ask` raises for a reply that is an error."""
+    """Raised by :meth:`FrontendSuite.ask` for a reply that is an error."""
 
 
 class MakeFrontend(Protocol):
-    """``endpoint``: where to listen, as another frontend calls it; None: on any free address."""
+    """Builds a frontend that listens at ``endpoint``, or on any free address if it is None."""
 
     def __call__(self, controller: FakeController, endpoint: str | None) -> Frontend: ...
 
 
 class FrontendSuite(Suite):
-    """Inherit it, define the fixture ``make_frontend``, and say in the method ``ask`` how a client
-    makes one request.
+    """Conformance of a :class:`~lmcache_kit.interfaces.Frontend`.
 
-    ``tcp``: its endpoints are ``scheme://host:port``, and noise may be sent there.
+    Define the fixture ``make_frontend``, and the method ``ask``, which makes one request as a
+    client does. ``tcp``: endpoints are ``scheme://host:port``, and noise may be sent there.
     """
 
     tcp: ClassVar[bool] = True
@@ -71,9 +71,11 @@ class FrontendSuite(Suite):
         )
 
     async def ask(self, endpoint: str) -> object:
-        """Make one request on a connection of its own, for which the frontend awaits the
-        controller (as ``health("here")`` does), and return the answer. Raises :class:`Refused`
-        when the reply is an error, and anything else when there is none."""
+        """Make one request on a new connection, and return the reply.
+
+        The request must make the frontend await the controller, as ``health("here")`` does. Raises
+        :class:`Refused` when the reply is an error, and any other exception without a reply.
+        """
         self.missing(
             "the method 'ask'",
             """
@@ -130,7 +132,7 @@ class FrontendSuite(Suite):
     # Answering.
 
     def test_many_clients_are_answered_at_once(self, make_frontend: MakeFrontend) -> None:
-        """A frontend that answers one after the other would never answer here."""
+        """A frontend that answers one request at a time would never answer here."""
 
         async def story() -> None:
             controller = FakeController()
@@ -161,7 +163,7 @@ class FrontendSuite(Suite):
     def test_an_error_of_the_controller_is_a_reply(
         self, make_frontend: MakeFrontend, failure: Callable[[], Exception]
     ) -> None:
-        """And the next request is answered."""
+        """The client gets an error, and the next request is answered."""
 
         async def story() -> None:
             controller = FakeController()
@@ -242,7 +244,7 @@ class FrontendSuite(Suite):
                 [endpoint, *_] = frontend.endpoints
                 assert await self.ask(endpoint)
             controller.asked.clear()
-            with contextlib.suppress(Exception):  # how clients learn of it is up to them
+            with contextlib.suppress(Exception):  # the protocol decides how clients see it
                 async with asyncio.timeout(1):
                     await self.ask(endpoint)
             assert controller.asked == [], "it was stopped, and asked the controller"
@@ -253,7 +255,7 @@ class FrontendSuite(Suite):
         async def story() -> None:
             async with self._started(make_frontend(FakeController(), None)) as frontend:
                 _, writer = await self._connect(frontend)
-                async with asyncio.timeout(self.patience_s):
+                async with asyncio.timeout(self.timeout_s):
                     await frontend.stop()
                 writer.close()
 
@@ -273,7 +275,7 @@ class FrontendSuite(Suite):
         async def life() -> tuple[int, int]:
             async with self._started(make_frontend(FakeController(), None)) as frontend:
                 await self.ask(frontend.endpoints[0])
-            with contextlib.suppress(AssertionError):  # the count below says it
+            with contextlib.suppress(AssertionError):  # checked by the count below
                 await self._until(lambda: len(asyncio.all_tasks()) == 1, "tasks", seconds=1)
             return len(asyncio.all_tasks()) - 1, _descriptors()
 
@@ -286,28 +288,28 @@ class FrontendSuite(Suite):
 
         self._run(story)
 
-    # Behind it.
+    # Helpers.
 
     def _run(self, story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        told: list[str] = []
+        reported: list[str] = []
 
         # asyncio's own handler formats tracebacks whenever the garbage collector likes, and Python
         # 3.11 does not survive that while pytest is formatting one too.
         def tell(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-            told.append(f"{context['message']}: {context.get('exception')!r}")
+            reported.append(f"{context['message']}: {context.get('exception')!r}")
 
         async def in_time() -> None:
             asyncio.get_running_loop().set_exception_handler(tell)
-            async with asyncio.timeout(3 * self.patience_s):
+            async with asyncio.timeout(3 * self.timeout_s):
                 await story()
 
         try:
             asyncio.run(in_time())
         except TimeoutError:
-            pytest.fail("\n".join([f"not done after {3 * self.patience_s:g} s", *told]))
+            pytest.fail("\n".join([f"not done after {3 * self.timeout_s:g} s", *reported]))
         except Exception as error:
-            if told:
-                error.add_note("The event loop was told: " + "; ".join(told))
+            if reported:
+                error.add_note("The event loop was reported: " + "; ".join(reported))
             raise
 
     @contextlib.asynccontextmanager
@@ -324,7 +326,7 @@ class FrontendSuite(Suite):
     async def _arrive(
         self, asking: list[asyncio.Future[object]], controller: FakeController
     ) -> None:
-        """Wait until the controller was asked as often as clients ask; raises what one raises."""
+        """Wait until the controller has got all requests; raise a failed client's exception."""
 
         def done() -> bool:
             for each in asking:
@@ -344,7 +346,7 @@ class FrontendSuite(Suite):
     async def _until(
         self, holds: Callable[[], bool], what: str, *, seconds: float | None = None
     ) -> None:
-        limit_s = self.patience_s if seconds is None else seconds
+        limit_s = self.timeout_s if seconds is None else seconds
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while not holds():
@@ -353,7 +355,7 @@ class FrontendSuite(Suite):
 
 
 def address_of(endpoint: str) -> tuple[str, int]:
-    """Host and port of ``scheme://host:port``."""
+    """Return host and port of ``scheme://host:port``."""
     parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
     assert parts.hostname, f"{endpoint!r} is no scheme://host:port"
     assert parts.port, f"{endpoint!r} has no port"

@@ -1,4 +1,4 @@
-"""Two hosts in one process: memory, a transport, and a listener for what peers dial."""
+"""Hosts within one process: memory, a transport, and a listener that peers dial."""
 
 from __future__ import annotations
 
@@ -18,44 +18,46 @@ from lmcache_kit.testing._bytes import Bytes
 MakeTransport: TypeAlias = Callable[[memoryview], Transport]
 
 _HOST = "127.0.0.1"
-_PIECE_BYTES = 1 << 16
+_PART_BYTES = 1 << 16
 _BUFFER_BYTES = 1 << 18
 
 
 class Host:
-    """One cache process's memory and transport. What its ``serve`` and its last ``close`` raise is
-    told in ``raised``."""
+    """Memory and transport of one cache process.
 
-    def __init__(self, make_transport: MakeTransport, nbytes: int, patience_s: float) -> None:
+    ``raised`` lists the exceptions of the transport's ``serve`` and ``close``.
+    """
+
+    def __init__(self, make_transport: MakeTransport, nbytes: int, timeout_s: float) -> None:
         self.memory = memoryview(mmap.mmap(-1, nbytes))
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
         self.raised: list[str] = []
         self.serving: list[threading.Thread] = []
         self.links: list[Link] = []
         self._used = 0
         self._listener = socket.create_server((_HOST, 0))
-        # Those that are accepted have it too. What a host says is not to vanish in the kernel, or
-        # it would be done before anything can happen to it.
+        # Accepted connections inherit the option. With large kernel buffers a host would have sent
+        # everything before a test can disturb the connection.
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         self.transport = make_transport(self.memory)
         self._accepting = threading.Thread(target=self._accept, daemon=True, name="accepting")
         self._accepting.start()
 
     def link_to(self, source: Host, dial: Callable[[float], socket.socket] | None = None) -> Link:
-        """A way to read from ``source``."""
+        """Connect to ``source``; return a link that reads from it."""
         way = dial or source.dial
-        link = self.transport.connect(source.transport.address(), way, self.patience_s)
+        link = self.transport.connect(source.transport.address(), way, self.timeout_s)
         self.links.append(link)
         return link
 
     def dial(self, timeout_s: float) -> socket.socket:
-        """What peers are given to reach this host's :meth:`Transport.serve`."""
+        """Dial this host's :meth:`Transport.serve`; peers get this as their ``dial``."""
         connection = socket.create_connection(self._listener.getsockname(), timeout_s)
         connection.settimeout(None)
         return connection
 
-    def room(self, *sizes: int) -> list[Region]:
-        """Regions of these sizes, one after the other with a gap between them."""
+    def allocate(self, *sizes: int) -> list[Region]:
+        """Take regions of these sizes, one after the other with a gap between them."""
         found = []
         for nbytes in sizes:
             found.append(Region(self._used, nbytes))
@@ -64,15 +66,15 @@ class Host:
         return found
 
     def filled(self, *sizes: int, seed: int = 0) -> list[Region]:
-        """Regions of these sizes with random bytes in them."""
-        regions = self.room(*sizes)
+        """Take regions of these sizes and fill them with random bytes."""
+        regions = self.allocate(*sizes)
         draw = random.Random(seed)
         for offset, nbytes in regions:
             self.memory[offset : offset + nbytes] = draw.randbytes(nbytes)
         return regions
 
     def offer(self, regions: Sequence[Region]) -> bytes:
-        """Offer them with their checksums."""
+        """Offer the regions with their checksums."""
         return self.transport.offer([ReadableRegion(each, self.checksum(each)) for each in regions])
 
     def bytes_of(self, region: Region) -> Bytes:
@@ -82,18 +84,18 @@ class Host:
         return xxh3_64_intdigest(self.memory[region.offset : region.offset + region.nbytes])
 
     def is_empty(self) -> bool:
-        """Nothing has landed anywhere."""
+        """Whether all bytes of the memory are zero."""
         return bytes(self.memory).count(0) == len(self.memory)
 
     def close(self) -> list[str]:
-        """Close everything; the names of threads that did not end."""
+        """Close everything; return the names of threads that did not end."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         closing = threading.Thread(target=self._close, daemon=True, name="close()")
         closing.start()
         threads = [closing, self._accepting, *self.serving]
         for thread in threads:
-            thread.join(self.patience_s)
+            thread.join(self.timeout_s)
         self._listener.close()
         return [thread.name for thread in threads if thread.is_alive()]
 
@@ -110,21 +112,21 @@ class Host:
     def _serve(self, connection: socket.socket) -> None:
         try:
             self.transport.serve(connection)
-        except BaseException as error:  # noqa: BLE001 - the test that dialled fails of it
+        except BaseException as error:  # noqa: BLE001 - fails the test that dialled
             self.raised.append(f"serve() raised {error!r}")
 
     def _close(self) -> None:
         try:
             self.transport.close()
-        except BaseException as error:  # noqa: BLE001 - the test fails of it
+        except BaseException as error:  # noqa: BLE001 - fails the test
             self.raised.append(f"close() raised {error!r}")
 
 
 class Wire:
-    """A connection to a host through which something happens to what the host says.
+    """Proxy to a host that changes the bytes which the host sends.
 
-    ``change(position, data)`` returns what the reader gets instead; None, or less than there is,
-    cuts the connection. It may wait. What the host said is kept in ``said``.
+    ``change(position, data)`` returns the bytes that the reader gets instead, and may block. None,
+    or fewer bytes than ``data``, cuts the connection. ``said`` records all bytes of the host.
     """
 
     def __init__(self, host: Host, change: Callable[[int, bytes], bytes | None]) -> None:
@@ -149,20 +151,20 @@ class Wire:
         for each in self._sockets:
             _hang_up(each)
         for thread in self._threads:
-            thread.join(self._host.patience_s)
+            thread.join(self._host.timeout_s)
         for each in self._sockets:
             each.close()
 
     def _ask(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(_PIECE_BYTES):
+            while data := source.recv(_PART_BYTES):
                 sink.sendall(data)
         _hang_up(source, sink)
 
     def _answer(self, source: socket.socket, sink: socket.socket) -> None:
         position = 0
         with contextlib.suppress(OSError):
-            while data := source.recv(_PIECE_BYTES):
+            while data := source.recv(_PART_BYTES):
                 self.said += data
                 changed = self._change(position, data)
                 if changed is None:
@@ -175,7 +177,7 @@ class Wire:
 
 
 class Stall:
-    """A change of a :class:`Wire`: nothing passes from ``at`` on until told to :attr:`go_on`."""
+    """A change of a :class:`Wire`: hold all bytes from ``at`` on until :attr:`go_on` is set."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -190,7 +192,7 @@ class Stall:
 
 
 def flip(at: int) -> Callable[[int, bytes], bytes]:
-    """A change of a :class:`Wire`: one bit is another one."""
+    """A change of a :class:`Wire`: flip one bit."""
 
     def change(position: int, data: bytes) -> bytes:
         if not position <= at < position + len(data):
@@ -203,7 +205,7 @@ def flip(at: int) -> Callable[[int, bytes], bytes]:
 
 
 def cut(at: int) -> Callable[[int, bytes], bytes | None]:
-    """A change of a :class:`Wire`: it ends after so many bytes."""
+    """A change of a :class:`Wire`: cut the connection after ``at`` bytes."""
     return lambda position, data: data[: at - position] if position < at else None
 
 

@@ -1,4 +1,4 @@
-"""What a memory backend must do."""
+"""The suite of memory backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from lmcache_kit.interfaces import MemoryBackend, Region
-from lmcache_kit.testing._model import Checked, random_steps
+from lmcache_kit.testing._model import CheckedMemory, random_steps
 from lmcache_kit.testing.suite import Suite
 
 MakeMemory: TypeAlias = Callable[[int], MemoryBackend]
@@ -23,8 +23,11 @@ _EIGHTH = MIB // 8
 
 
 class MemoryBackendSuite(Suite):
-    """Inherit it, and define the fixture ``make_memory``: a function from ``capacity_bytes`` to a
-    new backend. The suite asks for 1 MiB and more, and closes what it made."""
+    """Conformance of a :class:`~lmcache_kit.interfaces.MemoryBackend`.
+
+    Define the fixture ``make_memory``: a function from ``capacity_bytes`` to a new backend. The
+    suite asks for 1 MiB or more, and closes the backends.
+    """
 
     @pytest.fixture
     def make_memory(self) -> MakeMemory:
@@ -61,7 +64,7 @@ class MemoryBackendSuite(Suite):
     def test_a_new_one_is_empty(self, memory: MemoryBackend) -> None:
         usage = memory.usage()
         assert (usage.requested_bytes, usage.allocated_bytes, usage.regions) == (0, 0, 0)
-        assert 0 < usage.capacity_bytes <= MIB, "it took more than it was given"
+        assert 0 < usage.capacity_bytes <= MIB, "its capacity is larger than requested"
         assert usage.largest_free_bytes == usage.capacity_bytes
 
     @pytest.mark.parametrize("nbytes", [1, 2, 4095, 4096, 4097, 100_001])
@@ -93,8 +96,11 @@ class MemoryBackendSuite(Suite):
         assert memory.usage().regions == 0
 
     def test_any_history_is_exact(self, make: Callable[[], MemoryBackend]) -> None:
-        """Against a naive model: no overlap, exact accounting, no success or failure that usage()
-        did not foretell, and everything whole again at the end."""
+        """Compare any sequence of steps with a naive model.
+
+        Regions do not overlap, accounting is exact, usage() predicts which allocations succeed, and
+        all holes have merged at the end.
+        """
         from hypothesis import given, settings
         from hypothesis import strategies as st
 
@@ -104,14 +110,14 @@ class MemoryBackendSuite(Suite):
         @settings(max_examples=60, deadline=None, database=None)
         @given(steps=steps)
         def holds(steps: list[tuple[bool, int, int]]) -> None:
-            with Checked(make()) as checked:
+            with CheckedMemory(make()) as checked:
                 for allocate, nbytes, which in steps:
                     checked.step(allocate=allocate, nbytes=nbytes, which=which)
 
         holds()
 
     def test_a_long_history_is_exact(self, memory: MemoryBackend) -> None:
-        with Checked(memory) as checked:
+        with CheckedMemory(memory) as checked:
             random_steps(checked, random.Random(0), count=1000)
 
     def test_holes_merge(self, memory: MemoryBackend) -> None:
@@ -129,7 +135,7 @@ class MemoryBackendSuite(Suite):
         assert memory.allocate(largest + 1) is None
         assert memory.allocate(largest) is not None
 
-    # Giving back.
+    # Freeing.
 
     def test_a_region_that_is_not_allocated_cannot_be_freed(self, memory: MemoryBackend) -> None:
         region, other = memory.allocate(5000), memory.allocate(5000)
@@ -150,13 +156,13 @@ class MemoryBackendSuite(Suite):
             assert memory.usage() == before, f"freeing {foreign} failed and changed something"
         memory.free(region)
 
-    # Clearance.
+    # Eviction plans.
 
     @pytest.mark.parametrize("seed", range(12))
     def test_eviction_plan_makes_room_whenever_it_can_be_made(
         self, make: Callable[[], MemoryBackend], seed: int
     ) -> None:
-        """None means that even moving all that is evictable would not do."""
+        """None means that freeing all evictable regions would not be enough."""
         draw = random.Random(seed)
         memory, evictable = self._scattered(make(), draw), set[Region]()
         with memory:
@@ -165,8 +171,8 @@ class MemoryBackendSuite(Suite):
             before = memory.backend.usage()
             named = memory.backend.eviction_plan(wanted, evictable.__contains__)
             leave = evictable if named is None else set(named)
-            assert leave <= evictable, "it names regions that must stay, or are not allocated"
-            assert memory.backend.usage() == before, "asking changed something"
+            assert leave <= evictable, "it names regions that are not evictable or not allocated"
+            assert memory.backend.usage() == before, "eviction_plan() changed something"
             for region in leave:
                 memory.free(region)
             made = memory.backend.allocate(wanted)
@@ -176,7 +182,7 @@ class MemoryBackendSuite(Suite):
     def test_eviction_plan_names_nothing_in_vain(
         self, make: Callable[[], MemoryBackend], seed: int
     ) -> None:
-        def scattered() -> Checked:
+        def scattered() -> CheckedMemory:
             return self._scattered(make(), random.Random(seed))
 
         wanted = 3 * _EIGHTH
@@ -301,9 +307,9 @@ class MemoryBackendSuite(Suite):
         assert len(found) > 4, f"only {len(found)} regions of an eighth of the memory fit"
         return found
 
-    def _scattered(self, backend: MemoryBackend, draw: random.Random) -> Checked:
+    def _scattered(self, backend: MemoryBackend, draw: random.Random) -> CheckedMemory:
         """A memory that is nearly full, with holes."""
-        memory = Checked(backend)
+        memory = CheckedMemory(backend)
         while memory.step(allocate=True, nbytes=draw.randrange(1000, _EIGHTH), which=0):
             pass
         for _ in range(len(memory.live) // 4):

@@ -1,4 +1,4 @@
-"""Chunks and payloads to try codecs with, in plain Python."""
+"""Chunks and payloads for tests of codecs, in plain Python."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ LAYOUTS = (
     *(KVLayout(dtype, layers=2, kv_heads=2, head_dim=16) for dtype in DTYPE_BYTES),
     KVLayout("bfloat16", layers=3, kv_heads=1, head_dim=40, kind="mla"),
 )
-"""One of every dtype, and both kinds."""
+"""Layouts of every dtype and of both kinds."""
 
 _CHANNELS = 64
 _SPECIAL = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-45, -6e-8, 65504.0, 1.0)
 
 
 def chunk_of(layout: KVLayout, tokens: int = 24, start: int = 256) -> ChunkInfo:
-    """A chunk with a rotation in its K, where there is a K."""
+    """Return a chunk; one of kind "kv" has a rotary embedding in its K."""
     rope = ROPE if layout.kind == "kv" and layout.head_dim >= ROPE.rotary_dim else None
     return ChunkInfo(layout, tokens, start, rope)
 
 
 def shown(layout: KVLayout) -> str:
-    """An id for parametrized tests."""
+    """Return an id of the layout for parametrized tests."""
     return f"{layout.kind}-{layout.dtype}"
 
 
 def kv_like(chunk: ChunkInfo, seed: int = 0) -> bytes:
-    """Channels with a mean and a size of their own, as KV has; finite values only."""
+    """Return finite values whose channels have means and sizes of their own, as KV has."""
     draw = random.Random(seed)
     size = DTYPE_BYTES[chunk.layout.dtype]
     if size == 1:
@@ -46,12 +46,12 @@ def kv_like(chunk: ChunkInfo, seed: int = 0) -> bytes:
 
 
 def random_bits(chunk: ChunkInfo, seed: int = 0) -> bytes:
-    """Anything: mostly huge, tiny and special values."""
+    """Return random bits: mostly huge, tiny and special values."""
     return random.Random(seed).randbytes(chunk.payload_bytes)
 
 
 def special(chunk: ChunkInfo, seed: int = 0) -> bytes:
-    """KV with NaN, infinities, zeros and denormals here and there."""
+    """Return KV with some NaN, infinities, zeros and denormals in it."""
     draw = random.Random(seed)
     payload, size = bytearray(kv_like(chunk, seed)), DTYPE_BYTES[chunk.layout.dtype]
     for value in _SPECIAL * 3:
@@ -62,21 +62,21 @@ def special(chunk: ChunkInfo, seed: int = 0) -> bytes:
 
 
 def constant(chunk: ChunkInfo, value: float = 0.0) -> bytes:
-    """The same value everywhere; in fp8, the same bits as the value in whole numbers."""
+    """Return one value everywhere; for fp8, ``int(value)`` as the bits."""
     dtype = chunk.layout.dtype
     word = bytes([int(value) & 0xFF]) if DTYPE_BYTES[dtype] == 1 else pack([value], dtype)
     return _filled(word, chunk.payload_bytes)
 
 
 def slices_of(payload: Buffer, chunk: ChunkInfo) -> list[memoryview]:
-    """One layer's K or V each."""
+    """Split a payload into slices: one layer's K or V each."""
     count = chunk.layout.layers * (2 if chunk.layout.kind == "kv" else 1)
     view, step = memoryview(payload).cast("B"), chunk.payload_bytes // count
     return [view[at : at + step] for at in range(0, chunk.payload_bytes, step)]
 
 
 def pack(values: list[float], dtype: str) -> bytes:
-    """Values of 16 or 32 bits; bfloat16 is cut, not rounded."""
+    """Encode values in a dtype of 16 or 32 bits; bfloat16 is truncated, not rounded."""
     if dtype == "float16":
         return struct.pack(f"<{len(values)}e", *values)
     raw = struct.pack(f"<{len(values)}f", *values)
@@ -88,7 +88,7 @@ def pack(values: list[float], dtype: str) -> bytes:
 
 
 def values_of(data: Buffer, dtype: str) -> tuple[float, ...]:
-    """The numbers that the bytes stand for."""
+    """Decode bytes of ``dtype`` to numbers."""
     raw = bytes(data)
     size = DTYPE_BYTES[dtype]
     if size == 1:
@@ -108,7 +108,10 @@ def _filled(block: bytes, nbytes: int) -> bytes:
 
 @lru_cache
 def _fp8(dtype: str) -> tuple[float, ...]:
-    """Of all 256 bytes. e5m2 is the upper half of float16; e4m3 has no infinity and one NaN."""
+    """Return the values of all 256 bytes.
+
+    e5m2 is the upper half of float16; e4m3 has no infinity and one NaN.
+    """
     if dtype == "float8_e5m2":
         return tuple(struct.unpack("<e", bytes([0, byte]))[0] for byte in range(256))
     values = []

@@ -1,4 +1,4 @@
-"""What an installed plugin must be like, before anything of it is used."""
+"""The suite of installed plugins: entry points, declarations, options and probes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEAVY = (
     "aiohttp", "cupy", "jax", "nixl", "numba", "numpy", "pandas", "pydantic", "pytest", "scipy",
     "tensorflow", "torch", "transformers", "triton", "vllm", "zmq", "zstandard",
 )  # fmt: skip
-"""What the module of an entry point must not import: every process of the kit imports that."""
+"""Packages that an entry point's module must not import, since every process imports it."""
 
 _CONTRACTS = {"codec": Codec, "transport": Transport, "frontend": Frontend}
 _PARTS = ("make_eviction_policy", "cache_opened", "cache_closing", "report_header")
@@ -50,10 +50,10 @@ print(type(answer).__name__)
 
 
 class PluginSuite(Suite):
-    """Inherit it, and say which ``distribution`` is meant. It must be installed, as its users have
-    it; ``pip install -e .`` will do.
+    """Conformance of an installed plugin. Set ``distribution`` to its name on the package index.
 
-    ``probe_s``: how long a probe may take in a new process, imports included.
+    The plugin must be installed; ``pip install -e .`` will do. ``probe_s`` limits the time of a
+    probe in a new process, imports included.
     """
 
     distribution: ClassVar[str] = ""
@@ -70,7 +70,7 @@ class PluginSuite(Suite):
 
     @pytest.fixture
     def modules(self, installed: Any) -> list[str]:
-        """What its entry points name."""
+        """Modules that its entry points name."""
         groups: dict[str, list[str]] = {}
         for each in installed.entry_points:
             groups.setdefault(each.group, []).append(each.module)
@@ -131,7 +131,7 @@ class PluginSuite(Suite):
         self, offers: list[Offer], plugins: Plugins
     ) -> None:
         for offer in offers:
-            if reason := plugins.trouble(offer):
+            if reason := plugins.why_unusable(offer):
                 pytest.skip(f"{offer.spec.name!r} cannot be used here: {reason}")
             try:
                 target = plugins.resolve(offer.kind, offer.spec.name)
@@ -145,7 +145,7 @@ class PluginSuite(Suite):
             assert callable(target), f"{offer.spec.target} cannot be called"
 
     def test_options_are_pydantic_models_with_defaults(self, offers: list[Offer]) -> None:
-        """The kit builds them from what the configuration has, which may be nothing."""
+        """The kit builds options from the configuration, which may have none."""
         for _, spec, _ in offers:
             if spec.config:
                 from pydantic import BaseModel
@@ -184,7 +184,7 @@ class PluginSuite(Suite):
             f"{self.distribution} does not depend on lmcache-kit; it needs {needs}"
         )
 
-    # Behind it.
+    # Helpers.
 
     def _is(self, distribution: str) -> bool:
         return _plain(distribution) == _plain(self.distribution)
@@ -193,7 +193,7 @@ class PluginSuite(Suite):
         return (offer for offer in offers if self._is(offer.plugin.distribution))
 
     def _run(self, program: str, *arguments: str) -> str:
-        """In a new interpreter with the same path."""
+        """Run the program in a new interpreter with the same path; return its output."""
         code = f"import sys; sys.path[:] = {sys.path!r}\n{program}"
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],

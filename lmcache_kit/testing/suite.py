@@ -1,4 +1,4 @@
-"""What all suites have in common: nothing in them goes missing without a word."""
+"""Base of all suites; refuses subclasses that lose tests silently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HOME = "lmcache_kit.testing."
 
 
 def overrides(reason: str) -> Callable[[_F], _F]:
-    """Replace a test of a suite, and say why; without it the class is refused.
+    """Replace a test of a suite for a reason; a subclass that replaces one without is refused.
 
     >>> @overrides("our offers are public by design")
     ... def test_an_offer_cannot_be_guessed(self): ...
@@ -32,13 +32,16 @@ def overrides(reason: str) -> Callable[[_F], _F]:
 
 
 class Suite:
-    """Base of the suites. A subclass outside the kit is collected whatever its name is, unless it
-    says ``__test__ = False`` itself."""
+    """Base of the suites.
+
+    pytest collects a subclass outside of the kit whatever its name is, unless the subclass sets
+    ``__test__ = False``.
+    """
 
     __test__ = False
 
-    patience_s: ClassVar[float] = 10.0
-    """How long to wait for what must happen. Nothing waits so long when all is well."""
+    timeout_s: ClassVar[float] = 10.0
+    """Limit of every wait, in seconds. A correct plugin never uses it up."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -52,7 +55,7 @@ class Suite:
                 raise TypeError(f"{cls.__qualname__}.{name} {problem}")
 
     def missing(self, what: str, example: str) -> NoReturn:
-        """Fail, for want of a fixture or attribute that the author has to define."""
+        """Fail because the author has not defined a fixture or an attribute."""
         name, suite = type(self).__name__, _suite_of(type(self)).__name__
         shown = textwrap.indent(textwrap.dedent(example).strip(), "        ")
         pytest.fail(
@@ -62,8 +65,10 @@ class Suite:
         )
 
     def within(self, call: Callable[[], _T], *, what: str, seconds: float | None = None) -> _T:
-        """What the call returns or raises; fails when it does neither in time. It then goes on in
-        a thread that nobody waits for."""
+        """Return or raise what ``call`` does; fail if it takes too long.
+
+        A call that takes too long goes on in a daemon thread.
+        """
         results: list[_T] = []
         raised: list[BaseException] = []
 
@@ -75,7 +80,7 @@ class Suite:
 
         thread = threading.Thread(target=run, daemon=True, name=f"conformance: {what}")
         thread.start()
-        limit_s = self.patience_s if seconds is None else seconds
+        limit_s = self.timeout_s if seconds is None else seconds
         thread.join(limit_s)
         if raised:
             raise raised[0]
@@ -85,7 +90,7 @@ class Suite:
 
 
 def check_items(items: Iterable[pytest.Item]) -> None:
-    """Refuse tests of suites that were replaced or marked behind the class's back."""
+    """Raise pytest.UsageError for tests of suites that were replaced or marked after the class."""
     for item in items:
         cls = getattr(item, "cls", None)
         if not (isinstance(cls, type) and issubclass(cls, Suite)):
@@ -100,7 +105,7 @@ def check_items(items: Iterable[pytest.Item]) -> None:
 
 
 def _problem(cls: type, name: str, value: object) -> str:
-    """What is wrong with an attribute of an author's class; empty if nothing."""
+    """Return what is wrong with an attribute of an author's class; empty if nothing is."""
     own = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
     reason = getattr(value, _REASON, "")
     if name.startswith("test") and own is not None and not reason:
@@ -131,4 +136,4 @@ def _reason_of(mark: pytest.Mark) -> str:
 
 @pytest.fixture
 def _example_fixture() -> None:
-    """Tells what fixtures look like to this version of pytest."""
+    """Shows the type of fixtures in this version of pytest."""

@@ -1,4 +1,4 @@
-"""The connector that vLLM talks to: one class for both roles, each with a side of its own."""
+"""The connector class that vLLM builds, in the scheduler's process and in each worker's."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.errors import UnsupportedModel
+from lmcache_kit.vllm.metadata import ConnectorMetadata, WorkerMetadata
 from lmcache_kit.vllm.model import Model, describe
-from lmcache_kit.vllm.scheduler import Policy, SchedulerSide
-from lmcache_kit.vllm.step import Report, Step
-from lmcache_kit.vllm.tracker import SavePolicy
-from lmcache_kit.vllm.worker import WorkerSide
+from lmcache_kit.vllm.request_tracker import SavePolicy
+from lmcache_kit.vllm.scheduler import ConnectorScheduler, SchedulerPolicy
+from lmcache_kit.vllm.worker import ConnectorWorker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from lmcache_kit.vllm.pages import Pages
+    from lmcache_kit.vllm.kv_pages import KVPages
 
 _log = logging.getLogger("vllm.lmcache_kit")
 
@@ -39,10 +39,10 @@ _LOOKUP_AGE = 0.5  # of the lease's time to live
 
 
 class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vllm is not type-checked
-    """Stores vLLM's KV in the cache process and loads it from there.
+    """Store vLLM's KV in the cache process and load it from there.
 
-    A configuration that cannot be used raises ConfigError or PluginError and so ends vLLM's start.
-    A model that cannot be cached is served without: one error in the log says why.
+    Raises ConfigError or PluginError for a configuration that cannot be used, which ends vLLM's
+    start. A model that cannot be cached is served without a cache, and the log says why, once.
     """
 
     _cache_hit_source = CacheHitSource.HOST
@@ -51,59 +51,59 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        log_like(logging.getLogger("vllm"), logging.getLogger("lmcache_kit"))
-        self.scheduler_side: SchedulerSide | None = None
-        self.worker_side: WorkerSide | None = None
+        copy_log_handlers(logging.getLogger("vllm"), logging.getLogger("lmcache_kit"))
+        self.connector_scheduler: ConnectorScheduler | None = None
+        self.connector_worker: ConnectorWorker | None = None
         transfer = vllm_config.kv_transfer_config
         if transfer.kv_load_failure_policy == "fail":
-            # vLLM's default, for connectors whose KV cannot be computed again. Its scheduler reads
-            # this after it has constructed the connector.
+            # "fail" is vLLM's default, for connectors whose KV cannot be computed again. The
+            # scheduler reads this setting after it has constructed the connector.
             transfer.kv_load_failure_policy = "recompute"
         loaded = load_config(extra=transfer.kv_connector_extra_config)
-        if role == KVConnectorRole.SCHEDULER:  # each worker reads the same; once will do
+        if role == KVConnectorRole.SCHEDULER:  # workers read the same: warn once
             for warning in loaded.warnings:
                 _log.warning("%s", warning)
         config = loaded.config
         try:
             model = describe(vllm_config, kv_cache_config, config.chunk_size)
         except UnsupportedModel as error:
-            if role == KVConnectorRole.SCHEDULER:  # workers come to the same end
+            if role == KVConnectorRole.SCHEDULER:  # workers find the same: log once
                 _log.error("this model is served without lmcache_kit: %s", error)
             return
         if role == KVConnectorRole.SCHEDULER:
-            self.scheduler_side = _scheduler_side(config, model, transfer)
+            self.connector_scheduler = _open_scheduler(config, model, transfer)
         else:
-            self.worker_side = _worker_side(config, model, vllm_config.parallel_config.rank)
+            self.connector_worker = _open_worker(config, model, vllm_config.parallel_config.rank)
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Whether a save must succeed. No: it would only be a miss later."""
+        """Whether a save must succeed: it need not, since a failed one is a miss later."""
         return False
 
-    # Worker side.
+    # Worker role.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        if self.worker_side is None:
+        if self.connector_worker is None:
             return
         try:
             pages = self._open_pages(kv_caches)
-            self.worker_side.serve(pages)
+            self.connector_worker.register_kv_pages(pages)
             layout = pages.layout
             _log.info(
                 "lmcache_kit caches the KV of this model: %d layers of %d x %d in %s",
                 layout.layers, layout.kv_heads, layout.head_dim, layout.dtype,
             )  # fmt: skip
         except UnsupportedModel as error:
-            self.worker_side.refuse(str(error))
+            self.connector_worker.disable(str(error))
             if self._vllm_config.parallel_config.rank == 0:
                 _log.error("this model is served without lmcache_kit: %s", error)
 
     def start_load_kv(self, forward_context: ForwardContext, **_: Any) -> None:
-        if self.worker_side is not None:
-            self.worker_side.load(self._step())
+        if self.connector_worker is not None:
+            self.connector_worker.start_load_kv(self._metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are complete before the model starts."""
+        """Do nothing: loads are complete before the model starts."""
 
     def save_kv_layer(
         self,
@@ -112,108 +112,118 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         attn_metadata: AttentionMetadata,
         **_: Any,
     ) -> None:
-        """Layers are saved together, in :meth:`wait_for_save`."""
+        """Do nothing: layers are saved together, in :meth:`wait_for_save`."""
 
     def wait_for_save(self) -> None:
-        if self.worker_side is not None:
-            self.worker_side.save(self._step())
+        if self.connector_worker is not None:
+            self.connector_worker.wait_for_save(self._metadata())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if not self.has_connector_metadata():
             return None, None
-        return self._step().tails or None, None
+        return self._metadata().free_after_save or None, None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self.worker_side.take_bad_blocks() if self.worker_side is not None else set()
+        if self.connector_worker is None:
+            return set()
+        return self.connector_worker.take_block_ids_with_load_errors()
 
-    def build_connector_worker_meta(self) -> Report | None:
-        return self.worker_side.report() if self.worker_side is not None else None
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
+        if self.connector_worker is None:
+            return None
+        return self.connector_worker.build_connector_worker_meta()
 
-    # Scheduler side.
+    # Scheduler role.
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        if self.scheduler_side is None:
+        if self.connector_scheduler is None:
             return 0, False
-        return self.scheduler_side.matched_tokens(request, num_computed_tokens), False
+        tokens = self.connector_scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+        return tokens, False
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        if self.scheduler_side is not None:
-            self.scheduler_side.placed(request, num_external_tokens)
+        if self.connector_scheduler is not None:
+            self.connector_scheduler.update_state_after_alloc(request, num_external_tokens)
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Step:
-        if self.scheduler_side is None:
-            return Step()
-        return self.scheduler_side.build_step(scheduler_output)
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ConnectorMetadata:
+        if self.connector_scheduler is None:
+            return ConnectorMetadata()
+        return self.connector_scheduler.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        if self.scheduler_side is not None:
-            self.scheduler_side.heard(connector_output)
+        if self.connector_scheduler is not None:
+            self.connector_scheduler.update_connector_output(connector_output)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self.scheduler_side is None:
+        if self.connector_scheduler is None:
             return False, None
-        return self.scheduler_side.finished(request, block_ids), None
+        return self.connector_scheduler.request_finished(request, block_ids), None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self.scheduler_side is None:
+        if self.connector_scheduler is None:
             return False, None
         return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool:
-        """Not served: says so, so that nobody relies on it."""
-        _log.error("lmcache_kit cannot drop its KV from here; stop the cache process instead")
+        """Refuse, with an error in the log: other engines may use the same cache process."""
+        _log.error("lmcache_kit does not drop its KV on vLLM's request; stop the cache process")
         return False
 
-    # Both.
+    # Both roles.
 
     def shutdown(self) -> None:
-        for side in (self.scheduler_side, self.worker_side):
-            if side is not None:
-                side.close()
+        for role in (self.connector_scheduler, self.connector_worker):
+            if role is not None:
+                role.close()
 
-    def _step(self) -> Step:
-        step = self._get_connector_metadata()
-        assert isinstance(step, Step)
-        return step
+    def _metadata(self) -> ConnectorMetadata:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, ConnectorMetadata)
+        return metadata
 
-    def _open_pages(self, kv_caches: dict[str, torch.Tensor]) -> Pages:
+    def _open_pages(self, kv_caches: dict[str, torch.Tensor]) -> KVPages:
         (group,) = self._kv_cache_config.kv_cache_groups
         if set(kv_caches) != set(group.layer_names):
             raise UnsupportedModel(
                 f"vLLM registers {len(kv_caches)} layers where its KV cache has "
-                f"{len(group.layer_names)}"
+                f"{len(group.layer_names)}; the same layers are supported"
             )
         layers = self._vllm_config.compilation_config.static_forward_context
-        return open_pages(kv_caches, layers, group.kv_cache_spec.block_size)
+        return open_kv_pages(kv_caches, layers, group.kv_cache_spec.block_size)
 
 
 class LMCacheConnectorV1(LMCacheKitConnector):
     """The connector, under the name that LMCache's users configure."""
 
 
-def log_like(theirs: logging.Logger, ours: logging.Logger) -> None:
-    """Let our logger write as vLLM's does, unless somebody has configured it: vLLM configures its
-    own only, and what happens to the cache process would be told in bare lines, or not at all."""
-    if not ours.hasHandlers():
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
+def copy_log_handlers(source: logging.Logger, target: logging.Logger) -> None:
+    """Let ``target`` log as ``source`` does, unless ``target`` is configured already.
+
+    vLLM configures its own logger only; without handlers the kit's lines about the cache process
+    would come without a format, or not at all.
+    """
+    if not target.hasHandlers():
+        target.handlers = list(source.handlers)
+        target.setLevel(source.level)
 
 
-def open_pages(
+def open_kv_pages(
     kv_caches: dict[str, torch.Tensor], layers: dict[str, Any], block_tokens: int
-) -> Pages:
-    """The pages of these layers. Raises UnsupportedModel for those that cannot be read."""
+) -> KVPages:
+    """Return the pages of these layers. Raises UnsupportedModel for an unknown shape or kernel."""
     first, cache = next(iter(kv_caches.items()))
     if cache.dim() != 4:
-        raise UnsupportedModel(f"its KV cache has shape {tuple(cache.shape)}; 4 dimensions served")
+        raise UnsupportedModel(
+            f"its KV cache has shape {tuple(cache.shape)}; 4 dimensions are supported"
+        )
     caches = list(kv_caches.values())
     if cache.device.type == "cpu":
         from lmcache_kit.vllm.cpu_pages import CPUPages
@@ -221,16 +231,18 @@ def open_pages(
         layer = layers[first]
         update = getattr(layer.impl, "do_kv_cache_update", None)
         if update is None:
-            raise UnsupportedModel(f"{type(layer.impl).__name__} has no KV cache writer")
+            raise UnsupportedModel(
+                f"{type(layer.impl).__name__} has no KV cache writer (do_kv_cache_update)"
+            )
         return CPUPages(
             caches, lambda k, v, pages, slots: update(layer, k, v, pages, slots), block_tokens
         )
-    from lmcache_kit.vllm.cuda_pages import TokenPages
+    from lmcache_kit.vllm.cuda_pages import CUDAPages
 
-    return TokenPages(caches, block_tokens)
+    return CUDAPages(caches, block_tokens)
 
 
-def _scheduler_side(config: KitConfig, model: Model, transfer: Any) -> SchedulerSide:
+def _open_scheduler(config: KitConfig, model: Model, transfer: Any) -> ConnectorScheduler:
     from lmcache_kit.service.launch import open_client
 
     client = open_client(
@@ -239,22 +251,22 @@ def _scheduler_side(config: KitConfig, model: Model, transfer: Any) -> Scheduler
         world_size=model.world_size,
         wait_ready=config.cache_process != "attach",
     )
-    policy = Policy(
+    policy = SchedulerPolicy(
         saving=SavePolicy(config.chunk_size, config.save_decode_cache, config.save_unfull_chunk),
         load=transfer.is_kv_consumer,
         save=transfer.is_kv_producer,
         min_load_tokens=config.min_retrieve_tokens,
         lookup_age_s=config.lease_ttl_s * _LOOKUP_AGE,
     )
-    return SchedulerSide(client, model, policy)
+    return ConnectorScheduler(client, model, policy)
 
 
-def _worker_side(config: KitConfig, model: Model, rank: int) -> WorkerSide:
+def _open_worker(config: KitConfig, model: Model, rank: int) -> ConnectorWorker:
     from lmcache_kit.cache.index.entries import RankLayout
     from lmcache_kit.service.launch import open_client
-    from lmcache_kit.vllm.rope import loaded_rotation
+    from lmcache_kit.vllm.rope import loaded_rope
 
-    # Ranks beyond the number of heads repeat them.
+    # With more ranks than KV heads, vLLM replicates heads over ranks.
     first_head = rank * model.namespace.layout.kv_heads // model.world_size
     client = open_client(
         config,
@@ -262,21 +274,24 @@ def _worker_side(config: KitConfig, model: Model, rank: int) -> WorkerSide:
         rank=rank,
         world_size=model.world_size,
         namespace=model.namespace,
-        form=RankLayout(model.layout, loaded_rotation(), first_head),
+        form=RankLayout(model.layout, loaded_rope(), first_head),
         wait_ready=config.cache_process != "attach",
     )
-    return WorkerSide(
+    return ConnectorWorker(
         client,
         rank=rank,
         chunk_size=config.chunk_size,
         block_tokens=model.block_tokens,
-        agree=_lowest_over_ranks if model.world_size > 1 else (lambda failed: failed),
+        min_over_ranks=_all_reduce_min if model.world_size > 1 else (lambda failed: failed),
     )
 
 
-def _lowest_over_ranks(reached: list[int]) -> list[int]:
-    """Ranks load together: a rank that has its KV still computes garbage when another has not, and
-    must know that before it stores any of it."""
+def _all_reduce_min(reached: list[int]) -> list[int]:
+    """Reduce each load's end to the lowest over all tensor-parallel ranks.
+
+    A rank that loaded all of its KV still computes garbage when another rank did not, and must
+    know that before it saves anything.
+    """
     from vllm.distributed.parallel_state import get_tp_group
 
     tensor = torch.tensor(reached, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""vLLM's CPU pages: in the order that its attention kernel wants, which is learnt once."""
+"""vLLM's KV pages on CPU, in the element order of its attention kernel, which is detected once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from xxhash import xxh3_64
 from lmcache_kit.errors import UnsupportedModel
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.vllm import kernels
-from lmcache_kit.vllm.page_layout import Side, Writer, learn_page
-from lmcache_kit.vllm.pages import Pages, Piece
+from lmcache_kit.vllm.kv_pages import KVPages, TransferSpec
+from lmcache_kit.vllm.page_layout import PageLayout, Writer, detect_page_layouts
 
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
 _WORD_BYTES = 8
@@ -27,27 +27,33 @@ class _Layer(NamedTuple):
     head_stride: int
 
 
-class _Move(NamedTuple):
-    """One side of one layer, and the payload's rows for it; to the payload if ``gather``."""
+class _Copy(NamedTuple):
+    """Copy of K or V of one layer between pages and ``flat``, the payload's part of both.
+
+    ``gather`` copies into the payload, else out of it.
+    """
 
     layer: _Layer
-    side: Side
+    page_layout: PageLayout
     flat: np.ndarray[Any, Any]
     blocks: np.ndarray[Any, np.dtype[np.int64]]
     gather: bool
 
 
-class _Span(NamedTuple):
-    """Tokens of the blocks, and the payload's row of the first one."""
+class _TokenRange(NamedTuple):
+    """Tokens ``[start, end)`` of the blocks; row ``skip`` of the payload belongs to ``start``."""
 
     start: int
     end: int
     skip: int
 
 
-class CPUPages(Pages):
-    """``caches``: one ``[blocks, heads, block, 2 * dim]`` tensor per layer, in layer order;
-    ``write`` is vLLM's KV cache writer of one of those layers, whose order serves for all."""
+class CPUPages(KVPages):
+    """KV pages of vLLM's CPU attention.
+
+    ``caches`` holds one ``[blocks, heads, block, 2 * dim]`` tensor per layer, in layer order.
+    ``write`` is vLLM's KV cache writer of one of those layers; its page layout serves for all.
+    """
 
     def __init__(self, caches: Sequence[torch.Tensor], write: Writer, block_tokens: int) -> None:
         first = caches[0]
@@ -55,34 +61,43 @@ class CPUPages(Pages):
         self._dim = width // 2
         for cache in caches:
             if cache.shape != first.shape or cache.dtype != first.dtype:
-                raise UnsupportedModel("the layers' KV caches differ in shape or dtype")
+                raise UnsupportedModel(
+                    f"its layers' KV caches differ: {tuple(first.shape)} of {first.dtype} and "
+                    f"{tuple(cache.shape)} of {cache.dtype}; one shape and dtype is supported"
+                )
             if cache.stride(3) != 1 or cache.stride(2) != width:
-                raise UnsupportedModel("the pages of the KV cache are not contiguous")
+                raise UnsupportedModel(
+                    f"the pages of its KV cache have strides {cache.stride()}; "
+                    f"contiguous pages are supported"
+                )
         if block_tokens % self._block:
             raise UnsupportedModel(
-                f"a block of {block_tokens} tokens is no multiple of the page's {self._block}"
+                f"its blocks of {block_tokens} tokens are no multiple of a page of {self._block}"
             )
         self.block_tokens = block_tokens
         dtype = str(first.dtype).removeprefix("torch.")
         self.layout = KVLayout(dtype, len(caches), heads, self._dim)
         self._element = _UNSIGNED[first.element_size()]
-        self._sides = learn_page(
+        self._page_layouts = detect_page_layouts(
             write, heads=heads, block=self._block, dim=self._dim, dtype=first.dtype
         )
-        self._transposed = [self._is_transposed(side) for side in self._sides]
+        self._transposed = [self._is_transposed(page_layout) for page_layout in self._page_layouts]
         self._layers = [self._flat(cache) for cache in caches]
         self._line = np.empty(max(self._block, self._dim), np.uint64)
         self._square = np.empty(self._block * self._dim // 4, np.uint64)
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Compile each kernel now instead of in the first request: the first block, back and forth.
-        A whole page and a part of one take different ways."""
+        """Compile each kernel now instead of in the first request.
+
+        Copies the first block out and back, as a whole page and as a part of one: these use
+        different kernels.
+        """
         for tokens in (self._block, self._block - 1):
             payload = memoryview(bytearray(self.layout.payload_bytes(tokens)))
-            piece = Piece([0], 0, tokens, payload, tokens)
-            self.gather([piece])
-            self.scatter(piece)
+            transfer = TransferSpec([0], 0, tokens, payload, tokens)
+            self.gather([transfer])
+            self.scatter(transfer)
 
     def _flat(self, cache: torch.Tensor) -> _Layer:
         extent = 1 + sum(
@@ -97,83 +112,87 @@ class CPUPages(Pages):
         words = flat.view(np.uint64) if whole and flat.ctypes.data % _WORD_BYTES == 0 else None
         return _Layer(flat, words, *strides)
 
-    def gather(self, pieces: Sequence[Piece]) -> list[int]:
-        return [self._move(piece, gather=True) for piece in pieces]
+    def gather(self, transfers: Sequence[TransferSpec]) -> list[int]:
+        return [self._transfer(transfer, gather=True) for transfer in transfers]
 
-    def scatter(self, piece: Piece) -> int:
-        return self._move(piece, gather=False)
+    def scatter(self, transfer: TransferSpec) -> int:
+        return self._transfer(transfer, gather=False)
 
-    def _move(self, piece: Piece, *, gather: bool) -> int:
+    def _transfer(self, transfer: TransferSpec, *, gather: bool) -> int:
         layout = self.layout
-        payload = np.frombuffer(piece.payload, self._element)
-        payload = payload.reshape(layout.layers, 2, piece.tokens * layout.kv_heads * self._dim)
-        blocks = self._pages_of(piece)
-        span = _Span(piece.start, piece.end, piece.skip)
+        payload = np.frombuffer(transfer.payload, self._element)
+        payload = payload.reshape(layout.layers, 2, transfer.tokens * layout.kv_heads * self._dim)
+        blocks = self._pages_of(transfer)
+        tokens = _TokenRange(transfer.start, transfer.end, transfer.skip)
         digest = xxh3_64()
-        # One layer after the other, so that the hash finds its bytes in the processor's cache.
-        for layer, both in zip(self._layers, payload, strict=True):
-            for side, flat in zip(self._sides, both, strict=True):
-                self._move_side(_Move(layer, side, flat, blocks, gather), span)
-            digest.update(both.data)
+        # Hash each layer right after its copy, while its bytes are in the processor's cache.
+        for layer, kv in zip(self._layers, payload, strict=True):
+            for page_layout, flat in zip(self._page_layouts, kv, strict=True):
+                self._copy_kv(_Copy(layer, page_layout, flat, blocks, gather), tokens)
+            digest.update(kv.data)
         return digest.intdigest()
 
-    def _pages_of(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.int64]]:
-        blocks = np.asarray(piece.blocks, np.int64)
+    def _pages_of(self, transfer: TransferSpec) -> np.ndarray[Any, np.dtype[np.int64]]:
+        blocks = np.asarray(transfer.blocks, np.int64)
         ratio = self.block_tokens // self._block
         if ratio > 1:
             blocks = (blocks[:, None] * ratio + np.arange(ratio)).reshape(-1)
-        needed = -(-piece.end // self._block)
+        needed = -(-transfer.end // self._block)
         if needed > blocks.size or (blocks < 0).any() or (blocks >= self.blocks).any():
-            raise IndexError(f"tokens up to {piece.end} are not within the blocks of the KV cache")
+            raise IndexError(
+                f"tokens up to {transfer.end} are not within the blocks of the KV cache"
+            )
         return blocks
 
-    def _move_side(self, move: _Move, span: _Span) -> None:
+    def _copy_kv(self, copy: _Copy, tokens: _TokenRange) -> None:
         block = self._block
-        first, last = -(-span.start // block), span.end // block
-        if first >= last or not self._in_words(move):
-            self._move_tokens(move, span)
+        first, last = -(-tokens.start // block), tokens.end // block
+        if first >= last or not self._in_words(copy):
+            self._copy_tokens(copy, tokens)
             return
-        start, end, skip = span
+        start, end, skip = tokens
         lead, whole_end = first * block, last * block
-        self._move_tokens(move, _Span(start, lead, skip))
-        self._move_whole(move, first, last, skip + lead - start)
-        self._move_tokens(move, _Span(whole_end, end, skip + whole_end - start))
+        self._copy_tokens(copy, _TokenRange(start, lead, skip))
+        self._copy_whole_pages(copy, first, last, skip + lead - start)
+        self._copy_tokens(copy, _TokenRange(whole_end, end, skip + whole_end - start))
 
-    def _move_tokens(self, move: _Move, span: _Span) -> None:
-        if span.start >= span.end:
+    def _copy_tokens(self, copy: _Copy, tokens: _TokenRange) -> None:
+        if tokens.start >= tokens.end:
             return
-        if _consecutive(move.side.columns):
-            kernel = kernels.gather_rows if move.gather else kernels.scatter_rows
+        if _consecutive(copy.page_layout.columns):
+            kernel = kernels.gather_rows if copy.gather else kernels.scatter_rows
         else:
-            kernel = kernels.gather if move.gather else kernels.scatter
-        layer, side = move.layer, move.side
+            kernel = kernels.gather if copy.gather else kernels.scatter
+        layer, page_layout = copy.layer, copy.page_layout
         kernel(
-            layer.flat, layer.block_stride, layer.head_stride, move.blocks, side.rows, side.columns,
-            span.start, span.end, move.flat, span.skip, self.layout.kv_heads,
+            layer.flat, layer.block_stride, layer.head_stride, copy.blocks,
+            page_layout.rows, page_layout.columns, tokens.start, tokens.end,
+            copy.flat, tokens.skip, self.layout.kv_heads,
         )  # fmt: skip
 
-    def _move_whole(self, move: _Move, first: int, last: int, skip: int) -> None:
-        kernel = kernels.gather_transposed if move.gather else kernels.scatter_transposed
-        layer = move.layer
+    def _copy_whole_pages(self, copy: _Copy, first: int, last: int, skip: int) -> None:
+        kernel = kernels.gather_transposed if copy.gather else kernels.scatter_transposed
+        layer = copy.layer
         kernel(
             layer.words, layer.block_stride // _PER_WORD, layer.head_stride // _PER_WORD,
-            move.blocks[first:last], int(move.side.rows[0]) // _PER_WORD, self._block, self._dim,
-            move.flat.view(np.uint64), skip, self.layout.kv_heads, self._line, self._square,
+            copy.blocks[first:last], int(copy.page_layout.rows[0]) // _PER_WORD,
+            self._block, self._dim, copy.flat.view(np.uint64), skip, self.layout.kv_heads,
+            self._line, self._square,
         )  # fmt: skip
 
-    def _in_words(self, move: _Move) -> bool:
-        """Whether whole pages of this side can be transposed in 64-bit words."""
-        if move.layer.words is None or move.flat.ctypes.data % _WORD_BYTES:
+    def _in_words(self, copy: _Copy) -> bool:
+        """Whether whole pages of this copy can be transposed in 64-bit words."""
+        if copy.layer.words is None or copy.flat.ctypes.data % _WORD_BYTES:
             return False
-        return self._transposed[move.side is self._sides[1]]
+        return self._transposed[copy.page_layout is self._page_layouts[1]]
 
-    def _is_transposed(self, side: Side) -> bool:
-        """Whether a page holds 16-bit ``[dim, block]``, in sizes that 64-bit words can carry."""
+    def _is_transposed(self, page_layout: PageLayout) -> bool:
+        """Whether a page holds 16-bit ``[dim, block]``, in sizes that fill 64-bit words."""
         return (
             self._element is np.uint16
-            and not (self._block % 4 or self._dim % 4 or int(side.rows[0]) % 4)
-            and _consecutive(side.rows)
-            and bool((side.columns == np.arange(self._dim) * self._block).all())
+            and not (self._block % 4 or self._dim % 4 or int(page_layout.rows[0]) % 4)
+            and _consecutive(page_layout.rows)
+            and bool((page_layout.columns == np.arange(self._dim) * self._block).all())
         )
 
 

@@ -1,15 +1,15 @@
 # ruff: noqa: PLR0917  a kernel takes each array and stride that it touches
-"""Copies between a CPU page and the canonical payload, compiled by numba (which vLLM requires).
+"""Kernels that copy between a CPU page and a raw payload, compiled by numba (which vLLM requires).
 
-A *page* holds the K and V of ``block`` tokens for one head, in an order that belongs to vLLM's
-attention kernel; where element ``(n, d)`` of one side lies in it is ``rows[n] + columns[d]``. The
-payload of one side of one layer is ``[tokens, heads, dim]``, contiguous.
+A *page* holds the K and V of ``block`` tokens for one head, in the order of vLLM's attention
+kernel: element ``(n, d)`` of K, or of V, lies at ``rows[n] + columns[d]``. The payload of K, or of
+V, of one layer is ``[tokens, heads, dim]``, contiguous.
 
-``pages`` is the flat memory of a layer, ``blocks`` lists the pages of a sequence, ``start`` and
-``end`` are token positions counted from the first of ``blocks``, and ``skip`` is the row of the
-payload that belongs to ``start``. Callers have checked all bounds: nothing is checked here.
+``pages`` is the flat memory of a layer. ``blocks`` lists the pages of a sequence. ``start`` and
+``end`` are token positions counted from the first of ``blocks``. ``skip`` is the row of the payload
+that belongs to ``start``. Callers check all bounds: the kernels check nothing.
 
-Indexes are unsigned throughout, since numba adds a test for negative ones to each signed access.
+Indexes are unsigned, since numba adds a test for negative ones to each signed access.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _F = TypeVar("_F", bound=Callable[..., None])
 
 
 def _compiled(function: _F) -> _F:
-    """Compiled at its first call, and kept on disk for the next process where that works."""
+    """Compile at the first call, and keep the code on disk for the next process if possible."""
     kernel: _F
     try:
         kernel = njit(nogil=True, cache=True)(function)
@@ -44,7 +44,7 @@ def gather(
     pages: Any, block_stride: Any, head_stride: Any, blocks: Any, rows: Any, columns: Any,
     start: Any, end: Any, out: Any, skip: Any, heads: Any,
 ) -> None:  # fmt: skip
-    """Any page order, element by element."""
+    """Copy pages of any order into the payload, element by element."""
     block, dim, heads = U(rows.size), U(columns.size), U(heads)
     for position in range(U(start), U(end)):
         base = U(blocks[position // block]) * U(block_stride) + rows[position % block]
@@ -61,7 +61,7 @@ def scatter(
     pages: Any, block_stride: Any, head_stride: Any, blocks: Any, rows: Any, columns: Any,
     start: Any, end: Any, payload: Any, skip: Any, heads: Any,
 ) -> None:  # fmt: skip
-    """Any page order, element by element; the way back."""
+    """Copy the payload into pages of any order, element by element."""
     block, dim, heads = U(rows.size), U(columns.size), U(heads)
     for position in range(U(start), U(end)):
         base = U(blocks[position // block]) * U(block_stride) + rows[position % block]
@@ -78,7 +78,7 @@ def gather_rows(
     pages: Any, block_stride: Any, head_stride: Any, blocks: Any, rows: Any, columns: Any,
     start: Any, end: Any, out: Any, skip: Any, heads: Any,
 ) -> None:  # fmt: skip
-    """Pages whose ``columns`` are consecutive: one run of memory per token and head."""
+    """Copy pages whose ``columns`` are consecutive: one run of memory per token and head."""
     block, dim, heads = U(rows.size), U(columns.size), U(heads)
     position = U(start)
     while position < U(end):
@@ -100,7 +100,7 @@ def scatter_rows(
     pages: Any, block_stride: Any, head_stride: Any, blocks: Any, rows: Any, columns: Any,
     start: Any, end: Any, payload: Any, skip: Any, heads: Any,
 ) -> None:  # fmt: skip
-    """The way back of :func:`gather_rows`."""
+    """Copy the payload into pages whose ``columns`` are consecutive."""
     block, dim, heads = U(rows.size), U(columns.size), U(heads)
     position = U(start)
     while position < U(end):
@@ -152,8 +152,11 @@ def gather_transposed(
     pages: Any, block_stride: Any, head_stride: Any, blocks: Any, first: Any,
     block: Any, dim: Any, out: Any, skip: Any, heads: Any, line: Any, square: Any,
 ) -> None:  # fmt: skip
-    """Whole pages that hold ``[dim, block]``; all sizes, strides and ``first`` (where that part
-    begins in a page) in 64-bit words except ``block``, ``dim`` and ``skip``."""
+    """Copy whole pages that hold ``[dim, block]`` into the payload.
+
+    ``first`` is where K, or V, begins in a page. Sizes, strides and ``first`` count 64-bit words;
+    ``block``, ``dim`` and ``skip`` count elements.
+    """
     heads, words, width = U(heads), U(dim) // _4, U(block) // _4
     for i in range(U(blocks.size)):
         for head in range(heads):
@@ -171,7 +174,7 @@ def scatter_transposed(
     pages: Any, block_stride: Any, head_stride: Any, blocks: Any, first: Any,
     block: Any, dim: Any, payload: Any, skip: Any, heads: Any, line: Any, square: Any,
 ) -> None:  # fmt: skip
-    """The way back of :func:`gather_transposed`."""
+    """Copy the payload into whole pages that hold ``[dim, block]``."""
     heads, words, width = U(heads), U(dim) // _4, U(block) // _4
     for i in range(U(blocks.size)):
         for head in range(heads):

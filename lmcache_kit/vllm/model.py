@@ -1,4 +1,4 @@
-"""What a vLLM model's KV looks like, and whether the kit can cache it."""
+"""KV of a vLLM model: its namespace and layout, or the reason why it cannot be cached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """``namespace`` is the base one, of the whole model; ``layout`` is what one rank holds."""
+    """The KV of a model, as the cache sees it.
+
+    ``namespace`` is the base namespace, with the layout of the whole model. ``layout`` is that of
+    one rank. ``block_tokens`` is vLLM's block size.
+    """
 
     namespace: Namespace
     layout: KVLayout
@@ -28,14 +32,17 @@ class Model:
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_size: int) -> Model:
-    """The model, from what both roles of the connector are given, so that they agree.
+    """Describe the KV of the model that vLLM serves.
 
-    Raises UnsupportedModel for one whose KV is not plain keys and values of every layer.
+    Both roles of the connector get the same arguments, and so the same answer. Raises
+    UnsupportedModel for a model whose KV is not plain keys and values of every layer.
     """
     _check_parallelism(vllm_config)
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
-        raise UnsupportedModel(f"it has {len(groups)} KV cache groups, as a hybrid; 1 is served")
+        raise UnsupportedModel(
+            f"it has {len(groups)} KV cache groups, as hybrid models do; 1 is supported"
+        )
     spec = groups[0].kv_cache_spec
     _check_spec(spec, vllm_config.cache_config.cache_dtype)
     tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
@@ -65,24 +72,28 @@ def _check_parallelism(vllm_config: VllmConfig) -> None:
         "prefill_context_parallel_size",
     ):
         if (size := getattr(parallel, kind, 1)) > 1:
-            raise UnsupportedModel(f"{kind} is {size}; 1 is served")
+            raise UnsupportedModel(f"{kind} is {size}; 1 is supported")
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
         raise UnsupportedModel(
-            f"speculative decoding by {speculative.method!r} keeps KV of its own; "
-            f"served are {', '.join(_DRAFTS_WITHOUT_KV)}"
+            f"speculative decoding with {speculative.method!r} keeps KV of its own; "
+            f"supported are {', '.join(_DRAFTS_WITHOUT_KV)}"
         )
 
 
 def _check_spec(spec: Any, cache_dtype: str) -> None:
     kind = type(spec).__name__
     if kind != "FullAttentionSpec":
-        raise UnsupportedModel(f"its KV cache is of kind {kind}; FullAttentionSpec is served")
+        raise UnsupportedModel(f"its KV cache is of kind {kind}; FullAttentionSpec is supported")
     dtype = str(spec.dtype).removeprefix("torch.")
     quantised = getattr(getattr(spec, "kv_quant_mode", None), "name", "NONE") != "NONE"
     if quantised or dtype not in _DTYPES:
         raise UnsupportedModel(
-            f"its KV cache is quantised ({cache_dtype}, {dtype}); served are {', '.join(_DTYPES)}"
+            f"its KV cache is quantised ({cache_dtype}, {dtype}); "
+            f"supported are {', '.join(_DTYPES)}"
         )
     if spec.head_size_v != spec.head_size or spec.num_heads != spec.num_kv_heads:
-        raise UnsupportedModel("keys and values of its KV cache differ in size, or are packed")
+        raise UnsupportedModel(
+            f"keys and values of its KV cache differ in size ({spec.head_size} and "
+            f"{spec.head_size_v}), or its heads are packed; equal, unpacked ones are supported"
+        )

@@ -1,8 +1,8 @@
-"""Learn how a CPU attention kernel orders the elements of a page, by writing through it.
+"""Detect in which order a CPU attention kernel keeps the elements of a page.
 
 The order depends on machine, dtype and head size (plain, transposed, VNNI-packed for AMX ...), and
-vLLM documents none of it. But its writer can be asked: each element's index is written bit by bit,
-as pages of zeros and ones, and read back from where the bits came to lie.
+vLLM documents none of it. Detection writes the index of each element through vLLM's own writer, bit
+by bit, as pages of zeros and ones, and reads the indexes back from the page.
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ import torch
 from lmcache_kit.errors import UnsupportedModel
 
 Writer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""``(keys, values, pages, slots)``: vLLM's own KV cache writer of a layer, with ``keys`` and
-``values`` as ``[tokens, heads, dim]`` and ``pages`` as ``[blocks, heads, block, 2 * dim]``."""
+"""vLLM's KV cache writer of a layer: ``(keys, values, pages, slots)``, with ``keys`` and ``values``
+as ``[tokens, heads, dim]`` and ``pages`` as ``[blocks, heads, block, 2 * dim]``."""
 
 
-class Side(NamedTuple):
-    """Element ``(n, d)`` of K, or of V, lies at ``rows[n] + columns[d]`` of a page."""
+class PageLayout(NamedTuple):
+    """Order of K, or of V, in a page: element ``(n, d)`` lies at ``rows[n] + columns[d]``.
+
+    ``n`` is the token within the page and ``d`` the dimension within the head.
+    """
 
     rows: np.ndarray[Any, np.dtype[np.uint64]]
     columns: np.ndarray[Any, np.dtype[np.uint64]]
 
 
-def learn_page(
+def detect_page_layouts(
     write: Writer, *, heads: int, block: int, dim: int, dtype: torch.dtype
-) -> tuple[Side, Side]:
-    """The order of K and V in a page. Raises UnsupportedModel when it cannot be expressed."""
+) -> tuple[PageLayout, PageLayout]:
+    """Return the layouts of K and of V in a page of ``block`` tokens.
+
+    Raises UnsupportedModel when heads differ, when the page is no permutation of K and V, or when
+    the order is not a sum of a row and a column.
+    """
     size = 2 * block * dim
     pages = torch.zeros((2, heads, block, 2 * dim), dtype=dtype)
     slots = torch.arange(block, 2 * block, dtype=torch.int64)  # in the second page
@@ -47,13 +54,15 @@ def learn_page(
         raise UnsupportedModel("the attention kernel's pages are no permutation of K and V")
     where = torch.empty(size, dtype=torch.int64)
     where[found[0]] = torch.arange(size)
-    return _side(where[: size // 2], block, dim), _side(where[size // 2 :], block, dim)
+    return _page_layout(where[: size // 2], block, dim), _page_layout(
+        where[size // 2 :], block, dim
+    )
 
 
-def _side(where: torch.Tensor, block: int, dim: int) -> Side:
+def _page_layout(where: torch.Tensor, block: int, dim: int) -> PageLayout:
     table = where.view(block, dim)
     rows, columns = table[:, 0], table[0] - table[0, 0]
     if not torch.equal(table, rows[:, None] + columns[None, :]):
         raise UnsupportedModel("the attention kernel's page order is not separable")
-    # A column may lie before the first one; unsigned sums wrap round to the right place.
-    return Side(rows.numpy().astype(np.uint64), columns.numpy().astype(np.uint64))
+    # A column offset may be negative; unsigned sums wrap around to the right element.
+    return PageLayout(rows.numpy().astype(np.uint64), columns.numpy().astype(np.uint64))

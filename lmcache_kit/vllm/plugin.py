@@ -1,7 +1,8 @@
-"""The entry point of group ``vllm.general_plugins``: tells vLLM about the connector.
+"""Entry point of group ``vllm.general_plugins``: registers the connector with vLLM.
 
-vLLM runs it in each of its processes, and an exception in it would end every vLLM start on this
-machine, cached or not. So it never raises, and imports nothing but vLLM's connector factory.
+vLLM calls the entry point in each of its processes, and an exception in it would end every start of
+vLLM on this machine, cached or not. Therefore :func:`register` never raises, and imports nothing
+but vLLM's connector factory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ def register() -> None:
     """Register the connector, and serve LMCache's name where LMCache itself is not installed."""
     try:
         _register()
-    # Whatever goes wrong here must not stop a vLLM that may not even use the connector.
+    # An error here must not stop a vLLM that may not even use the connector.
     except Exception:  # noqa: BLE001
-        _log.exception("lmcache_kit could not register its connector with vLLM")
+        _log.exception(
+            "lmcache_kit could not register its connector with vLLM; vLLM goes on without it"
+        )
 
 
 def _register() -> None:
@@ -43,7 +46,10 @@ def _register() -> None:
 
 
 def serves_lmcache_name() -> bool:
-    """Whether LMCache's connector name means ours: LMCache is absent, or the user asked for it."""
+    """Whether ``LMCacheConnectorV1`` means this connector.
+
+    True where the distribution ``lmcache`` is not installed, or ``LMCACHE_KIT_TAKE_OVER=1``.
+    """
     if os.environ.get(TAKE_OVER, "") == "1":
         return True
     try:

@@ -1,13 +1,16 @@
-"""The rotary embedding of the model that this process has loaded, for codecs."""
+"""The rotary embedding (RoPE) of the model that this process has loaded, for codecs."""
 
 from __future__ import annotations
 
 from lmcache_kit.interfaces.codec import Rope
 
 
-def loaded_rotation() -> Rope | None:
-    """None when the model has none, several, or one that this does not know: K is then encoded as
-    it is, which costs bytes and nothing else."""
+def loaded_rope() -> Rope | None:
+    """Return the model's rotary embedding, or None.
+
+    None means that the model has no rotary embedding, several, or one of an unknown class. Codecs
+    then encode K as it is, which costs bytes and nothing else.
+    """
     from vllm.model_executor.layers import rotary_embedding
 
     modules = list(getattr(rotary_embedding, "_ROPE_DICT", {}).values())
@@ -16,7 +19,7 @@ def loaded_rotation() -> Rope | None:
 
 
 def _described(module: object) -> Rope | None:
-    """Exact classes: a subclass may turn K in another way."""
+    """Describe a module of a known class; a subclass may rotate K in another way."""
     kind = type(module).__name__
     if kind == "RotaryEmbedding":
         frequencies = ()

@@ -1,4 +1,15 @@
-"""The connector's scheduler side: what to load, what to save."""
+"""Scheduler role of the connector: decides which tokens to load and which chunks to save.
+
+Life of a request::
+
+    get_num_new_matched_tokens   one lookup; None while its answer is under way; then a lease
+    update_state_after_alloc     vLLM has blocks: the lease becomes a load, or is released
+    build_connector_meta         the load and the saves of this step go to the workers
+    request_finished             what is left is released; a last chunk may still be saved
+
+The lease of a load that reached the workers is theirs to release, one release per rank. All other
+leases are released here, for all ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +21,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmcache_kit.errors import KitError
-from lmcache_kit.vllm.step import Load, Report, Save, Step
-from lmcache_kit.vllm.tracker import Hit, SavePolicy, Tracked, track, whole_tokens
+from lmcache_kit.vllm.metadata import ConnectorMetadata, LoadSpec, SaveSpec, WorkerMetadata
+from lmcache_kit.vllm.request_tracker import (
+    LookupResult,
+    PendingSave,
+    RequestTracker,
+    SavePolicy,
+    fully_matched_tokens,
+    track_request,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -26,7 +44,7 @@ _log = logging.getLogger("vllm.lmcache_kit")
 
 
 class LookupClient(Protocol):
-    """What the scheduler's side needs of a :class:`~lmcache_kit.process.client.CacheClient`."""
+    """The part of :class:`~lmcache_kit.process.client.CacheClient` that the scheduler uses."""
 
     def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> PendingLookup: ...
 
@@ -36,27 +54,31 @@ class LookupClient(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """``load`` and ``save``: what vLLM's ``kv_role`` allows. ``lookup_age_s``: how long an answer
-    holds for a request that waits; well under the lease's time to live. ``patience_s``: how long
-    all others wait for the answer to one; what is in memory comes within a part of it."""
+class SchedulerPolicy:
+    """Settings of the scheduler role.
+
+    ``load`` and ``save`` follow vLLM's ``kv_role``. ``lookup_age_s`` is the time for which an
+    answer is kept for a waiting request; it must stay well under the lease's time to live.
+    ``lookup_wait_s`` is the time for which the scheduler blocks on a new lookup; an answer from
+    memory takes a part of it.
+    """
 
     saving: SavePolicy
     load: bool = True
     save: bool = True
     min_load_tokens: int = 0
     lookup_age_s: float = 60.0
-    patience_s: float = 0.005
+    lookup_wait_s: float = 0.005
 
 
-class SchedulerSide:
-    """One per engine core. Called from its one thread."""
+class ConnectorScheduler:
+    """Plan loads and saves for one engine core. Called from its scheduler's thread only."""
 
     def __init__(
         self,
         client: LookupClient,
         model: Model,
-        policy: Policy,
+        policy: SchedulerPolicy,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,172 +86,188 @@ class SchedulerSide:
         self._model = model
         self.policy = policy
         self._clock = clock
-        self._tracked: dict[str, Tracked | None] = {}
+        self._trackers: dict[str, RequestTracker | None] = {}
         self._loads: dict[str, tuple[Found, int, int]] = {}
-        self._tails: list[Save] = []
+        self._final_saves: list[SaveSpec] = []
         self._failures_seen = 0
-        self._passive = ""
+        self._disabled_reason = ""
         self.counts: Counter[str] = Counter()
 
     @property
-    def followed(self) -> int:
-        """Number of requests that the connector keeps state for."""
-        return len(self._tracked)
+    def num_tracked_requests(self) -> int:
+        """Return the number of requests that the connector keeps state for."""
+        return len(self._trackers)
 
-    def matched_tokens(self, request: Request, computed: int) -> int | None:
-        """Tokens that can be loaded beyond the ``computed`` ones that vLLM holds itself; None while
-        that is not known, so that other requests go on and this one is asked for again.
+    def get_num_new_matched_tokens(self, request: Request, computed: int) -> int | None:
+        """Return how many tokens can be loaded beyond the ``computed`` ones that vLLM holds.
 
-        vLLM asks again in each step in which the request cannot be placed: the cache process is
-        asked once. The last token is never loaded, since vLLM must compute something.
+        None means that the lookup is still under way: vLLM goes on with other requests and asks
+        again. vLLM also asks again in each step in which it finds no blocks for the request; the
+        cache process is asked once. The last token is never loaded, since vLLM must compute one.
         """
-        tracked = self._track(request)
-        may_load = self.policy.load and not self._passive
-        if tracked is None or not may_load or request.skip_reading_prefix_cache:
+        tracker = self._track(request)
+        may_load = self.policy.load and not self._disabled_reason
+        if tracker is None or not may_load or request.skip_reading_prefix_cache:
             return 0
-        hit = tracked.hit
-        if hit is None or self._clock() - hit.at > self.policy.lookup_age_s:
-            self._give_back(hit)
-            tracked.hit = hit = self._look_up(tracked, computed)
-            if hit is None:
+        result = tracker.result
+        if result is None or self._clock() - result.received_at > self.policy.lookup_age_s:
+            self._release(result)
+            tracker.result = result = self._look_up(tracker, computed)
+            if result is None:
                 return None
-        tracked.hit = hit._replace(computed=computed)
-        if hit.found is None:
+        tracker.result = result._replace(computed=computed)
+        if result.found is None:
             return 0
-        more = min(hit.found.tokens, request.num_tokens - 1) - computed
+        more = min(result.found.tokens, request.num_tokens - 1) - computed
         return more if more >= max(1, self.policy.min_load_tokens) else 0
 
-    def placed(self, request: Request, external: int) -> None:
-        """vLLM has blocks for the request, and wants ``external`` tokens loaded into them."""
-        tracked = self._track(request)
-        if tracked is None or tracked.hit is None:
+    def update_state_after_alloc(self, request: Request, external: int) -> None:
+        """Note that vLLM has allocated blocks, with ``external`` tokens to be loaded into them."""
+        tracker = self._track(request)
+        if tracker is None or tracker.result is None:
             return
-        hit, tracked.hit = tracked.hit, None
-        if hit.found is None:
+        result, tracker.result = tracker.result, None
+        if result.found is None:
             return
-        tracked.saved = max(tracked.saved, whole_tokens(hit.found))
+        tracker.num_saved_tokens = max(tracker.num_saved_tokens, fully_matched_tokens(result.found))
         if external:
-            self._loads[request.request_id] = hit.found, hit.computed, hit.computed + external
+            self._loads[request.request_id] = (
+                result.found,
+                result.computed,
+                result.computed + external,
+            )
         else:
-            self._give_back(hit)
+            self._release(result)
 
-    def build_step(self, output: SchedulerOutput) -> Step:
-        """The work of the step that was just scheduled."""
-        step = Step(failures_seen=self._failures_seen)
+    def build_connector_meta(self, output: SchedulerOutput) -> ConnectorMetadata:
+        """Return the loads and saves of the step that was just scheduled."""
+        metadata = ConnectorMetadata(failures_seen=self._failures_seen)
         for request_id, scheduled in output.num_scheduled_tokens.items():
-            tracked = self._tracked.get(request_id)
-            if tracked is None:
+            tracker = self._trackers.get(request_id)
+            if tracker is None:
                 continue
             load = self._loads.pop(request_id, None)
-            request = tracked.request
-            # Tokens sampled but not known yet (async scheduling) and rejected drafts do not count.
+            request = tracker.request
+            # Placeholders of tokens still being sampled (async scheduling) and rejected drafts do
+            # not count.
             valid = min(request.num_computed_tokens + scheduled, request.num_tokens)
-            dues = list(tracked.due(valid, self.policy.saving)) if self._saves(tracked) else []
-            if load is None and not dues:
+            pending = self._pending_saves(tracker, valid)
+            if load is None and not pending:
                 continue
             (blocks,) = output.kv_connector_block_state.get_block_ids(request_id)
             if load is not None:
                 found, start, end = load
-                step.loads.append(
-                    Load(request_id, found.lease, found.incarnation, found.chunks, start, end,
-                         self._first(blocks, end))
+                metadata.loads.append(
+                    LoadSpec(
+                        request_id, found.lease, found.incarnation, found.chunks, start, end,
+                        self._first_blocks(blocks, end),
+                    )
                 )  # fmt: skip
-            step.saves += [
-                Save(request_id, tracked.namespace, due.parent, due.tokens, due.start, due.end,
-                     self._first(blocks, due.end))
-                for due in dues
-            ]  # fmt: skip
-        step.saves += self._tails
-        step.tails = {save.request_id for save in self._tails}
-        self._tails = []
+            metadata.saves += [self._save_spec(tracker, save, blocks) for save in pending]
+        metadata.saves += self._final_saves
+        metadata.free_after_save = {save.request_id for save in self._final_saves}
+        self._final_saves = []
         for found, _, _ in self._loads.values():
             self._client.release(found.lease, everyone=True)
         self._loads.clear()
-        return step
+        return metadata
 
-    def heard(self, output: KVConnectorOutput) -> None:
-        """Take note of what the workers report."""
+    def update_connector_output(self, output: KVConnectorOutput) -> None:
+        """Act on the workers' reports: failed loads, and workers that cannot cache."""
         report = output.kv_connector_worker_meta
-        if not isinstance(report, Report):
+        if not isinstance(report, WorkerMetadata):
             return
-        if report.passive and not self._passive:
-            _log.info("no more lookups, since workers cannot cache: %s", report.passive)
-            self._passive = report.passive
+        if report.disabled_reason and not self._disabled_reason:
+            _log.info(
+                "lookups and saves are off, since a worker cannot cache this model's KV: %s",
+                report.disabled_reason,
+            )
+            self._disabled_reason = report.disabled_reason
         if report.failures > self._failures_seen:
             self._failures_seen = report.failures
             self.counts["failed_load_steps"] += 1
-            # Workers skip the saves of such a step and of those already under way: all of it is
-            # offered again, and what the cache has after all costs one question.
-            for tracked in self._tracked.values():
-                if tracked is not None:
-                    tracked.saved = 0
+            # Workers skip the saves of such a step and of the steps already under way. Plan all
+            # chunks again: one that the cache holds after all costs one question.
+            for tracker in self._trackers.values():
+                if tracker is not None:
+                    tracker.num_saved_tokens = 0
 
-    def finished(self, request: Request, blocks: list[int]) -> bool:
-        """The request is over. True when vLLM must keep its blocks until its tail is saved."""
-        tracked = self._tracked.pop(request.request_id, None)
+    def request_finished(self, request: Request, blocks: list[int]) -> bool:
+        """Release the request; return True when vLLM must keep its blocks until a last save."""
+        tracker = self._trackers.pop(request.request_id, None)
         load = self._loads.pop(request.request_id, None)
         if load is not None:
             self._client.release(load[0].lease, everyone=True)
-        if tracked is None:
+        if tracker is None:
             return False
-        self._give_back(tracked.hit)
-        if tracked.asked is not None:
-            tracked.asked.abandon()
+        self._release(tracker.result)
+        if tracker.pending_lookup is not None:
+            tracker.pending_lookup.abandon()
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         valid = min(computed, request.num_tokens - 1)
         policy = self.policy.saving
-        if not (policy.decode and self._saves(tracked)) or valid <= request.num_prompt_tokens:
+        if not (policy.decode and self._saves(tracker)) or valid <= request.num_prompt_tokens:
             return False
-        tails = [
-            Save(request.request_id, tracked.namespace, due.parent, due.tokens, due.start, due.end,
-                 self._first(blocks, due.end))
-            for due in tracked.due(valid, policy, finished=True)
-        ]  # fmt: skip
-        self._tails += tails
-        return bool(tails)
+        final = [
+            self._save_spec(tracker, save, blocks)
+            for save in tracker.pending_saves(valid, policy, finished=True)
+        ]
+        self._final_saves += final
+        return bool(final)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Close the client."""
         self._client.close()
 
     def stats(self) -> dict[str, Any]:
-        """Counters, for logs and tests."""
+        """Return the counters, for logs and tests."""
         return dict(self.counts)
 
-    def _track(self, request: Request) -> Tracked | None:
-        known = self._tracked.get(request.request_id)
-        if known is None and request.request_id not in self._tracked:
-            known = track(request, self._model.namespace)
-            self._tracked[request.request_id] = known
+    def _track(self, request: Request) -> RequestTracker | None:
+        known = self._trackers.get(request.request_id)
+        if known is None and request.request_id not in self._trackers:
+            known = track_request(request, self._model.namespace)
+            self._trackers[request.request_id] = known
         return known
 
-    def _saves(self, tracked: Tracked) -> bool:
-        return tracked.saves and self.policy.save and not self._passive
+    def _saves(self, tracker: RequestTracker) -> bool:
+        return tracker.may_save and self.policy.save and not self._disabled_reason
 
-    def _look_up(self, tracked: Tracked, computed: int) -> Hit | None:
-        """The answer, None while it has not come."""
+    def _pending_saves(self, tracker: RequestTracker, valid: int) -> list[PendingSave]:
+        if not self._saves(tracker):
+            return []
+        return list(tracker.pending_saves(valid, self.policy.saving))
+
+    def _save_spec(self, tracker: RequestTracker, save: PendingSave, blocks: list[int]) -> SaveSpec:
+        return SaveSpec(
+            tracker.request.request_id, tracker.namespace, save.parent, save.tokens,
+            save.start, save.end, self._first_blocks(blocks, save.end),
+        )  # fmt: skip
+
+    def _look_up(self, tracker: RequestTracker, computed: int) -> LookupResult | None:
+        """Return the answer to the request's lookup, or None while it is under way."""
         try:
-            if tracked.asked is None:
+            if tracker.pending_lookup is None:
                 self.counts["lookups"] += 1
-                tracked.asked = self._client.begin_lookup(
-                    tracked.namespace, tracked.packed(), self.policy.saving.chunk_size
+                tracker.pending_lookup = self._client.begin_lookup(
+                    tracker.namespace, tracker.packed(), self.policy.saving.chunk_size
                 )
-                found = tracked.asked.poll(self.policy.patience_s)
+                found = tracker.pending_lookup.poll(self.policy.lookup_wait_s)
                 self.counts["lookups_waited_for"] += found is None
             else:
-                found = tracked.asked.poll()
+                found = tracker.pending_lookup.poll()
             if found is None:
                 return None
         except KitError as error:
             self.counts["lookups_failed"] += 1
-            _log.debug("a lookup failed, which counts as a miss: %s", error)
+            _log.debug("a lookup failed and counts as a miss: %s", error)
             found = None
-        tracked.asked = None
-        return Hit(found if found and found.lease else None, self._clock(), computed)
+        tracker.pending_lookup = None
+        return LookupResult(found if found and found.lease else None, self._clock(), computed)
 
-    def _give_back(self, hit: Hit | None) -> None:
-        if hit is not None and hit.found is not None:
-            self._client.release(hit.found.lease, everyone=True)
+    def _release(self, result: LookupResult | None) -> None:
+        if result is not None and result.found is not None:
+            self._client.release(result.found.lease, everyone=True)
 
-    def _first(self, blocks: list[int], tokens: int) -> list[int]:
+    def _first_blocks(self, blocks: list[int], tokens: int) -> list[int]:
         return list(blocks[: -(-tokens // self._model.block_tokens)])

@@ -1,4 +1,12 @@
-"""The connector's worker side: KV between vLLM's pages and the cache process's memory."""
+"""Worker role of the connector: copies KV between vLLM's pages and the cache process's memory.
+
+A failed load follows this protocol::
+
+    worker     reports the blocks that were not loaded, and raises ``failures`` in its metadata
+    vLLM       computes those tokens again; steps scheduled before still ran on garbage
+    worker     skips all saves while the scheduler's ``failures_seen`` is lower than ``failures``
+    scheduler  sees the report, plans all saves again and raises ``failures_seen``
+"""
 
 from __future__ import annotations
 
@@ -10,22 +18,22 @@ from typing import TYPE_CHECKING, Protocol
 from lmcache_kit.cache.records import Located, StoreItem
 from lmcache_kit.errors import CacheUnavailable
 from lmcache_kit.keys import ChunkKey
-from lmcache_kit.vllm.pages import Piece
-from lmcache_kit.vllm.step import Load, Report, Save, Step
+from lmcache_kit.vllm.kv_pages import TransferSpec
+from lmcache_kit.vllm.metadata import ConnectorMetadata, LoadSpec, SaveSpec, WorkerMetadata
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import Grants
-    from lmcache_kit.vllm.pages import Pages
+    from lmcache_kit.vllm.kv_pages import KVPages
 
 _log = logging.getLogger("vllm.lmcache_kit")
 
-Agree = Callable[[list[int]], list[int]]
-"""Takes, per load of a step, the first token that this rank could not load, and returns the lowest
-over all ranks."""
+MinOverRanks = Callable[[list[int]], list[int]]
+"""Reduce, per load of a step, the first token that this rank could not load to the lowest over all
+ranks."""
 
 
 class StoreClient(Protocol):
-    """What the workers' side needs of a :class:`~lmcache_kit.process.client.CacheClient`."""
+    """The part of :class:`~lmcache_kit.process.client.CacheClient` that a worker uses."""
 
     def allocate(self, namespace: bytes, chunk_size: int, items: Sequence[StoreItem]) -> Grants: ...
 
@@ -48,11 +56,11 @@ class StoreClient(Protocol):
     def close(self) -> None: ...
 
 
-class WorkerSide:
-    """One per rank. Called from its model runner's thread.
+class ConnectorWorker:
+    """Load and save KV of one rank. Called from its model runner's thread only.
 
-    Nothing that goes wrong with the cache reaches vLLM: a load that fails is reported as such and
-    computed instead, a save that fails is a miss later.
+    No failure of the cache reaches vLLM: a load that fails is reported and its tokens are computed
+    instead; a save that fails is a miss later.
     """
 
     def __init__(
@@ -62,40 +70,40 @@ class WorkerSide:
         rank: int,
         chunk_size: int,
         block_tokens: int,
-        agree: Agree = lambda failed: failed,
+        min_over_ranks: MinOverRanks = lambda failed: failed,
     ) -> None:
         self._client = client
-        self._pages: Pages | None = None
-        self._in_use: str | None = None
-        self._passive = ""
+        self._pages: KVPages | None = None
+        self._registered_incarnation: str | None = None
+        self._disabled_reason = ""
         self._rank = rank
         self._block_tokens = block_tokens
         self._chunk_size = chunk_size
-        self._agree = agree
+        self._min_over_ranks = min_over_ranks
         self._bad_blocks: set[int] = set()
         self._failures = 0
         self._acknowledged = 0
         self._logged: set[str] = set()
         self.counts: Counter[str] = Counter()
 
-    def serve(self, pages: Pages) -> None:
-        """Begin to move KV between these pages and the cache."""
+    def register_kv_pages(self, pages: KVPages) -> None:
+        """Load into and save from these pages from now on."""
         self._pages = pages
         incarnation = self._client.incarnation
         memory = self._client.memory(incarnation) if incarnation else None
-        if incarnation and memory is not None:  # pinning it takes a while: not in a request's time
-            self._use(pages, incarnation, memory)
+        if incarnation and memory is not None:  # pin it now: pinning is too slow for a request
+            self._register_memory(pages, incarnation, memory)
 
-    def refuse(self, reason: str) -> None:
-        """These pages cannot be served: nothing will be stored, and loads fail."""
-        self._passive = reason
+    def disable(self, reason: str) -> None:
+        """Save nothing and fail all loads, since this rank's pages cannot be cached."""
+        self._disabled_reason = reason
 
-    def load(self, step: Step) -> None:
-        """Fill the blocks of this step's loads, before the model reads them."""
-        if not step.loads:
+    def start_load_kv(self, metadata: ConnectorMetadata) -> None:
+        """Fill the blocks of this step's loads before the model reads them."""
+        if not metadata.loads:
             return
-        loaded = self._agree([self._load(load) for load in step.loads])
-        for load, end in zip(step.loads, loaded, strict=True):
+        loaded = self._min_over_ranks([self._load(load) for load in metadata.loads])
+        for load, end in zip(metadata.loads, loaded, strict=True):
             self.counts["loaded_tokens"] += max(0, end - load.start)
             if end < load.end:
                 first = max(end, load.start) // self._block_tokens
@@ -103,79 +111,82 @@ class WorkerSide:
         if self._bad_blocks:
             self._failures += 1
 
-    def save(self, step: Step) -> None:
-        """Store this step's chunks, after the model has written them.
+    def wait_for_save(self, metadata: ConnectorMetadata) -> None:
+        """Store this step's chunks after the model has written them.
 
-        After a failed load the model has computed this step, and with asynchronous scheduling the
-        next ones, from garbage: nothing is saved until the scheduler has acted on the failure.
+        After a failed load the model has computed this step from garbage, and with asynchronous
+        scheduling the next ones too. Nothing is saved until the scheduler has acted on the failure.
         """
-        self._let_go_of_the_dead()
-        self._acknowledged = step.failures_seen
-        if step.failures_seen < self._failures:
-            self.counts["skipped_saves"] += len(step.saves)
+        self._release_stale_memory()
+        self._acknowledged = metadata.failures_seen
+        if metadata.failures_seen < self._failures:
+            self.counts["skipped_saves"] += len(metadata.saves)
             return
         if self._pages is None:
             return
-        by_namespace: defaultdict[bytes, list[Save]] = defaultdict(list)
-        for save in step.saves:
+        by_namespace: defaultdict[bytes, list[SaveSpec]] = defaultdict(list)
+        for save in metadata.saves:
             by_namespace[save.namespace].append(save)
         for namespace, saves in by_namespace.items():
             try:
                 self._save(namespace, saves)
-            # The last line of defence of a running engine: a save that fails is only a miss.
+            # The last line of defence of a running engine: a save that fails is a miss later.
             except Exception as error:  # noqa: BLE001
                 self._count_error("save", error)
 
-    def take_bad_blocks(self) -> set[int]:
-        """Blocks that this step could not load."""
+    def take_block_ids_with_load_errors(self) -> set[int]:
+        """Return the ids of the blocks that this step could not load, once."""
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
-    def report(self) -> Report | None:
-        """For the scheduler: repeated until it has answered."""
-        if self._passive or self._failures > self._acknowledged:
-            return Report(self._failures, self._passive)
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
+        """Return the report for the scheduler; repeated until the scheduler has acted on it."""
+        if self._disabled_reason or self._failures > self._acknowledged:
+            return WorkerMetadata(self._failures, self._disabled_reason)
         return None
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release the shared memory and close the client."""
         if self._pages is not None:
             self._pages.close()
         self._client.close()
 
-    def _load(self, load: Load) -> int:
-        """Returns how far it got: ``load.end``, or the first token that it could not load."""
+    def _load(self, load: LoadSpec) -> int:
+        """Load one request; return ``load.end``, or the first token that was not loaded."""
         at = load.start
         try:
             for chunk in load.chunks:
                 if chunk.end > at and at < load.end:
                     self._load_chunk(load, chunk, at)
                     at = min(chunk.end, load.end)
-        # The last line of defence of a running engine: what cannot be loaded is computed.
+        # The last line of defence of a running engine: tokens that are not loaded are computed.
         except Exception as error:  # noqa: BLE001
             self._count_error("load", error)
         finally:
             self._client.release(load.lease)
         return at
 
-    def _load_chunk(self, load: Load, chunk: Located, at: int) -> None:
-        pages = self._serving()
+    def _load_chunk(self, load: LoadSpec, chunk: Located, at: int) -> None:
+        pages = self._registered_pages()
         extent = chunk.extents[self._rank]
         if extent.nbytes != pages.layout.payload_bytes(chunk.tokens):
-            raise CacheUnavailable(f"a stored chunk has {extent.nbytes} bytes, which do not fit")
+            raise CacheUnavailable(
+                f"chunk {chunk.key.hex()} has {extent.nbytes} bytes; its {chunk.tokens} tokens "
+                f"take {pages.layout.payload_bytes(chunk.tokens)}"
+            )
         if not chunk.start <= at:
-            raise CacheUnavailable("a lookup's chunks leave a gap")
-        payload = self._at(load.incarnation, extent.offset, extent.nbytes)
+            raise CacheUnavailable(f"no chunk of the lookup covers tokens {at} to {chunk.start}")
+        payload = self._view(load.incarnation, extent.offset, extent.nbytes)
         end = min(chunk.end, load.end)
-        piece = Piece(load.blocks, at, end, payload, chunk.tokens, at - chunk.start)
-        if pages.scatter(piece) != extent.checksum:
+        transfer = TransferSpec(load.blocks, at, end, payload, chunk.tokens, at - chunk.start)
+        if pages.scatter(transfer) != extent.checksum:
             self.counts["corrupt_chunks"] += 1
             if load.incarnation == self._client.incarnation:
                 self._client.report_corrupt(chunk.key)
-            raise CacheUnavailable("a stored chunk does not match its checksum")
+            raise CacheUnavailable(f"chunk {chunk.key.hex()} does not match its checksum")
 
-    def _save(self, namespace: bytes, saves: list[Save]) -> None:
-        pages = self._serving()
+    def _save(self, namespace: bytes, saves: list[SaveSpec]) -> None:
+        pages = self._registered_pages()
         items = [
             StoreItem(
                 save.parent,
@@ -198,9 +209,9 @@ class WorkerSide:
         try:
             checksums = pages.gather(
                 [
-                    Piece(
+                    TransferSpec(
                         save.blocks, save.start, save.end,
-                        self._at(grants.incarnation, grant.offset, nbytes), save.end - save.start,
+                        self._view(grants.incarnation, grant.offset, nbytes), save.end - save.start,
                     )
                     for grant, save, nbytes in granted
                 ]
@@ -212,43 +223,50 @@ class WorkerSide:
             self._client.commit(list(zip(tickets, checksums, strict=True)))
             self.counts["stored_tokens"] += sum(save.end - save.start for _, save, _ in granted)
 
-    def _serving(self) -> Pages:
+    def _registered_pages(self) -> KVPages:
         if self._pages is None:
-            raise CacheUnavailable(self._passive or "the KV cache is not registered yet")
+            raise CacheUnavailable(self._disabled_reason or "the KV cache is not registered yet")
         return self._pages
 
-    def _at(self, incarnation: str, offset: int, nbytes: int) -> memoryview:
-        # Not kept: a view keeps the memory of a dead cache process from being freed.
+    def _view(self, incarnation: str, offset: int, nbytes: int) -> memoryview:
+        # The view is not kept: it would keep the memory of a dead cache process from being freed.
         memory = self._client.memory(incarnation)
         if memory is None:
-            raise CacheUnavailable(f"the memory of cache process {incarnation} has gone")
+            raise CacheUnavailable(f"the memory of cache process {incarnation} is no longer mapped")
         if offset < 0 or offset + nbytes > len(memory):
-            raise CacheUnavailable("a chunk lies outside of the shared memory")
-        if self._lives(incarnation):
-            self._use(self._serving(), incarnation, memory)
+            raise CacheUnavailable(
+                f"a chunk of {nbytes} bytes at offset {offset} lies outside of the "
+                f"{len(memory)} bytes of shared memory"
+            )
+        if self._is_current(incarnation):
+            self._register_memory(self._registered_pages(), incarnation, memory)
         return memory[offset : offset + nbytes]
 
-    def _use(self, pages: Pages, incarnation: str, memory: memoryview) -> None:
-        pages.use_memory(incarnation, memory)
-        self._in_use = incarnation
+    def _register_memory(self, pages: KVPages, incarnation: str, memory: memoryview) -> None:
+        pages.register_memory(incarnation, memory)
+        self._registered_incarnation = incarnation
 
-    def _lives(self, incarnation: str) -> bool:
+    def _is_current(self, incarnation: str) -> bool:
         return self._client.connected and self._client.incarnation == incarnation
 
-    def _let_go_of_the_dead(self) -> None:
-        """Memory that pages refer to is not freed, and a successor may need what that takes."""
-        if self._pages is not None and self._in_use is not None and not self._lives(self._in_use):
-            self._pages.close()
-            self._in_use = None
+    def _release_stale_memory(self) -> None:
+        """Let the memory of a cache process that has ended be freed.
 
-    def _count_error(self, what: str, error: Exception) -> None:
-        self.counts[f"{what}_errors"] += 1
-        kind = f"{what}: {type(error).__name__}"
+        The system keeps the memory while pages refer to it, and a successor may need that much.
+        """
+        registered = self._registered_incarnation
+        if self._pages is not None and registered is not None and not self._is_current(registered):
+            self._pages.close()
+            self._registered_incarnation = None
+
+    def _count_error(self, action: str, error: Exception) -> None:
+        self.counts[f"{action}_errors"] += 1
+        kind = f"{action}: {type(error).__name__}"
         if kind in self._logged:
             return
         self._logged.add(kind)
         known = isinstance(error, CacheUnavailable)
         _log.warning(
-            "could not %s KV; serving goes on, and more of this kind is only counted: %s",
-            what, error, exc_info=None if known else error,
+            "could not %s KV; serving goes on, and more errors of this kind are only counted: %s",
+            action, error, exc_info=None if known else error,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lmcache_kit import __version__
-from lmcache_kit.cli.app import OWN, app, load
+from lmcache_kit.cli.app import BUILTINS, app, load
 from lmcache_kit.config import KitConfig
 from tests.support.ports import taken_port
 from tests.support.processes import program, run, run_python
@@ -40,22 +40,22 @@ def script(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_subcommand_is_listed_with_what_it_does() -> None:
     output = kit().output
-    assert all(f"{name} " in output and own.summary in output for name, own in OWN.items())
+    assert all(f"{name} " in output and each.summary in output for name, each in BUILTINS.items())
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BUILTINS)
 def test_every_subcommands_help_has_an_example(name: str) -> None:
     result = kit(name, "--help")
     assert result.exit_code == 0
     assert "Example" in result.output
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BUILTINS)
 def test_a_subcommand_is_called_as_it_is_listed(name: str) -> None:
-    assert load(OWN[name].target).name == name
+    assert load(BUILTINS[name].target).name == name
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BUILTINS)
 def test_every_subcommand_stands_in_the_documentation(name: str) -> None:
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md")]
     assert any(re.search(rf"lmcache-kit {name}\b", page.read_text()) for page in pages)
@@ -97,7 +97,7 @@ def test_a_plugin_cannot_take_one_of_our_names(site: FakeSite) -> None:
         "    return [CommandSpec('doctor', 'acme_none:x', 'Mine.')]",
     )
     output = kit().output
-    assert OWN["doctor"].summary in output
+    assert BUILTINS["doctor"].summary in output
     assert "Mine." not in output
 
 

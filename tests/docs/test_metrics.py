@@ -37,8 +37,10 @@ def cache_process() -> Iterator[set[str]]:
             cache_process="embedded",
             cache_socket=Path(folder) / "private" / "cache.sock",
             max_local_cpu_size=0.01,
-            local_disk=Path(folder) / "kv",
-            max_local_disk_size=0.01,
+            tiers=("LocalDiskBackend",),
+            backend_options={
+                "LocalDiskBackend": {"path": f"{folder}/kv", "max_size_gib": 0.01},
+            },
             enable_controller=True,
             controller_url="127.0.0.1:9",
             enable_p2p=True,

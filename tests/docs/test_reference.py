@@ -12,9 +12,10 @@ from lmcache_kit_http_api.openapi import document
 from lmcache_kit_http_api.routes import ROUTES
 
 from lmcache_kit import errors, hookspecs, interfaces, specs
-from lmcache_kit.cli.app import OWN, app
-from lmcache_kit.config import KitConfig
-from lmcache_kit.config.lmcache import ALIASES, UNSERVED
+from lmcache_kit.cli.app import BUILTINS, app
+from lmcache_kit.config.lmcache import UNSERVED
+from lmcache_kit.config.load import declarations
+from lmcache_kit.config.model import ALIASES, KEYS
 from lmcache_kit.plugins import Plugins
 from tools.docs import reference, source
 
@@ -53,9 +54,9 @@ def test_every_hook_has_its_arguments_and_what_is_said_of_it(pages: dict[str, st
 
 def test_every_declaration_has_its_fields(pages: dict[str, str]) -> None:
     shown = sections(pages["reference/hooks.md"])
-    declarations = [each for name, each in inspect.getmembers(specs) if name.endswith("Spec")]
-    named = [each for each in declarations if inspect.isclass(each) and each.__name__[0] != "_"]
-    assert len(named) == len(specs.KINDS)
+    declared = [each for name, each in inspect.getmembers(specs) if name.endswith("Spec")]
+    named = [each for each in declared if inspect.isclass(each) and each.__name__[0] != "_"]
+    assert len(named) >= len(specs.KINDS)
     for each in named:
         assert set(each.__dataclass_fields__) == set(rows(shown[each.__name__]))
 
@@ -106,20 +107,34 @@ def test_errors_have_the_status_that_rest_answers(pages: dict[str, str]) -> None
 
 def test_every_key_has_its_type_variable_default_and_meaning(pages: dict[str, str]) -> None:
     shown = rows(pages["reference/configuration.md"])
-    assert list(shown) == list(KitConfig.model_fields)
-    for key, field in KitConfig.model_fields.items():
-        variable, kind, _default, meaning = (cell.strip() for cell in shown[key].split(" | "))
-        assert f"`LMCACHE_{key.upper()}`" in variable
+    keys = {each.name: each for each in declarations(Plugins.load())}
+    assert list(shown) == list(keys)
+    for name, key in keys.items():
+        variable, kind, _default, scope, meaning = (
+            cell.strip() for cell in shown[name].split(" | ")
+        )
+        assert f"`LMCACHE_{name.upper()}`" in variable
         assert kind
         assert "anything" not in kind
-        assert meaning.rstrip(" |") == field.description
+        assert scope == key.scope
+        assert meaning.startswith(key.help)
+
+
+def test_every_option_of_a_plugin_has_its_type_and_meaning(pages: dict[str, str]) -> None:
+    shown = sections(pages["reference/options.md"])
+    assert {"LocalDiskBackend", "ValkeyBackend", "nixl"} <= shown.keys()
+    for name, text in shown.items():
+        assert rows(text), name
+        for option, row in rows(text).items():
+            kind, *_default, meaning = row.removeprefix(" | ").removesuffix(" |").split(" | ")
+            assert kind.strip(), (name, option)
+            assert meaning.strip(), (name, option)
 
 
 def test_every_key_of_lmcache_has_its_fate(pages: dict[str, str]) -> None:
     page = pages["reference/lmcache_keys.md"]
     told = set(re.findall(r"`(\w+)`", page))
-    assert told >= {*KitConfig.model_fields, *UNSERVED, *ALIASES}
-    assert set(KitConfig.model_fields) >= reference.OWN_KEYS
+    assert told >= {*KEYS, *UNSERVED, *ALIASES, "local_disk", "remote_url", "nixl_backends"}
 
 
 def test_every_route_has_its_fields_reply_and_errors(pages: dict[str, str]) -> None:
@@ -150,7 +165,7 @@ def test_every_field_of_every_reply_is_there(pages: dict[str, str]) -> None:
 def test_every_command_has_every_option_that_help_shows(pages: dict[str, str]) -> None:
     shown = sections(pages["reference/cli.md"])
     offered = [offer.spec.name for offer in Plugins.load().specs("command")]
-    for name in [*OWN, *offered]:
+    for name in [*BUILTINS, *offered]:
         assert any(f"{words}-".startswith(f"lmcache-kit-{name}-") for words in shown), name
     for words, text in shown.items():
         path = next(path for path in _paths() if words == "-".join(("lmcache-kit", *path)))

@@ -14,7 +14,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import ConfigError, PluginBroken
 from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.service.build import make_tiers
+from lmcache_kit.service.build import build_tiers
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -29,7 +29,8 @@ LOCATION = "LocalDiskBackend"
 @pytest.fixture
 def disk(folder: Path) -> dict[str, object]:
     """Keys of a configuration."""
-    return {"local_disk": folder / "kv", "max_local_disk_size": 1.0}
+    options = {"path": str(folder / "kv"), "max_size_gib": 1.0}
+    return {"tiers": [LOCATION], "backend_options": {LOCATION: options}}
 
 
 def content(tokens: bytes) -> bytes:
@@ -135,7 +136,7 @@ def test_a_folder_that_cannot_be_used_stops_the_start_with_its_name(
     (folder / "kv").write_text("a file")
     config = configure(**disk)
     with pytest.raises(PluginBroken, match=rf"'LocalDiskBackend' cannot be opened: .*{folder}/kv"):
-        make_tiers(config, Plugins.load(), lambda name: None)  # type: ignore[arg-type,return-value]
+        build_tiers(config, Plugins.load(), lambda name: None)  # type: ignore[arg-type,return-value]
 
 
 def test_a_client_learns_why_no_cache_starts(
@@ -156,9 +157,9 @@ def test_a_client_learns_why_no_cache_starts(
 def test_options_that_a_backend_does_not_take_are_named(
     configure: Configure, disk: dict[str, object], options: dict[str, object], message: str
 ) -> None:
-    config = configure(**disk, backend_options={LOCATION: options})
+    config = configure(**disk | {"backend_options": {LOCATION: options}})
     with pytest.raises(ConfigError, match=message):
-        make_tiers(config, Plugins.load(), lambda name: None)  # type: ignore[arg-type,return-value]
+        build_tiers(config, Plugins.load(), lambda name: None)  # type: ignore[arg-type,return-value]
 
 
 def test_memory_is_no_tier(configure: Configure) -> None:

@@ -32,7 +32,7 @@ from lmcache_kit.layout import KVLayout
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.scaffold import KINDS, Project, ScaffoldError, render
 from lmcache_kit.scaffold.render import requirement
-from lmcache_kit.service.build import make_backend
+from lmcache_kit.service.build import open_backend
 from lmcache_kit.service.codecs import Codecs
 from lmcache_kit.testing import FakeController
 from tests.scaffold.conftest import WAIT_S, Made, run
@@ -241,7 +241,7 @@ def test_a_codec_compresses_what_a_cache_process_stores() -> None:
 def test_a_backend_keeps_what_memory_loses() -> None:
     from tests.peer.conftest import Place
 
-    backend = make_backend(Plugins.load(), "zz-backend", {"max_size_gib": 0.1})
+    backend = open_backend(Plugins.load(), "zz-backend", {"max_size_gib": 0.1})
     place = Place("one", stores=[backend])
     try:
         place.store(range(100))
@@ -355,7 +355,7 @@ def test_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path: Path) ->
 def test_a_name_that_an_installed_plugin_offers_is_refused(tmp_path: Path) -> None:
     result = new_plugin("transport", "tcp", "--into", tmp_path)
     assert result.exit_code == 1
-    assert "'tcp' is there already, from lmcache-kit-tcp-transport" in result.output
+    assert "'tcp' exists already, from lmcache-kit-tcp-transport" in result.output
     assert "--name" in result.output
     assert not list(tmp_path.iterdir())
 

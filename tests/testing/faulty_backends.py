@@ -454,7 +454,7 @@ CAUGHT_BY = {
     ScansOnce: "test_scans_do_not_disturb_each_other",
     ScansTheDictItself: "test_scan_goes_on_while_others_put_and_remove",
     HoldsItsLockWhileItScans: "test_scan_goes_on_while_others_put_and_remove",
-    Miscounts: "test_stock_counts",
+    Miscounts: "test_usage_counts",
     CountsFromZeroAgain: "test_room_is_counted_after_a_restart",
     CountsTheMetaOfWhatIsGone: "test_room_comes_back_with_what_is_removed",
     PutsBeyondItsRoom: "test_it_never_takes_more_room_than_it_has",
@@ -475,7 +475,7 @@ def suite_of(made):
     class Made(BackendSuite):
         persists = True
         bounded_bytes = ROOM
-        patience_s = 10.0 if made in (Right, OpensAnything) else 2.0
+        timeout_s = 10.0 if made in (Right, OpensAnything) else 2.0
 
         @pytest.fixture
         def disk(self):

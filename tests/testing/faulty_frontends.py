@@ -192,7 +192,7 @@ CAUGHT_BY = {
 
 def suite_of(made):
     class Made(FrontendSuite):
-        patience_s = 10.0 if made is Right else 0.6
+        timeout_s = 10.0 if made is Right else 0.6
 
         @pytest.fixture
         def make_frontend(self):

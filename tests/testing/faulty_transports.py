@@ -197,7 +197,7 @@ class CanBeGuessed(TcpTransport):
 
     def __init__(self, memory, host):
         super().__init__(memory, host)
-        count = lambda: next(self.numbers).to_bytes(wire.TOKEN_BYTES, "little")  # noqa: E731
+        count = lambda: next(self.numbers).to_bytes(wire.OFFER_TOKEN_BYTES, "little")  # noqa: E731
         self._offers = Offers(len(memory), count)
 
 
@@ -206,7 +206,7 @@ class OffersAnything(TcpTransport):
         try:
             return super().offer(regions)
         except ValueError:
-            return wire.pack_offer(os.urandom(wire.TOKEN_BYTES), len(regions))
+            return wire.pack_offer(os.urandom(wire.OFFER_TOKEN_BYTES), len(regions))
 
 
 class FillsAnything(TcpTransport):
@@ -284,7 +284,7 @@ CAUGHT_BY = {
 
 def suite_of(made):
     class Made(TransportSuite):
-        patience_s = 10.0 if made is Right else 1.0
+        timeout_s = 10.0 if made is Right else 1.0
         late_s = 0.12
         encrypts = made is OnlySaysThatItEncrypts
 

@@ -101,8 +101,8 @@ class Engine:
             )
         [self.scheduler_client], [self.worker_client] = clients["scheduler"], clients["worker"]
         self.core = self.llm.llm_engine.engine_core.engine_core
-        self.scheduler = self.core.scheduler.connector.scheduler_side
-        self.worker = get_kv_transfer_group().worker_side
+        self.scheduler = self.core.scheduler.connector.connector_scheduler
+        self.worker = get_kv_transfer_group().connector_worker
 
     def generate(self, *prompts: Any, forget: bool = True, **sampling: Any) -> list[Reply]:
         """Greedy. Unless told otherwise, vLLM's own prefix cache is emptied before."""
@@ -191,6 +191,11 @@ class Reference:
         self.answers.close()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark every test in this folder: each imports vLLM or torch, even where none starts."""
+    item.add_marker(pytest.mark.vllm)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def vllm_imported() -> None:
     """Importing vLLM warns about much that is not ours."""
@@ -241,7 +246,7 @@ def engine(session_engine: Engine) -> Iterator[Engine]:
     """The session's engine; whatever a test does to it, it ends with no request and no lease."""
     yield session_engine
     assert not session_engine.llm.llm_engine.has_unfinished_requests()
-    assert not session_engine.scheduler.followed
+    assert not session_engine.scheduler.num_tracked_requests
     if session_engine.worker_client.connected:
         stats = session_engine.stats()
         assert (stats["leases"], stats["pending"]) == (0, 0)

@@ -61,7 +61,7 @@ def test_failed_loads_are_computed_again_instead_of_failing_requests(tmp_path: P
 
 
 def test_what_happens_to_the_cache_process_is_logged_as_vllm_logs() -> None:
-    from lmcache_kit.vllm.connector import log_like
+    from lmcache_kit.vllm.connector import copy_log_handlers
 
     theirs, ours = logging.Logger("theirs", logging.INFO), logging.Logger("ours")
     lines = io.StringIO()
@@ -69,19 +69,19 @@ def test_what_happens_to_the_cache_process_is_logged_as_vllm_logs() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s of %(name)s: %(message)s"))
     theirs.addHandler(handler)
     for _ in range(2):  # both roles may live in one process
-        log_like(theirs, ours)
+        copy_log_handlers(theirs, ours)
     ours.info("connected")
     ours.debug("more")
     assert lines.getvalue() == "INFO of ours: connected\n"
 
 
 def test_a_logger_that_somebody_configured_stays_so() -> None:
-    from lmcache_kit.vllm.connector import log_like
+    from lmcache_kit.vllm.connector import copy_log_handlers
 
     theirs, ours = logging.Logger("theirs", logging.INFO), logging.Logger("ours", logging.ERROR)
     ours.addHandler(logging.NullHandler())
     theirs.addHandler(logging.StreamHandler())
-    log_like(theirs, ours)
+    copy_log_handlers(theirs, ours)
     assert [type(handler) for handler in ours.handlers] == [logging.NullHandler]
     assert ours.level == logging.ERROR
 
@@ -121,14 +121,14 @@ def test_a_key_that_is_not_served_is_warned_about_once_for_all_of_vllm(
 
 @pytest.mark.parametrize("role", ["WORKER", "SCHEDULER"])
 def test_an_unsupported_model_is_served_without_the_cache(role: str) -> None:
-    from lmcache_kit.vllm.step import Step
+    from lmcache_kit.vllm.metadata import ConnectorMetadata
 
     connector = new_connector({}, groups=2, role=role)
     assert connector.get_num_new_matched_tokens(SimpleNamespace(), 0) == (0, False)
-    assert connector.build_connector_meta(SimpleNamespace()) == Step()
+    assert connector.build_connector_meta(SimpleNamespace()) == ConnectorMetadata()
     assert connector.request_finished_all_groups(SimpleNamespace(), ([], [])) == (False, None)
     connector.register_kv_caches({})
-    connector.bind_connector_metadata(Step())
+    connector.bind_connector_metadata(ConnectorMetadata())
     connector.start_load_kv(SimpleNamespace())
     connector.wait_for_save()
     assert connector.get_finished(set()) == (None, None)
@@ -143,16 +143,16 @@ def test_layers_that_vllm_does_not_register_turn_the_worker_passive(
     connector = new_connector(attached(tmp_path))
     connector.register_kv_caches({"a": None, "b": None})
     assert "registers 2 layers where its KV cache has 1" in caplog.text
-    assert "registers 2 layers" in connector.build_connector_worker_meta().passive
+    assert "registers 2 layers" in connector.build_connector_worker_meta().disabled_reason
     connector.shutdown()
 
 
 def test_requests_whose_tail_was_asked_for_are_always_reported(tmp_path: Path) -> None:
     """Also when nothing could be saved: vLLM keeps their blocks until then."""
-    from lmcache_kit.vllm.step import Step
+    from lmcache_kit.vllm.metadata import ConnectorMetadata
 
     connector = new_connector(attached(tmp_path))
-    connector.bind_connector_metadata(Step(tails={"done"}))
+    connector.bind_connector_metadata(ConnectorMetadata(free_after_save={"done"}))
     connector.wait_for_save()
     assert connector.get_finished({"done"}) == ({"done"}, None)
     connector.shutdown()
@@ -167,17 +167,17 @@ def test_a_reset_of_the_cache_is_not_pretended(tmp_path: Path) -> None:
 def test_a_kv_cache_of_another_shape_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.connector import open_pages
+    from lmcache_kit.vllm.connector import open_kv_pages
 
     with pytest.raises(UnsupportedModel, match=r"shape \(2, 3, 4\)"):
-        open_pages({"a": torch.zeros(2, 3, 4)}, {}, 16)
+        open_kv_pages({"a": torch.zeros(2, 3, 4)}, {}, 16)
 
 
 def test_an_attention_kernel_without_a_writer_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.connector import open_pages
+    from lmcache_kit.vllm.connector import open_kv_pages
 
     layers = {"a": SimpleNamespace(impl=SimpleNamespace())}
     with pytest.raises(UnsupportedModel, match="SimpleNamespace has no KV cache writer"):
-        open_pages({"a": torch.zeros(2, 1, 16, 8)}, layers, 16)
+        open_kv_pages({"a": torch.zeros(2, 1, 16, 8)}, layers, 16)

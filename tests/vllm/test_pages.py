@@ -8,7 +8,7 @@ import pytest
 from xxhash import xxh3_64
 
 from lmcache_kit.errors import UnsupportedModel
-from lmcache_kit.vllm.pages import Pages, Piece
+from lmcache_kit.vllm.kv_pages import KVPages, TransferSpec
 
 HEADS, BLOCK, LAYERS, BLOCKS = 3, 64, 2, 9
 SEQUENCE = [5, 1, 7, 3]
@@ -76,14 +76,14 @@ class Case:
         part = self.kv[:, :, start:end].contiguous()
         return bytearray(part.view(torch.uint8).numpy().tobytes())
 
-    def check(self, pages: Pages, empty: Any, emptied: Pages) -> None:
+    def check(self, pages: KVPages, empty: Any, emptied: KVPages) -> None:
         """Gather each span from ``pages``; scatter it to the ``empty`` caches of ``emptied``."""
         import torch
 
         for start, end in SPANS:
             payload = bytearray(pages.layout.payload_bytes(end - start))
-            piece = Piece(SEQUENCE, start, end, memoryview(payload), end - start)
-            (checksum,) = pages.gather([piece])
+            transfer = TransferSpec(SEQUENCE, start, end, memoryview(payload), end - start)
+            (checksum,) = pages.gather([transfer])
             assert payload == self.payload(start, end)
             assert checksum == xxh3_64(payload).intdigest()
             for first, last in {(start, end), (start + (end - start) // 3, end)}:
@@ -91,7 +91,7 @@ class Case:
                     cache.zero_()
                 wanted = [torch.zeros_like(cache) for cache in empty]
                 self.fill(wanted, first, last)
-                part = piece._replace(start=first, end=last, skip=first - start)
+                part = transfer._replace(start=first, end=last, skip=first - start)
                 assert emptied.scatter(part) == checksum
                 assert all(torch.equal(a, b) for a, b in zip(empty, wanted, strict=True))
 
@@ -148,10 +148,10 @@ def test_cpu_pages_of_layers_that_share_one_memory() -> None:
 def test_token_pages_of_any_strides(order: str) -> None:
     import torch
 
-    from lmcache_kit.vllm.cuda_pages import TokenPages
+    from lmcache_kit.vllm.cuda_pages import CUDAPages
 
     case, empty = Case(write_tokens, new_token_caches(order, "cpu"), 64), new_token_caches(order)
-    case.check(TokenPages(case.caches, BLOCK), empty, TokenPages(empty, BLOCK))
+    case.check(CUDAPages(case.caches, BLOCK), empty, CUDAPages(empty, BLOCK))
     assert isinstance(empty[0], torch.Tensor)
 
 
@@ -178,20 +178,22 @@ def test_token_pages_on_a_gpu_with_pinned_memory(order: str) -> None:
 
     import torch
 
-    from lmcache_kit.vllm.cuda_pages import TokenPages
+    from lmcache_kit.vllm.cuda_pages import CUDAPages
 
     caches = new_token_caches(order, "cuda")
-    pages = TokenPages(caches, BLOCK)
+    pages = CUDAPages(caches, BLOCK)
     memory = memoryview(mmap.mmap(-1, 1 << 24))
-    pages.use_memory("a life", memory)
+    pages.register_memory("a life", memory)
     kv = torch.randn(LAYERS, 2, 250, HEADS, 64).to(torch.bfloat16)
     nbytes = pages.layout.payload_bytes(250)
     memory[:nbytes] = kv.view(torch.uint8).numpy().tobytes()
-    checksum = pages.scatter(Piece(SEQUENCE, 0, 250, memory[:nbytes], 250))
+    checksum = pages.scatter(TransferSpec(SEQUENCE, 0, 250, memory[:nbytes], 250))
     torch.cuda.synchronize()
     assert checksum == xxh3_64(memory[:nbytes]).intdigest()
     memory[nbytes : 2 * nbytes] = bytes(nbytes)
-    assert pages.gather([Piece(SEQUENCE, 0, 250, memory[nbytes : 2 * nbytes], 250)]) == [checksum]
+    assert pages.gather([TransferSpec(SEQUENCE, 0, 250, memory[nbytes : 2 * nbytes], 250)]) == [
+        checksum
+    ]
     pages.close()
 
 
@@ -200,10 +202,10 @@ def test_blocks_of_the_scheduler_may_be_several_pages(kind: str) -> None:
     import torch
 
     from lmcache_kit.vllm.cpu_pages import CPUPages
-    from lmcache_kit.vllm.cuda_pages import TokenPages
+    from lmcache_kit.vllm.cuda_pages import CUDAPages
 
     caches = [torch.randn(8, HEADS, 32, 128).to(torch.bfloat16) for _ in range(LAYERS)]
-    pages: Pages = CPUPages(caches, writer("vec"), 64) if kind == "cpu" else TokenPages(caches, 64)
+    pages: KVPages = CPUPages(caches, writer("vec"), 64) if kind == "cpu" else CUDAPages(caches, 64)
     kv = torch.randn(LAYERS, 2, 100, HEADS, 64).to(torch.bfloat16)
     position = torch.arange(100)
     pages_of_blocks = torch.tensor([6, 7, 2, 3])  # of blocks 3 and 1
@@ -212,7 +214,7 @@ def test_blocks_of_the_scheduler_may_be_several_pages(kind: str) -> None:
     for cache, (keys, values) in zip(caches, kv, strict=True):
         write(keys, values, cache, slots)
     payload = bytearray(pages.layout.payload_bytes(100))
-    pages.gather([Piece([3, 1], 0, 100, memoryview(payload), 100)])
+    pages.gather([TransferSpec([3, 1], 0, 100, memoryview(payload), 100)])
     assert payload == kv.view(torch.uint8).numpy().tobytes()
 
 
@@ -222,35 +224,35 @@ def test_a_block_outside_of_the_cache_is_never_touched(kind: str, blocks: list[i
     import torch
 
     from lmcache_kit.vllm.cpu_pages import CPUPages
-    from lmcache_kit.vllm.cuda_pages import TokenPages
+    from lmcache_kit.vllm.cuda_pages import CUDAPages
 
     caches = [torch.zeros(BLOCKS, HEADS, BLOCK, 128, dtype=torch.bfloat16) for _ in range(LAYERS)]
-    pages: Pages = (
-        CPUPages(caches, writer("vec"), BLOCK) if kind == "cpu" else TokenPages(caches, BLOCK)
+    pages: KVPages = (
+        CPUPages(caches, writer("vec"), BLOCK) if kind == "cpu" else CUDAPages(caches, BLOCK)
     )
     tokens = len(blocks) * BLOCK
     payload = memoryview(bytearray(pages.layout.payload_bytes(tokens)))
     with pytest.raises(IndexError, match="not within the blocks of the KV cache"):
-        pages.scatter(Piece(blocks, 0, tokens, payload, tokens))
+        pages.scatter(TransferSpec(blocks, 0, tokens, payload, tokens))
 
 
 def test_a_page_order_that_depends_on_the_head_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.page_layout import learn_page
+    from lmcache_kit.vllm.page_layout import detect_page_layouts
 
     def write(keys: Any, values: Any, pages: Any, slots: Any) -> None:
         write_tokens(keys, values, pages, slots)
         pages[:, 1] = pages[:, 1].flip(1)
 
     with pytest.raises(UnsupportedModel, match="orders the pages of each head differently"):
-        learn_page(write, heads=2, block=32, dim=16, dtype=torch.bfloat16)
+        detect_page_layouts(write, heads=2, block=32, dim=16, dtype=torch.bfloat16)
 
 
 def test_a_page_order_without_structure_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.page_layout import learn_page
+    from lmcache_kit.vllm.page_layout import detect_page_layouts
 
     order = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(1))
 
@@ -260,16 +262,16 @@ def test_a_page_order_without_structure_is_refused() -> None:
         flat.copy_(flat[:, :, order].clone())
 
     with pytest.raises(UnsupportedModel, match="not separable"):
-        learn_page(write, heads=2, block=32, dim=16, dtype=torch.bfloat16)
+        detect_page_layouts(write, heads=2, block=32, dim=16, dtype=torch.bfloat16)
 
 
 def test_a_writer_that_changes_values_is_refused() -> None:
     import torch
 
-    from lmcache_kit.vllm.page_layout import learn_page
+    from lmcache_kit.vllm.page_layout import detect_page_layouts
 
     def write(keys: Any, values: Any, pages: Any, slots: Any) -> None:
         write_tokens(keys, keys, pages, slots)
 
     with pytest.raises(UnsupportedModel, match="no permutation of K and V"):
-        learn_page(write, heads=2, block=32, dim=16, dtype=torch.bfloat16)
+        detect_page_layouts(write, heads=2, block=32, dim=16, dtype=torch.bfloat16)

@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
+import pkgutil
 
 from lmcache_kit_http_api.problems import from_exception
 
 from lmcache_kit import errors
-from lmcache_kit.config.lmcache import _UNSERVED_PREFIXES, ALIASES, UNSERVED
-from lmcache_kit.config.model import KitConfig
-from tools.docs import commands, rest, source
+from lmcache_kit.config.declare import Declaration
+from lmcache_kit.config.lmcache import UNSERVED, UNSERVED_PREFIXES
+from lmcache_kit.config.load import declarations
+from lmcache_kit.config.model import ALIASES, KitConfig
+from lmcache_kit.plugins import Offer, Plugins
+from lmcache_kit.specs import KINDS
+from tools.docs import commands, keys, rest, source
 from tools.docs.rest import kind_of
 from tools.docs.source import prose, table
-
-OWN_KEYS = frozenset(
-    {
-        "backend_options",
-        "cache_linger_s",
-        "cache_process",
-        "cache_socket",
-        "cache_start_timeout_s",
-        "codec_options",
-        "controller_key",
-        "lease_ttl_s",
-        "max_pinned_share",
-        "p2p_tls_ca",
-        "p2p_tls_cert",
-        "p2p_tls_key",
-        "store_codec",
-        "tiers",
-        "transport_options",
-        "worker_key",
-    }
-)
-"""Keys that LMCache does not have."""
 
 
 def pages() -> dict[str, str]:
@@ -45,6 +27,7 @@ def pages() -> dict[str, str]:
         **commands.page(),
         **rest.page(),
         "reference/configuration.md": _configuration(),
+        "reference/options.md": _options(),
         source.ERRORS: _errors(),
         "reference/lmcache_keys.md": _lmcache_keys(),
     }
@@ -97,45 +80,81 @@ def _status(error: type[errors.KitError]) -> str:
 
 def _configuration() -> str:
     rows = [
-        (f"<a id='{key}'></a>`{key}`<br>`LMCACHE_{key.upper()}`", kind, default, meaning)
-        for key, kind, default, meaning in _keys()
+        (
+            f"<a id='{each.name}'></a>`{each.name}`<br>`LMCACHE_{each.name.upper()}`",
+            _type(each),
+            f"`{json.dumps(each.default)}`",
+            each.scope,
+            keys.meaning(each),
+        )
+        for each in declarations(Plugins.load())
     ]
     return "\n\n".join(
         [
             "---\nhide: [toc]\n---",
             "# Configuration, key by key",
-            "Types, limits, defaults and variables, as the code has them. "
-            "[Configuration](../configuration.md) says more of what each key does, and where it is "
-            "set. In vLLM's `kv_connector_extra_config` a key has the prefix `lmcache.`.",
-            table(("Key and variable", "Type", "Default", "Meaning"), rows),
+            "Types, limits, defaults and variables, as they are declared. "
+            "[Configuration](../configuration.md) says how values are given and how tiers work. "
+            "In vLLM's `kv_connector_extra_config` a key has the prefix `lmcache.`.",
+            "Scope `cache`: the cache process reads it, and one that runs with another value is "
+            "replaced once no client uses it. `client`: each vLLM process reads it for itself. "
+            "`accepted`: it has no effect.",
+            table(("Key and variable", "Type", "Default", "Scope", "Meaning"), rows),
         ]
     )
 
 
-def _keys() -> list[tuple[str, str, str, str]]:
-    """Name, type, default and meaning of each key."""
-    schemas: dict[str, Any] = KitConfig.model_json_schema()["properties"]
-    return [
+def _type(key: Declaration) -> str:
+    schema = KitConfig.model_json_schema()["properties"].get(key.name)
+    kind = kind_of(schema) if schema else key.type
+    return kind.replace(" or null", "").replace("object", "mapping")
+
+
+def _options() -> str:
+    """Options of plugins, as their models declare them."""
+    plugins = Plugins.load()
+    offers = [offer for kind in KINDS for offer in plugins.specs(kind) if offer.spec.config]
+    return "\n\n".join(
+        [
+            "# Options of plugins",
+            "Options of backends stand under `backend_options`, those of codecs under "
+            "`codec_options` and those of transports under `transport_options`, each by its name; "
+            "those of frontends are `--frontend-option NAME.KEY=VALUE` of the controller.",
+            *(part for offer in offers for part in _options_of(offer)),
+        ]
+    )
+
+
+def _options_of(offer: Offer) -> list[str]:
+    schema = pkgutil.resolve_name(offer.spec.config).model_json_schema()
+    rows = [
         (
-            key,
-            kind_of(schema).replace(" or null", "").replace("object", "mapping"),
-            f"`{json.dumps(schema.get('default'))}`",
-            str(schema.get("description", "")),
+            f"`{name}`",
+            kind_of(each).replace(" or null", ""),
+            f"`{json.dumps(each['default'])}`" if "default" in each else "",
+            str(each.get("description", "")),
         )
-        for key, schema in schemas.items()
+        for name, each in schema["properties"].items()
+    ]
+    name = offer.spec.name
+    return [
+        f"## {offer.kind.capitalize()} `{name}` {{#{name}}}",
+        schema.get("description", ""),
+        table(("Option", "Type", "Default", "Meaning"), rows),
     ]
 
 
 def _lmcache_keys() -> str:
-    known = [(key, meaning) for key, _, _, meaning in _keys() if key not in OWN_KEYS]
-    served = [(_linked(key), meaning) for key, meaning in known if not _idle(meaning)]
-    idle = [(_linked(key), meaning) for key, meaning in known if _idle(meaning)]
+    found = declarations(Plugins.load())
+    known = [each for each in found if each.lmcache]
+    served = [(_linked(each.name), each.summary) for each in known if each.scope != "accepted"]
+    idle = [(_linked(each.name), each.help) for each in known if each.scope == "accepted"]
     aliases = [(f"`{old}`", _linked(new)) for old, new in ALIASES.items()]
     return "\n\n".join(
         [
             "# LMCache's keys",
-            "Made from the lists by which the kit reads configurations. What to do with them is in "
-            "[Come from LMCache](../howto/lmcache.md).",
+            "Made from the declarations by which the kit reads configurations. What to do with "
+            "them is in [Come from LMCache](../howto/lmcache.md).",
             "## Served",
             table(("Key", "Meaning"), served),
             "## Served by another name as well",
@@ -147,17 +166,13 @@ def _lmcache_keys() -> str:
             "for nothing (`null`, `false`, `0`).",
             ", ".join(f"`{key}`" for key in sorted(UNSERVED)),
             "And all others that begin with one of these: "
-            + ", ".join(f"`{prefix}`" for prefix in _UNSERVED_PREFIXES)
+            + ", ".join(f"`{prefix}`" for prefix in UNSERVED_PREFIXES)
             + ".",
             "## Ours alone",
-            ", ".join(_linked(key) for key in KitConfig.model_fields if key in OWN_KEYS),
+            ", ".join(_linked(each.name) for each in found if not each.lmcache),
         ]
     )
 
 
 def _linked(key: str) -> str:
     return f"[`{key}`](configuration.md#{key})"
-
-
-def _idle(meaning: str) -> bool:
-    return meaning.startswith("accepted") or "no port is opened" in meaning

@@ -1,4 +1,4 @@
-"""What is this backend's own."""
+"""Tests of this backend alone."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def test_a_smaller_limit_than_what_is_there_keeps_it_and_takes_no_more(tmp_path:
     assert all(put(store, key, bytes(300_000)) for key in KEYS[:20])
     store.close()
     store = SQLiteBackend(options(tmp_path, 1 * MIB))
-    stock = store.usage()
-    assert stock.entries == 20
-    assert stock.capacity_bytes is not None
-    assert stock.nbytes <= stock.capacity_bytes
+    usage = store.usage()
+    assert usage.entries == 20
+    assert usage.capacity_bytes is not None
+    assert usage.nbytes <= usage.capacity_bytes
     assert not put(store, KEYS[30], bytes(300_000))
     store.close()
 

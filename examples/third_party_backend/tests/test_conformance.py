@@ -1,4 +1,4 @@
-"""What the kit asks of every backend and every plugin."""
+"""The kit's conformance suites for this backend and this plugin."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_noise_is_refused(codec_of):
     chunk = ChunkInfo(layout(), tokens=4)
     for seed in range(50):
         noise = np.random.default_rng(seed).bytes(300)
-        assert_refused(codec_of(), noise, chunk, CorruptBlob, "do not begin like")
+        assert_refused(codec_of(), noise, chunk, CorruptBlob, "do not begin with a header")
     assert_refused(codec_of(), b"", chunk, CorruptBlob, "0 bytes")
 
 
@@ -80,7 +80,7 @@ def with_new_checksum(blob: bytes, at: int, value: bytes) -> bytes:
 def test_another_version_is_refused_by_name(small):
     codec, chunk, blob = small
     newer = with_new_checksum(blob, 4, struct.pack("<H", 2))
-    assert_refused(codec, newer, chunk, UnknownVersion, "has version 2 of the format. Known: 1")
+    assert_refused(codec, newer, chunk, UnknownVersion, "has format version 2. Known: 1")
 
 
 def test_other_tables_are_refused_by_name(small):
@@ -124,7 +124,7 @@ def test_a_blob_of_another_chunk_is_refused(small, other):
 )
 def test_a_rotation_that_cannot_be_is_refused(codec_of, rope):
     chunk = ChunkInfo(layout(), tokens=4, rope=rope)
-    with pytest.raises(ValueError, match="no rotation of heads of 16 values"):
+    with pytest.raises(ValueError, match="no rotary embedding of heads of 16 values"):
         codec_of().encode(payload_of(ChunkInfo(layout(), tokens=4)), chunk)
 
 
@@ -148,7 +148,7 @@ def test_forged_streams_are_refused_or_decoded_within_bounds(codec_of, coder):
     reads and writes nothing outside its buffers."""
     codec = codec_of(2, coder="zstd" if coder == Coder.ZSTD else "rans")
     chunk = ChunkInfo(layout(layers=1, heads=1, width=8), tokens=40, start=3, rope=ROPE_8)
-    header, streams = bitstream.take_apart(codec.encode(payload_of(chunk), chunk))
+    header, streams = bitstream.read_blob(codec.encode(payload_of(chunk), chunk))
     draw = np.random.default_rng(0)
     refused = 0
     for _ in range(400):
@@ -156,7 +156,7 @@ def test_forged_streams_are_refused_or_decoded_within_bounds(codec_of, coder):
         for _ in range(draw.integers(1, 4)):
             data[draw.integers(len(data))] = draw.integers(256)
         data = data[: draw.integers(1, len(data) + 1)] if draw.random() < 0.5 else data
-        forged = bitstream.join(header, [Stream(coder, bytes(data)), *streams[1:]])
+        forged = bitstream.write_blob(header, [Stream(coder, bytes(data)), *streams[1:]])
         try:
             codec.decode(forged, chunk, bytearray(chunk.payload_bytes))
         except CorruptBlob:

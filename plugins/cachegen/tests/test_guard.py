@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lmcache_kit_cachegen import bitstream, kernels, slices
+from lmcache_kit_cachegen import bitstream, kernels, quantiser
 from lmcache_kit_cachegen.bitstream import Coder
 from lmcache_kit_cachegen.levels import LEVELS
 
@@ -16,7 +16,7 @@ CHUNK = ChunkInfo(layout(layers=2, heads=4, width=32), tokens=128, start=9, rope
 
 
 def coders(blob: bytes) -> list[Coder]:
-    return [stream.coder for stream in bitstream.take_apart(blob).streams]
+    return [stream.coder for stream in bitstream.read_blob(blob).streams]
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -76,7 +76,7 @@ def test_an_encoder_that_breaks_its_bound_falls_back_to_lossless(codec_of, monke
         values[7, 7] += 2 * scale[7]
         return filled
 
-    monkeypatch.setattr(slices.kernels, "quantise", broken)
+    monkeypatch.setattr(quantiser.kernels, "quantise", broken)
     blob, out = round_trip(codec_of(), payload, CHUNK)
     assert coders(blob) == [Coder.PLANES] * 4
     assert out == payload

@@ -8,7 +8,7 @@ import threading
 import numba
 import pytest
 from click.testing import CliRunner
-from lmcache_kit_cachegen import jit, measuring
+from lmcache_kit_cachegen import jit, profiler
 from lmcache_kit_cachegen.codec import CacheGenCodec
 from lmcache_kit_cachegen.command import command
 from lmcache_kit_cachegen.options import CacheGenOptions
@@ -155,4 +155,4 @@ def test_making_a_profile_says_what_is_missing(monkeypatch, absent):
     if absent == "transformers":
         monkeypatch.setitem(sys.modules, "torch", sys)
     with pytest.raises(ConfigError, match=rf"needs {absent}.*pip install .*\[profile\]"):
-        measuring.Measuring("model", context=32, ahead=8, rope_style="neox")
+        profiler.Profiler("model", context=32, ahead=8, rope_style="neox")

@@ -122,10 +122,10 @@ def test_anything_but_a_whole_profile_is_refused(profile):
         (changed(profile, version=2), "version 2; known"),
         (changed(profile, format="x"), "'x' version 1"),
         (changed(profile, steps=short), "reshape"),
-        (changed(profile, steps=b"\0" * len(profile.steps)), "usable numbers"),
-        (changed(profile, means=b"\xff" * len(profile.means)), "usable numbers"),
-        (changed(profile, tables=b"\xff" * len(profile.tables)), "tables that do not exist"),
-        (changed(profile, tables=b"\0" * len(profile.tables)), "tables that do not exist"),
+        (changed(profile, steps=b"\0" * len(profile.steps)), "not all positive numbers"),
+        (changed(profile, means=b"\xff" * len(profile.means)), "not all positive numbers"),
+        (changed(profile, tables=b"\xff" * len(profile.tables)), "unknown tables"),
+        (changed(profile, tables=b"\0" * len(profile.tables)), "unknown tables"),
         (changed(profile, layers=-2), "it is not a profile"),
     ]:
         with pytest.raises(ValueError, match=reason):

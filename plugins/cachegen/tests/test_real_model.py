@@ -9,13 +9,15 @@ import pytest
 from click.testing import CliRunner
 from lmcache_kit_cachegen.codec import CacheGenCodec
 from lmcache_kit_cachegen.command import command
-from lmcache_kit_cachegen.measuring import default_texts
 from lmcache_kit_cachegen.profile import load_profile
+from lmcache_kit_cachegen.profiler import default_texts
 
 from lmcache_kit.interfaces import ChunkInfo, Rope
 from lmcache_kit.layout import KVLayout
 
 from .conftest import round_trip
+
+pytestmark = pytest.mark.vllm  # torch, and the converted model
 
 MODEL = Path(__file__).resolve().parents[3] / ".cache" / "models" / "SmolLM2-135M-Instruct"
 LAYOUT = KVLayout("bfloat16", layers=30, kv_heads=3, head_dim=64)

@@ -1,10 +1,12 @@
-"""Print the frequencies in ``_table_data.py``. For the record: the tables of a table set never
-change; other tables would be another set with another identifier.
+"""Print the frequencies in ``_table_data.py``.
+
+Kept for the record: the tables of a table set never change. Other tables would be another set with
+another identifier.
 
 Row ``i`` is a logistic distribution, integrated over each symbol, whose mean absolute value is
-``2 ** (i / 4 - 5)``. A row holds the frequencies of 0, 1, .. 15 (of -k the same as of k) and of
-the escape; they sum to 2048. A symbol that would get less than half of 1/2048 gets none, and is
-escaped.
+``2 ** (i / 4 - 5)``. A row holds the frequencies of 0, 1, .. 15 (-k has the frequency of k) and of
+the escape; with 1 .. 15 counted twice they sum to 2048. A symbol whose share would be less than
+half of 1/2048 gets no frequency, and is escaped.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def _mass(low: float, high: float, width: float) -> float:
 
 
 def _width(mean: float) -> float:
-    """Of the logistic distribution whose mean absolute symbol is ``mean``."""
+    """Return the width of the logistic distribution whose mean absolute symbol is ``mean``."""
     low, high = 1e-3, 1e3
     for _ in range(80):
         width = math.sqrt(low * high)

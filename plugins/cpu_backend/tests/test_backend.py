@@ -11,7 +11,7 @@ import pytest
 from lmcache_kit_cpu_backend import backend as backend_module
 from lmcache_kit_cpu_backend import prefault
 from lmcache_kit_cpu_backend.backend import LocalCPUBackend
-from lmcache_kit_cpu_backend.machine import Available, available_memory, why_not
+from lmcache_kit_cpu_backend.memory_limits import Available, available_memory, probe
 from lmcache_kit_cpu_backend.prefault import AHEAD_BYTES
 
 from lmcache_kit.errors import ConfigError
@@ -172,7 +172,7 @@ def test_a_capacity_that_the_machine_does_not_have_is_refused(
     )
     with pytest.raises(ConfigError, match=r"max_local_cpu_size is 3\.00 GiB") as refusal:
         LocalCPUBackend(capacity_bytes=3 << 30)
-    assert "2.00 GiB left (a limit of the test)" in str(refusal.value)
+    assert "2.00 GiB available (a limit of the test)" in str(refusal.value)
     assert "Set max_local_cpu_size to 1.6 or less" in refusal.value.hint
 
 
@@ -256,7 +256,7 @@ def test_it_is_a_memory_backend(memory: LocalCPUBackend) -> None:
 
 
 def test_it_works_on_this_machine() -> None:
-    assert why_not() == ""
+    assert probe() == ""
 
 
 def test_the_plugin_imports_nothing_heavy() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lmcache_kit_disk_backend import folder
+from lmcache_kit_disk_backend import blob_directory
 from lmcache_kit_disk_backend.backend import LocalDiskBackend
 
 from lmcache_kit.errors import BackendError
@@ -52,7 +52,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_process_is_refused_until_the_first_is_killed(
     open_store: OpenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(blob_directory, "LOCK_WAIT_S", 0.05)
     with holder(tmp_path / "store") as process:
         with pytest.raises(BackendError, match=f"in use by process {process.pid}") as refusal:
             open_store()
@@ -66,7 +66,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(
 def test_a_start_waits_for_a_process_that_is_about_to_be_gone(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(blob_directory, "LOCK_WAIT_S", 60.0)
     first = open_store()
     closing = threading.Timer(0.1, first.close)
     closing.start()
@@ -78,7 +78,7 @@ def test_a_start_waits_for_a_process_that_is_about_to_be_gone(
 def test_a_start_that_is_refused_leaves_no_descriptors(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(blob_directory, "LOCK_WAIT_S", 0.0)
     open_store()
     before = open_files()
     with pytest.raises(BackendError, match="in use"):
@@ -105,7 +105,7 @@ def test_the_same_subfolder_is_found_again(open_store: OpenStore) -> None:
 
 def test_a_path_that_is_a_file_is_refused(open_store: OpenStore, tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
-    with pytest.raises(BackendError, match=f"cannot keep blobs in {tmp_path / 'store'}") as refusal:
+    with pytest.raises(BackendError, match=f"cannot use {tmp_path / 'store'}") as refusal:
         open_store()
     assert refusal.value.hint == "A file has that name: set another path"
 

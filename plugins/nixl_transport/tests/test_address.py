@@ -36,7 +36,7 @@ def test_one_host_is_reached_by_cma(here, owner):
 def test_a_process_that_is_not_the_peer_is_noticed(here, owner):
     page = ctypes.create_string_buffer(wire.NONCE_BYTES)
     address = changed(owner, pid=os.getpid(), nonce=ctypes.addressof(page))
-    with pytest.raises(TransportError, match=r"no CMA: .* is another one than the peer"):
+    with pytest.raises(TransportError, match=r"no CMA: .* is not the peer"):
         here.connect_to(address)
 
 
@@ -76,7 +76,7 @@ def test_metadata_of_another_agent_is_refused(here, owner):
 def test_a_peer_that_poses_as_another_is_refused(here, owner, start):
     link, other = here.connect(owner), wire.decode_address(start().ask("address"))
     name = wire.decode_address(owner.ask("address")).agent
-    with pytest.raises(TransportError, match="two peers go by the name"):
+    with pytest.raises(TransportError, match="two peers have the name"):
         here.connect_to(wire.encode(msgspec.structs.replace(other, agent=name)))
     link.close()
 
@@ -90,13 +90,13 @@ def test_memory_that_a_peer_only_says_it_has_is_not_read(here, owner):
 
 
 def test_our_own_address_is_refused(here):
-    with pytest.raises(TransportError, match="our own"):
+    with pytest.raises(TransportError, match="own"):
         here.connect_to(here.transport.address())
 
 
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_address_are_refused(data):
-    with pytest.raises(TransportError, match="a peer's address means nothing"):
+    with pytest.raises(TransportError, match="a peer's address cannot be decoded"):
         wire.decode_address(data)
 
 

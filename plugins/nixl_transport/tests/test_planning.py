@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lmcache_kit_nixl_transport import rdma
-from lmcache_kit_nixl_transport.batches import BATCH_BYTES, PIECE_BYTES, pieces_of, plan
+from lmcache_kit_nixl_transport.batches import BATCH_BYTES, PART_BYTES, part_count, plan_batches
 
 from lmcache_kit.interfaces import Region
 
 from .conftest import regions
 
-sizes = st.lists(st.one_of(st.integers(0, 1 << 20), st.integers(0, 3 * PIECE_BYTES)), max_size=30)
+sizes = st.lists(st.one_of(st.integers(0, 1 << 20), st.integers(0, 3 * PART_BYTES)), max_size=30)
 
 
 @given(sizes)
@@ -20,12 +20,12 @@ def test_every_byte_is_in_one_transfer(sizes):
     into, offered = regions(sizes), [Region(o + 7, n) for o, n in regions(sizes, gap=3)]
     pieces = [
         piece
-        for batch in plan(into, 1000, offered, 5000)
+        for batch in plan_batches(into, 1000, offered, 5000)
         for piece in zip(batch.numbers, batch.copies, strict=True)
     ]
     for number, region in enumerate(into):
         own = [copy for of, copy in pieces if of == number]
-        assert len(own) == pieces_of(region)
+        assert len(own) == part_count(region)
         assert sum(copy.nbytes for copy in own) == region.nbytes
         at = 0
         for copy in own:
@@ -36,14 +36,14 @@ def test_every_byte_is_in_one_transfer(sizes):
 
 @given(sizes)
 def test_transfers_are_neither_too_large_nor_empty(sizes):
-    for batch in plan(regions(sizes), 0, regions(sizes), 0):
+    for batch in plan_batches(regions(sizes), 0, regions(sizes), 0):
         total = sum(copy.nbytes for copy in batch.copies)
-        assert 0 < total <= (BATCH_BYTES if len(batch.copies) > 1 else PIECE_BYTES)
+        assert 0 < total <= (BATCH_BYTES if len(batch.copies) > 1 else PART_BYTES)
 
 
 def test_small_regions_go_together():
     small = regions([270_000] * 64)
-    assert len(list(plan(small, 0, small, 0))) == 3
+    assert len(list(plan_batches(small, 0, small, 0))) == 3
 
 
 @pytest.fixture

@@ -132,8 +132,8 @@ def test_two_processes_read_each_other(here, owner):
 @pytest.mark.parametrize(
     ("source", "into", "message"),
     [
-        ([(0, 100)], [(0, 99)], "other sizes"),
-        ([(0, 100)], [(0, 100), (100, 100)], "other sizes"),
+        ([(0, 100)], [(0, 99)], "whose sizes differ"),
+        ([(0, 100)], [(0, 100), (100, 100)], "whose sizes differ"),
         ([(0, 100)], [(SLAB_BYTES - 50, 100)], "outside this process's memory"),
         ([(0, 100)], [(-50, 100)], "outside this process's memory"),
     ],

@@ -55,12 +55,12 @@ class Host:
         """Put these into memory, one after the other, and offer them."""
         offered = []
         for payload in payloads:
-            region = self.room(len(payload))
+            region = self.allocate(len(payload))
             self.memory[region.offset : region.offset + region.nbytes] = payload
             offered.append(ReadableRegion(region, xxh3_64_intdigest(payload)))
         return self.transport.offer(offered)
 
-    def room(self, nbytes: int) -> Region:
+    def allocate(self, nbytes: int) -> Region:
         self._used += nbytes
         assert self._used <= len(self.memory)
         return Region(self._used - nbytes, nbytes)

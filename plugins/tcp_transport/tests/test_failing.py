@@ -39,7 +39,7 @@ def test_a_byte_that_changed_on_the_wire_is_noticed(
     link = link_through(flip(FIRST_PAYLOAD + at))
     payload = os.urandom(NBYTES)
     offer = source.offer([payload])
-    region = sink.room(NBYTES)
+    region = sink.allocate(NBYTES)
     [landed] = link.read(offer, [region], WAIT_S)
     assert landed.checksum == xxh3_64_intdigest(sink.bytes_of(region))
     assert landed.checksum != xxh3_64_intdigest(payload)
@@ -52,8 +52,8 @@ def test_a_header_that_changed_on_the_wire_is_noticed(
     source: Any, sink: Any, link_through: Any, at: int
 ) -> None:
     link = link_through(flip(at))
-    with pytest.raises(TransportError, match=r"starts no frame|version|is corrupt"):
-        list(link.read(source.offer([b"x" * 9]), [sink.room(9)], WAIT_S))
+    with pytest.raises(TransportError, match=r"begins no frame|version|is corrupt"):
+        list(link.read(source.offer([b"x" * 9]), [sink.allocate(9)], WAIT_S))
     assert not any(sink.memory)
 
 
@@ -63,7 +63,7 @@ def test_a_byte_that_changed_is_noticed_with_and_without_tls(
     source, sink, link = over(change=flip(50_000))
     payload = os.urandom(NBYTES)
     with contextlib.suppress(TransportError):  # TLS hangs up
-        [landed] = link.read(source.offer([payload]), [sink.room(NBYTES)], WAIT_S)
+        [landed] = link.read(source.offer([payload]), [sink.allocate(NBYTES)], WAIT_S)
         assert landed.checksum != xxh3_64_intdigest(payload)
 
 
@@ -73,14 +73,14 @@ def test_a_connection_that_is_cut_ends_the_read(
 ) -> None:
     link = link_through(cut(at))
     with pytest.raises(TransportError, match="is lost: it closed the connection"):
-        list(link.read(source.offer([os.urandom(NBYTES)]), [sink.room(NBYTES)], WAIT_S))
+        list(link.read(source.offer([os.urandom(NBYTES)]), [sink.allocate(NBYTES)], WAIT_S))
 
 
 def test_a_peer_that_stalls_costs_no_more_than_the_deadline(over: Callable[..., Any]) -> None:
     stall = Stall(FIRST_PAYLOAD + NBYTES + 50_000)
     source, sink, link = over(change=stall)
     offer = source.offer([b"a" * NBYTES, b"b" * NBYTES])
-    reading = link.read(offer, [sink.room(NBYTES), sink.room(NBYTES)], 3.0)
+    reading = link.read(offer, [sink.allocate(NBYTES), sink.allocate(NBYTES)], 3.0)
     assert next(reading).number == 0
     with pytest.raises(TransferTimeout, match=r"1 of 2 regions came from .* within 3 s") as late:
         list(reading)
@@ -100,14 +100,14 @@ def test_a_peer_that_sends_too_slowly_is_late(source: Any, sink: Any, link_throu
     link = link_through(drip)
     offer = source.offer([os.urandom(4 << 20)])
     with pytest.raises(TransferTimeout, match="0 of 1 regions"):
-        list(link.read(offer, [sink.room(4 << 20)], 0.3))
+        list(link.read(offer, [sink.allocate(4 << 20)], 0.3))
 
 
 def test_a_time_that_is_over_before_it_began_is_a_timeout(
     source: Any, sink: Any, link: Link
 ) -> None:
     with pytest.raises(TransferTimeout, match="0 of 1 regions"):
-        list(link.read(source.offer([b"x"]), [sink.room(1)], 0))
+        list(link.read(source.offer([b"x"]), [sink.allocate(1)], 0))
 
 
 def test_after_a_timeout_nothing_lands_of_a_process_that_was_only_stopped(
@@ -122,7 +122,7 @@ def test_after_a_timeout_nothing_lands_of_a_process_that_was_only_stopped(
         return connection
 
     link = sink.link_to(sink, dial)
-    into = [sink.room(32 << 20) for _ in range(4)]
+    into = [sink.allocate(32 << 20) for _ in range(4)]
     reading = link.read(offer, into, 2.0)
     assert next(reading).number == 0
     process.send_signal(signal.SIGSTOP)
@@ -141,7 +141,7 @@ def test_a_process_that_dies_ends_the_read_at_once(
     process, port, offer = serving_process
     sink = new_host(128 << 20)
     link = sink.link_to(sink, lambda s: socket.create_connection(("127.0.0.1", port)))
-    reading = link.read(offer, [sink.room(32 << 20) for _ in range(4)], WAIT_S)
+    reading = link.read(offer, [sink.allocate(32 << 20) for _ in range(4)], WAIT_S)
     next(reading)
     process.kill()
     with pytest.raises(TransportError, match="is lost") as lost:
@@ -153,7 +153,7 @@ def test_withdrawing_cuts_off_what_is_being_sent(over: Callable[..., Any]) -> No
     nbytes = 64 << 20
     source, sink, link = over(nbytes)
     offer = source.offer([b"a" * 1000, b"a" * (nbytes - 1000)])
-    reading = link.read(offer, [sink.room(1000), sink.room(nbytes - 1000)], WAIT_S)
+    reading = link.read(offer, [sink.allocate(1000), sink.allocate(nbytes - 1000)], WAIT_S)
     next(reading)
     source.transport.withdraw(offer)
     source.memory[:] = b"z" * nbytes
@@ -165,7 +165,7 @@ def test_withdrawing_cuts_off_what_is_being_sent(over: Callable[..., Any]) -> No
 def test_withdrawing_what_has_just_been_read_leaves_the_connection_alone(
     source: Any, sink: Any, link: Link
 ) -> None:
-    into, checksum = [sink.room(NBYTES)], xxh3_64_intdigest(bytes(NBYTES))
+    into, checksum = [sink.allocate(NBYTES)], xxh3_64_intdigest(bytes(NBYTES))
     for _ in range(100):
         offer = source.transport.offer([ReadableRegion(Region(0, NBYTES), checksum)])
         assert len(list(link.read(offer, into, WAIT_S))) == 1
@@ -217,19 +217,19 @@ def test_noise_is_neither_a_frame_nor_a_request(noise: bytes, sure: bool) -> Non
 
 def test_a_request_for_what_there_is_not_is_an_error(source: Any) -> None:
     body = struct.pack("!4sHHI16s", b"LKTq", 1, 99, 0, bytes(16))
-    with pytest.raises(TransportError, match=r"asks for 99, which is none of \[1, 2\]"):
+    with pytest.raises(TransportError, match=r"requests 99; known are \[1, 2\]"):
         wire.unpack_request(wire.with_checksum(body))
 
 
 def test_an_address_of_another_version_is_refused_by_name(sink: Any, source: Any) -> None:
     address = source.transport.address().replace(b"\x01", b"\x07")
-    with pytest.raises(TransportError, match=r"speaks version 7 of .* tcp, and this side 1"):
+    with pytest.raises(TransportError, match=r"speaks version 7 of .* tcp, this side 1"):
         sink.transport.connect(address, source.dial, WAIT_S)
 
 
 @pytest.mark.parametrize("address", [b"", b"\xc1", b"\x80", b"\x81\xa7version\xa11"])
 def test_what_is_no_address_is_said_to_be_none(sink: Any, source: Any, address: bytes) -> None:
-    with pytest.raises(TransportError, match="what the peer says is no address of tcp"):
+    with pytest.raises(TransportError, match="the peer's address is no address of tcp"):
         sink.transport.connect(address, source.dial, WAIT_S)
 
 
@@ -254,7 +254,7 @@ def drain(connection: socket.socket) -> None:
 
 def test_a_peer_that_answers_in_another_version_is_refused_by_name(source: Any, sink: Any) -> None:
     other = pack_frame(Frame(Kind.HELLO)).replace(b"LKTa\0\1", b"LKTa\0\3")
-    with pytest.raises(TransportError, match="version 3 of the transport tcp, and this side 1"):
+    with pytest.raises(TransportError, match="version 3 of the transport tcp, this side 1"):
         sink.link_to(source, answering(other))
 
 
@@ -265,7 +265,7 @@ def test_a_peer_that_asks_in_another_version_is_told_so(source: Any) -> None:
         other.sendall(request)
         said = b"".join(iter(lambda: received(other), b""))
     assert wire.unpack_frame(said[:HEADER]).kind is Kind.REFUSED
-    assert b"the peer speaks version 3 of the transport tcp, and this side 1" in said[HEADER:]
+    assert b"the peer speaks version 3 of the transport tcp, this side 1" in said[HEADER:]
 
 
 HELLO = pack_frame(Frame(Kind.HELLO))
@@ -274,16 +274,16 @@ HELLO = pack_frame(Frame(Kind.HELLO))
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(HEADER), "which starts no frame"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(HEADER), "which begins no frame"),
         (pack_frame(Frame(Kind.READING)), "answers Frame.* to a greeting"),
         (pack_frame(Frame(Kind.REFUSED, nbytes=1 << 40)), "gives a reason of 1099511627776 bytes"),
         (pack_frame(Frame(Kind.REFUSED, nbytes=1)) + b"x", "a reason that is corrupt"),
         (HELLO + HELLO, "answers Frame.*asked for 1 regions"),
         (HELLO + pack_frame(Frame(Kind.READING, 2)), "answers Frame.*asked for 1 regions"),
-        (HELLO + pack_frame(Frame(Kind.READING, 1)) + HELLO, "where region 0 is due"),
+        (HELLO + pack_frame(Frame(Kind.READING, 1)) + HELLO, "instead of region 0"),
         (
             HELLO + pack_frame(Frame(Kind.READING, 1)) + pack_frame(Frame(Kind.REGION, 1, 4)),
-            "where region 0 is due",
+            "instead of region 0",
         ),
     ],
 )
@@ -323,7 +323,7 @@ def test_closing_from_another_thread_ends_a_read(over: Callable[..., Any], of: s
     stall = Stall(FIRST_PAYLOAD + NBYTES + 50_000)
     source, sink, link = over(change=stall)
     offer = source.offer([b"a" * NBYTES, b"b" * NBYTES])
-    reading = link.read(offer, [sink.room(NBYTES), sink.room(NBYTES)], WAIT_S)
+    reading = link.read(offer, [sink.allocate(NBYTES), sink.allocate(NBYTES)], WAIT_S)
     next(reading)
     closing = threading.Timer(0.05, link.close if of == "link" else sink.transport.close)
     closing.start()
@@ -337,7 +337,7 @@ def test_closing_waits_for_the_call_that_is_moving_bytes() -> None:
     near, far = socket.socketpair()
     connection = Connection(near)
     closing = threading.Thread(target=connection.close)
-    with far, connection.in_use(socket.SO_RCVTIMEO, None):
+    with far, connection.using_socket(socket.SO_RCVTIMEO, None):
         closing.start()
         assert far.recv(1) == b""  # it has begun
         closing.join(0.1)

@@ -16,7 +16,7 @@ WAIT_S = 20.0
 
 def fetch(link: Link, offer: bytes, sink: Any, sizes: list[int]) -> list[bytes]:
     """What was offered, by way of the sink's memory; the checksums are checked."""
-    into = [sink.room(size) for size in sizes]
+    into = [sink.allocate(size) for size in sizes]
     landed = list(link.read(offer, into, WAIT_S))
     got = [sink.bytes_of(region) for region in into]
     assert landed == [ReadResult(i, xxh3_64_intdigest(each)) for i, each in enumerate(got)]
@@ -65,7 +65,7 @@ def test_links_of_several_threads_do_not_disturb_each_other(
     source, sink = new_host(8 << 20), new_host(64 << 20)
     payloads = [os.urandom(1_000_000 + n) for n in range(4)]
     offers = [source.offer([payload]) for payload in payloads]
-    regions = [[sink.room(len(payload)) for _ in range(10)] for payload in payloads]
+    regions = [[sink.allocate(len(payload)) for _ in range(10)] for payload in payloads]
 
     def read(number: int) -> None:
         link = sink.link_to(source)
@@ -91,7 +91,7 @@ def test_an_offer_that_nobody_made_is_refused_and_the_link_goes_on(
     source: Any, sink: Any, link: Link
 ) -> None:
     offer = source.offer([b"real"])
-    with pytest.raises(TransportError, match=r"127\.0\.0\.1:\d+ refuses: it is not offered"):
+    with pytest.raises(TransportError, match=r"127\.0\.0\.1:\d+ refuses: the offer is unknown"):
         fetch(link, bytes(16) + offer[16:], sink, [4])
     assert fetch(link, offer, sink, [4]) == [b"real"]
 
@@ -100,7 +100,7 @@ def test_a_withdrawn_offer_is_refused(source: Any, sink: Any, link: Link) -> Non
     offer = source.offer([b"gone"])
     source.transport.withdraw(offer)
     source.transport.withdraw(offer)
-    with pytest.raises(TransportError, match="not offered, or not any more"):
+    with pytest.raises(TransportError, match="unknown or withdrawn"):
         fetch(link, offer, sink, [4])
 
 
@@ -122,9 +122,9 @@ def test_asking_for_another_number_of_regions_is_an_error(
     source: Any, sink: Any, link: Link
 ) -> None:
     offer = source.offer([b"one", b"two"])
-    with pytest.raises(TransportError, match="2 regions are offered, and 1 asked for"):
+    with pytest.raises(TransportError, match="2 regions are offered, and 1 are requested"):
         fetch(link, offer, sink, [3])
-    with pytest.raises(TransportError, match="refuses: 1 regions are asked for, and 2 offered"):
+    with pytest.raises(TransportError, match="refuses: 1 regions are requested, and 2 offered"):
         fetch(link, offer[:16] + (1).to_bytes(4, "big"), sink, [3])
 
 
@@ -132,7 +132,7 @@ def test_a_region_of_another_size_is_an_error_and_ends_the_link(
     source: Any, sink: Any, link: Link
 ) -> None:
     offer = source.offer([b"four"])
-    with pytest.raises(TransportError, match="has 4 bytes, and 5 were asked for"):
+    with pytest.raises(TransportError, match="has 4 bytes; 5 were requested"):
         fetch(link, offer, sink, [5])
     assert not any(sink.memory)
     with pytest.raises(TransportError, match="closed on this side"):
@@ -161,7 +161,7 @@ def test_a_checksum_is_of_64_bits(source: Any) -> None:
 
 def test_giving_up_a_read_half_way_ends_the_link(source: Any, sink: Any, link: Link) -> None:
     offer = source.offer([b"one", b"two"])
-    reading = link.read(offer, [sink.room(3), sink.room(3)], WAIT_S)
+    reading = link.read(offer, [sink.allocate(3), sink.allocate(3)], WAIT_S)
     next(reading)
     reading.close()  # type: ignore[attr-defined]
     with pytest.raises(TransportError, match="closed on this side"):

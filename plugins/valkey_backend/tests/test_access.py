@@ -77,7 +77,7 @@ def test_a_unix_socket_is_a_way_in(serve: Serve, open_backend: Open, tmp_path: P
     assert put(backend)
     assert got(backend) == b"data"
     server.kill()
-    with pytest.raises(BackendError, match=r"/kv\.sock: .*Is it running"):
+    with pytest.raises(BackendError, match=r"/kv\.sock: .*Is the server running"):
         got(backend)
 
 
@@ -111,7 +111,7 @@ def test_a_replica_that_may_not_be_written_says_whom_to_name(
         ({"url": "unix://relative/path"}, "unix:///PATH"),
         ({"url": "redis://"}, "names no host"),
         ({"url": "redis://x/zero"}, "number of a database"),
-        ({"url": "rediss://x?ssl_cert_reqs=none"}, "nothing comes after"),
+        ({"url": "rediss://x?ssl_cert_reqs=none"}, "a query or a fragment"),
         ({"url": "redis://:word@x", "password_file": "/x"}, "give one of them"),
         ({"ca": "/x"}, "are for TLS"),
         ({"url": "rediss://x", "cert": "/x"}, "need each other"),

@@ -10,7 +10,7 @@ import pytest
 
 from lmcache_kit.cache.tiers import circuit_breaker
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.service.build import make_backend
+from lmcache_kit.service.build import open_backend
 from tests.peer.conftest import Place
 from tests.support.waiting import eventually
 
@@ -28,7 +28,7 @@ def place() -> Iterator[Callable[[Served], Place]]:
 
     def make(server: Served) -> Place:
         options = {"url": f"redis://127.0.0.1:{server.port}", "timeout_ms": 300}
-        backend = make_backend(Plugins.load(), "ValkeyBackend", options)
+        backend = open_backend(Plugins.load(), "ValkeyBackend", options)
         made.append(Place(f"place-{len(made)}", stores=[backend]))
         return made[-1]
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from lmcache_kit_valkey_backend import server as server_module
+from lmcache_kit_valkey_backend import client as client_module
 
 from lmcache_kit.errors import BackendError
 from plugins.valkey_backend.tests.calls import KEY, OTHER, Open, Pretend, Serve, got, put
@@ -76,7 +76,7 @@ def test_a_connection_that_breaks_amid_a_command_is_made_anew_once(
     backend = open_backend(pretend(serve, timeout_ms=5000))
     assert put(backend)
     hang_up(*made)
-    with pytest.raises(BackendError, match="Is it running"):
+    with pytest.raises(BackendError, match="Is the server running"):
         got(backend)
     assert len(made) == 4
 
@@ -132,7 +132,7 @@ def test_who_finds_all_connections_in_use_is_told_so(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("LOADING Redis is loading the dataset in memory", "loading .*It has just started"),
+        ("LOADING Redis is loading the dataset in memory", "loading .*The server has just started"),
         ("MISCONF Redis is configured to save snapshots", "MISCONF .*server's log"),
         ("MOVED 3999 192.0.2.1:6381", "MOVED .*part of a cluster"),
         ("CLUSTERDOWN Hash slot not served", "CLUSTERDOWN .*part of a cluster"),
@@ -197,7 +197,7 @@ def trickle(connection: socket.socket) -> None:
 def test_an_answer_that_never_ends_is_not_waited_for(
     pretend: Pretend, open_backend: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "MAX_CALL_S", 0.1)
+    monkeypatch.setattr(client_module, "MAX_CALL_S", 0.1)
     backend = open_backend(pretend(trickle, timeout_ms=200))
     with pytest.raises(BackendError, match="too long"):
         got(backend)

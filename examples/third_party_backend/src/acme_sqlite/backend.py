@@ -31,17 +31,17 @@ class SQLiteBackend(Backend):
     """Blobs in one SQLite file, which one process has open at a time.
 
     Writes are transactions in a write-ahead log, so a process may be killed at any time. All
-    threads share one connection under a lock. Room is counted in the file's pages.
+    threads share one connection under a lock. Usage is counted in pages of the file.
     """
 
     def __init__(self, options: SQLiteOptions | None = None) -> None:
-        """Open the file, or make it. Raises BackendError."""
+        """Open or create the file. Raises BackendError."""
         options = options or SQLiteOptions()
         self._path = options.path
         self._lock = threading.Lock()
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # KV tells what was in a prompt: the file is for its owner alone.
+            # KV reveals prompts: only the owner may read the file.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
             self._db = sqlite3.connect(self._path, timeout=_WAIT_S, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
@@ -82,7 +82,10 @@ class SQLiteBackend(Backend):
             db.executemany("DELETE FROM blobs WHERE key = ?", [(key,) for key in keys])
 
     def scan(self) -> Iterator[BlobRecord]:
-        """In the order of putting. What is put again meanwhile gets a number behind ``last``."""
+        """Yield blobs in the order of their puts.
+
+        A blob that is put again during the scan gets a number beyond ``last``, and is not repeated.
+        """
         query = (
             "SELECT number, key, meta, length(data) FROM blobs "
             "WHERE number > ? AND number <= ? ORDER BY number LIMIT ?"
@@ -108,7 +111,7 @@ class SQLiteBackend(Backend):
 
     @contextmanager
     def _session(self) -> Iterator[sqlite3.Connection]:
-        """A transaction of this thread alone. Raises BackendError for what SQLite raises."""
+        """Run a transaction under the lock. Raises BackendError for SQLite's errors."""
         try:
             with self._lock, self._db as db:
                 yield db

@@ -1,4 +1,4 @@
-"""Options of the backend."""
+"""Options of the backend ``SQLiteBackend``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ def _absolute(path: Path) -> Path:
 
 
 class SQLiteOptions(BaseModel):
-    """``path``: the file, made when it is not there; ``~`` is the user's home. ``max_size_gib``:
-    how large it may become."""
+    """File and size limit.
+
+    ``path``: the file, created when it is missing; ``~`` is the user's home. ``max_size_gib``:
+    limit on the size of the file.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,4 +1,4 @@
-"""What this plugin offers. Every process of the kit imports this module, so it is light."""
+"""Plugin hooks. Every process of the kit imports this module, so it imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Frequencies of table set 1, as ``tools/make_tables.py`` printed them; never computed anew."""
+"""Frequencies of table set 1, printed by ``tools/make_tables.py``; never recomputed."""
 
 from __future__ import annotations
 
-# Of symbols 0, 1, .. 15 (-k has the frequency of k) and of the escape. Rows sum to 2048, with
-# 1 .. 15 counted twice.
+# One row per table: the frequencies of symbols 0, 1, .. 15 (-k has the frequency of k) and of the
+# escape. Rows sum to 2048, with 1 .. 15 counted twice.
 FREQUENCIES: tuple[tuple[int, ...], ...] = (
     (1983, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1),
     (1971, 38, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1),

@@ -1,4 +1,4 @@
-"""The dtypes that can be quantised, between their bits and float32."""
+"""Conversion between float32 and the bits of the dtypes that can be quantised."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lmcache_kit_cachegen.tables import F32
 
 Bits: TypeAlias = npt.NDArray[np.unsignedinteger]
 
-# Twice the largest relative error of rounding to the dtype.
+# Twice the largest relative error of rounding to each dtype.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float32": 2.0**-20}
 
 
 def bits_dtype(dtype: str) -> np.dtype[np.unsignedinteger]:
-    """Unsigned integers as wide as a value."""
+    """Return the unsigned integer dtype of a value's width."""
     return np.dtype(f"<u{DTYPE_BYTES[dtype]}")
 
 
 def widen(words: Bits, dtype: str) -> F32:
-    """A new array of the values."""
+    """Convert bits of ``dtype`` to a new float32 array."""
     if dtype == "bfloat16":
         bits = np.empty(words.shape, np.uint32)
         kernels.widen(words, bits)
@@ -34,7 +34,7 @@ def widen(words: Bits, dtype: str) -> F32:
 
 
 def rounded(values: F32, dtype: str) -> F32:
-    """As :func:`narrow` and :func:`widen` make it; may be the same memory."""
+    """Round to ``dtype`` and back to float32; may work in place."""
     if dtype == "bfloat16":
         kernels.round_to_bfloat16(values.view(np.uint32))
     elif dtype == "float16":
@@ -44,7 +44,7 @@ def rounded(values: F32, dtype: str) -> F32:
 
 
 def narrow(values: F32, dtype: str, words: Bits) -> None:
-    """Round to nearest, ties to even. What is too large becomes an infinity."""
+    """Convert float32 to bits of ``dtype``: nearest, ties to even; overflow becomes infinity."""
     if dtype == "bfloat16":
         kernels.narrow(values.view(np.uint32), words)
     elif dtype == "float16":

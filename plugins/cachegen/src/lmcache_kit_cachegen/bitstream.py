@@ -1,8 +1,8 @@
-"""The bytes of a blob: a header with a directory, then the streams it lists.
+"""Byte layout of a blob: a header with a directory, then the streams that the directory lists.
 
-All integers are little-endian. The header ends with a CRC-32 of itself; the directory has one of
-each stream; the lengths in it add up to the blob's. So every change of a bit and every cut is
-noticed before anything is decoded.
+All integers are little-endian. The header ends with a CRC-32 of itself. The directory has the
+length and a CRC-32 of each stream; the lengths add up to the blob's. Every flipped bit and every
+cut is therefore detected before anything is decoded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 MAGIC = b"LKCG"
 NO_PROFILE = bytes(16)
 MAX_DIMENSION = 1 << 24
-"""Of layers, heads, head size and tokens; a header that says more is refused."""
+"""Limit on layers, heads, head size and tokens; a header with more is refused."""
 
 _DTYPES = tuple(DTYPE_BYTES)
 _KINDS = ("kv", "mla")
@@ -33,7 +33,7 @@ _STYLES = ("neox", "gptj")
 # magic, version, header bytes, level, dtype, kind, sink tokens, slices a stream, streams,
 # layers, kv heads, head size, tokens, start, table set, profile
 _FIXED = struct.Struct("<4sHIBBBBHIIIIIQ8s16s")
-_ROPE = struct.Struct("<BIdI")  # style, turned values of a head, base, listed frequencies
+_ROPE = struct.Struct("<BIdI")  # style, rotated values of a head, base, listed frequencies
 _NO_ROPE = 255
 _SMALLEST_BASE, _LARGEST_BASE = 1e-3, 1e15
 _ENTRY = struct.Struct("<BII")  # coder, bytes, CRC-32
@@ -42,7 +42,7 @@ _SMALLEST = _FIXED.size + _ROPE.size + _CRC.size
 
 
 class Coder(IntEnum):
-    """How a stream is coded."""
+    """Coding of a stream: raw bytes, byte planes (both lossless), rANS or zstd (quantised)."""
 
     RAW = 0
     PLANES = 1
@@ -51,14 +51,14 @@ class Coder(IntEnum):
 
 
 class Stream(NamedTuple):
-    """One stream: its coder and its bytes."""
+    """The bytes of one stream, and their coder."""
 
     coder: Coder
     data: memoryview | bytes
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What stands before the streams. ``profile``: 16 bytes, zero if none is needed."""
+    """Header of a blob. ``profile`` is the 16-byte name of a profile, zero if none is needed."""
 
     chunk: ChunkInfo
     level: int
@@ -68,30 +68,30 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Blob(NamedTuple):
-    """An intact blob, taken apart."""
+    """Header and streams of an intact blob."""
 
     header: Header
     streams: list[Stream]
 
 
-def is_rotation(rope: Rope | None, head_dim: int) -> bool:
-    """Whether heads of this size can be turned so."""
+def is_valid_rope(rope: Rope | None, head_dim: int) -> bool:
+    """Whether the format can describe this rotary embedding of heads of ``head_dim`` values."""
     if rope is None:
         return True
-    turned = rope.rotary_dim
-    fits = 0 < turned <= head_dim and turned % 2 == 0 and rope.style in _STYLES
+    rotated = rope.rotary_dim
+    fits = 0 < rotated <= head_dim and rotated % 2 == 0 and rope.style in _STYLES
     numbers = _SMALLEST_BASE <= rope.base <= _LARGEST_BASE and all(map(isfinite, rope.inv_freq))
-    return fits and numbers and len(rope.inv_freq) in (0, turned // 2)
+    return fits and numbers and len(rope.inv_freq) in (0, rotated // 2)
 
 
 def header_bytes(rope: Rope | None, streams: int) -> int:
-    """Size of a header."""
+    """Return the size of a header with a directory of ``streams`` entries."""
     listed = len(rope.inv_freq) if rope else 0
     return _SMALLEST + 8 * listed + streams * _ENTRY.size
 
 
-def join(header: Header, streams: list[Stream]) -> bytes:
-    """Put a blob together."""
+def write_blob(header: Header, streams: list[Stream]) -> bytes:
+    """Return the bytes of a blob."""
     chunk, layout = header.chunk, header.chunk.layout
     fixed = _FIXED.pack(
         MAGIC,
@@ -117,16 +117,17 @@ def join(header: Header, streams: list[Stream]) -> bytes:
 
 
 def read_header(blob: bytes | bytearray | memoryview) -> Header:
-    """The header alone. Raises CorruptBlob or UnknownVersion."""
+    """Read and verify the header alone. Raises CorruptBlob or UnknownVersion."""
     return _read(memoryview(blob).cast("B"))[0]
 
 
-def take_apart(blob: bytes | bytearray | memoryview) -> Blob:
-    """Header and streams, every checksum verified. Raises CorruptBlob or UnknownVersion."""
+def read_blob(blob: bytes | bytearray | memoryview) -> Blob:
+    """Read header and streams and verify every CRC. Raises CorruptBlob or UnknownVersion."""
     view = memoryview(blob).cast("B")
     header, entries, at = _read(view)
     if at + sum(nbytes for _, nbytes, _ in entries) != len(view):
-        raise CorruptBlob(f"the blob has {len(view)} bytes; its directory does not add up to that")
+        listed = at + sum(nbytes for _, nbytes, _ in entries)
+        raise CorruptBlob(f"the blob has {len(view)} bytes; its directory adds up to {listed}")
     streams = []
     for number, (coder, nbytes, crc) in enumerate(entries):
         data = view[at : at + nbytes]
@@ -138,7 +139,7 @@ def take_apart(blob: bytes | bytearray | memoryview) -> Blob:
 
 
 def check_chunk(header: Header, chunk: ChunkInfo) -> None:
-    """Raises BlobMismatch for a blob of another chunk."""
+    """Raise BlobMismatch unless the header's layout, tokens and start are those of ``chunk``."""
     found = header.chunk
     if (found.layout, found.tokens, found.start) != (chunk.layout, chunk.tokens, chunk.start):
         raise BlobMismatch(
@@ -149,7 +150,7 @@ def check_chunk(header: Header, chunk: ChunkInfo) -> None:
 
 def _read(view: memoryview) -> tuple[Header, list[tuple[Coder, int, int]], int]:
     if len(view) < _SMALLEST or bytes(view[:4]) != MAGIC:
-        raise CorruptBlob(f"{len(view)} bytes that do not begin like a blob of cachegen")
+        raise CorruptBlob(f"{len(view)} bytes do not begin with a header of cachegen ({MAGIC!r})")
     (
         _,
         version,
@@ -168,10 +169,10 @@ def _read(view: memoryview) -> tuple[Header, list[tuple[Coder, int, int]], int]:
     ) = _FIXED.unpack_from(view)
     if version != FORMAT_VERSION:
         raise UnknownVersion(
-            f"the blob has version {version} of the format", hint=f"Known: {FORMAT_VERSION}"
+            f"the blob has format version {version}", hint=f"Known: {FORMAT_VERSION}"
         )
     if not _SMALLEST <= nbytes <= len(view):
-        raise CorruptBlob(f"the header should have {nbytes} bytes; the blob has {len(view)}")
+        raise CorruptBlob(f"the header claims {nbytes} bytes; the blob has {len(view)}")
     head = view[: nbytes - _CRC.size]
     if _CRC.unpack_from(view, len(head))[0] != zlib.crc32(head):
         raise CorruptBlob("the checksum of the header is wrong")
@@ -182,15 +183,18 @@ def _read(view: memoryview) -> tuple[Header, list[tuple[Coder, int, int]], int]:
     known = dtype < len(_DTYPES) and kind < len(_KINDS) and level <= 3
     sizes = (*shape, tokens, slices)
     if not known or min(sizes) < 1 or max(sizes) > MAX_DIMENSION or sinks > tokens:
-        raise CorruptBlob("the header describes no chunk")
+        raise CorruptBlob(
+            f"the header describes no chunk: dtype {dtype}, kind {kind}, level {level}, "
+            f"sizes {sizes}, {sinks} sink tokens"
+        )
     rope, at = _unpack_rope(head, _FIXED.size)
     if at + count * _ENTRY.size != len(head):
-        raise CorruptBlob("the directory does not fit the header")
+        raise CorruptBlob(f"the directory of {count} streams does not fill the header")
     if any(coder not in set(Coder) for coder, _, _ in _ENTRY.iter_unpack(head[at:])):
-        raise CorruptBlob("a stream has a coder that this version does not know")
+        raise CorruptBlob(f"a stream has an unknown coder; known are {[*map(int, Coder)]}")
     entries = [(Coder(coder), size, crc) for coder, size, crc in _ENTRY.iter_unpack(head[at:])]
     layers, kv_heads, head_dim = shape
-    if not is_rotation(rope, head_dim):
+    if not is_valid_rope(rope, head_dim):
         raise CorruptBlob("the header describes no rotary embedding")
     layout = KVLayout(_DTYPES[dtype], layers, kv_heads, head_dim, _KINDS[kind])  # type: ignore[arg-type]
     chunk = ChunkInfo(layout, tokens, start, rope)
@@ -217,5 +221,5 @@ def _unpack_rope(head: memoryview, at: int) -> tuple[Rope | None, int]:
 
 
 def digest(data: bytes) -> bytes:
-    """The name of a profile: 16 bytes."""
+    """Return the name of a profile: 16 bytes of BLAKE2b over its file."""
     return hashlib.blake2b(data, digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""The codec ``cachegen``."""
+"""The codec ``cachegen``: payloads to blobs and back."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import msgspec
 import numpy as np
 
 from lmcache_kit.errors import BlobMismatch, CorruptBlob, UnknownProfile
-from lmcache_kit.interfaces import BlobInfo, ChunkInfo, Codec
+from lmcache_kit.interfaces import BlobInfo, ChunkInfo, Codec, Rope
 from lmcache_kit.interfaces.codec import Buffer
 from lmcache_kit.layout import KVLayout
 from lmcache_kit_cachegen import bitstream, lossless, quantised
 from lmcache_kit_cachegen.bits import ROUNDING, Bits, bits_dtype
 from lmcache_kit_cachegen.bitstream import NO_PROFILE, Coder, Header, Stream
-from lmcache_kit_cachegen.levels import LOSSLESS, SINK_TOKENS
+from lmcache_kit_cachegen.levels import LOSSLESS, NEAR_LOSSLESS, SINK_TOKENS
 from lmcache_kit_cachegen.options import CacheGenOptions
 from lmcache_kit_cachegen.profile import Profile, SliceProfile, load_profile
+from lmcache_kit_cachegen.quantiser import StreamParameters
 from lmcache_kit_cachegen.rope import cosines_and_sines
-from lmcache_kit_cachegen.slices import Plan
 
 S = TypeVar("S")
 T = TypeVar("T")
 _VALUES_PER_STREAM = 1 << 14
 
 
-class _Job(NamedTuple):
-    """A stream to be: its slices without the sink tokens, and the number of the first."""
+class _StreamSlices(NamedTuple):
+    """The slices of one stream, without the sink tokens, and the number of the first slice."""
 
     slices: Bits
     first: int
@@ -38,13 +38,15 @@ class _Job(NamedTuple):
 class CacheGenCodec(Codec):
     """KV in a fifth of the memory, after CacheGen (Liu et al., SIGCOMM 2024), without its deltas.
 
-    Each layer's K and V is a slice: the rotation of K is undone, every channel's mean taken off,
-    and the rest rounded to one uniform step per slice, or to the steps of a profile. The steps
-    are coded with static tables by interleaved rANS, or by zstd. The first token of a sequence is
-    kept as it is. Every value of a slice is within half a step (K: times the root of two, for the
-    rotation; both: and a rounding to the dtype) of what it was: the encoder checks that on the
-    values that a decoder will see, and where it does not hold, the slice's stream is stored
-    losslessly. So are fp8, MLA and level 0.
+    Each layer's K and V is a slice. The rotation of K is undone, the mean of every channel is
+    subtracted, and the rest is rounded to one uniform step per slice, or to the steps of a profile.
+    The steps are entropy-coded with static tables, by interleaved rANS or by zstd. The first token
+    of a sequence is stored losslessly.
+
+    Every decoded value is within half a step of the original (K: times the root of two, since a
+    rotation mixes pairs), plus one rounding to the dtype. The encoder checks this bound on the
+    values that a decoder will see. A stream that misses the bound is stored losslessly, as are fp8,
+    MLA and level 0.
 
     >>> layout = KVLayout("float32", layers=2, kv_heads=4, head_dim=64)
     >>> chunk = ChunkInfo(layout, tokens=256, start=256)
@@ -63,21 +65,23 @@ class CacheGenCodec(Codec):
     def __init__(
         self, options: CacheGenOptions | None = None, *, profiles: Sequence[Profile] = ()
     ) -> None:
-        """``profiles`` come before those that the options name. Raises ConfigError for a profile
-        that cannot be read."""
+        """Load the profiles; ``profiles`` come before those that the options name.
+
+        Raises ConfigError for a profile that cannot be read.
+        """
         self.options = options or CacheGenOptions()
         loaded = [*profiles, *map(load_profile, self.options.profiles)]
         self._profiles = {profile.name: profile for profile in loaded}
         self._coder = Coder.ZSTD if self.options.coder == "zstd" else Coder.RANS
-        self._cut = lru_cache(maxsize=16)(_cut_profile)
+        self._profile_slices = lru_cache(maxsize=16)(_slice_profile)
         threads = self.options.threads
         self._pool = ThreadPoolExecutor(threads, "cachegen") if threads > 1 else None
 
     def encode(self, payload: Buffer, chunk: ChunkInfo) -> bytes:
         words = _words(payload, chunk, "payload")
-        if not bitstream.is_rotation(chunk.rope, chunk.layout.head_dim):
+        if not bitstream.is_valid_rope(chunk.rope, chunk.layout.head_dim):
             raise ValueError(
-                f"{chunk.rope} is no rotation of heads of {chunk.layout.head_dim} values"
+                f"{chunk.rope} is no rotary embedding of heads of {chunk.layout.head_dim} values"
             )
         level = self.options.level if _is_quantisable(chunk.layout) else LOSSLESS
         profile = next((p for p in self._profiles.values() if level and p.fits(chunk)), None)
@@ -88,27 +92,28 @@ class CacheGenCodec(Codec):
             slices_per_stream=_slices_per_stream(chunk),
             profile=profile.name if profile else NO_PROFILE,
         )
-        plan = self._plan(header)
-        streams = self._each(lambda job: _encode(job, plan), _jobs(words, header))
+        params = self._parameters(header)
+        streams = self._map(lambda job: _encode(job, params), _jobs(words, header))
         if header.sink_tokens:
             streams.insert(0, lossless.encode(words[:, : header.sink_tokens]))
-        return bitstream.join(header, streams)
+        return bitstream.write_blob(header, streams)
 
     def decode(self, blob: Buffer, chunk: ChunkInfo, out: Buffer) -> None:
-        header, streams = bitstream.take_apart(blob)
+        header, streams = bitstream.read_blob(blob)
         bitstream.check_chunk(header, chunk)
         words = _words(out, chunk, "out")
         if not words.flags.writeable:
             raise ValueError("out is not writable")
-        plan = self._plan(_with_head(header, chunk))
+        params = self._parameters(_with_first_head(header, chunk))
         jobs = _jobs(words, header)
         if len(streams) != len(jobs) + (header.sink_tokens > 0):
-            raise CorruptBlob(f"{len(streams)} streams do not make up the chunk")
+            wanted = len(jobs) + (header.sink_tokens > 0)
+            raise CorruptBlob(f"the blob has {len(streams)} streams; its chunk takes {wanted}")
         if header.sink_tokens:
             sinks = words[:, : header.sink_tokens]
             sinks[:] = lossless.decode(streams.pop(0), words.dtype, sinks.size).reshape(sinks.shape)
         pairs = list(zip(streams, jobs, strict=True))
-        self._each(lambda pair: _decode(pair[0], pair[1], plan), pairs)
+        self._map(lambda pair: _decode(pair[0], pair[1], params), pairs)
 
     def describe(self, blob: Buffer) -> BlobInfo:
         header = bitstream.read_header(blob)
@@ -125,12 +130,21 @@ class CacheGenCodec(Codec):
         return chunk.payload_bytes + bitstream.header_bytes(chunk.rope, streams)
 
     def warm_up(self) -> None:
-        """Compile, or load what an earlier process compiled: seconds once per machine."""
-        from lmcache_kit_cachegen.warming import exercise
+        """Compile each kernel, or load it from numba's cache: seconds, once per machine.
 
-        exercise(self.options)
+        Encodes and decodes a small chunk. Without this, the first calls of the process wait.
+        """
+        layout = KVLayout("bfloat16", layers=1, kv_heads=1, head_dim=8)
+        chunk = ChunkInfo(layout, tokens=64, start=8, rope=Rope(rotary_dim=8))
+        values = np.random.default_rng(0).normal(size=chunk.payload_bytes // 2).astype(np.float32)
+        payload = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+        out = bytearray(chunk.payload_bytes)
+        for level in {self.options.level, NEAR_LOSSLESS}:
+            codec = CacheGenCodec(CacheGenOptions(level=level))
+            for data in (payload, bytearray(payload)):  # numba compiles for read-only memory too
+                codec.decode(codec.encode(data, chunk), chunk, out)
 
-    def _plan(self, header: Header) -> Plan:
+    def _parameters(self, header: Header) -> StreamParameters:
         chunk, layout = header.chunk, header.chunk.layout
         rope = chunk.rope if header.level else None
         cosines = sines = None
@@ -138,7 +152,7 @@ class CacheGenCodec(Codec):
             cosines, sines = cosines_and_sines(
                 rope, chunk.start + header.sink_tokens, chunk.tokens - header.sink_tokens
             )
-        return Plan(
+        return StreamParameters(
             dtype=layout.dtype,
             level=header.level,
             coder=self._coder,
@@ -147,33 +161,36 @@ class CacheGenCodec(Codec):
             head_dim=layout.head_dim,
             cosines=cosines,
             sines=sines,
-            near=rope is not None and rope.style == "gptj",
-            profile=self._side_information(header),
+            interleaved=rope is not None and rope.style == "gptj",
+            profile=self._required_slice_profile(header),
         )
 
-    def _side_information(self, header: Header) -> SliceProfile | None:
+    def _required_slice_profile(self, header: Header) -> SliceProfile | None:
         if header.profile == NO_PROFILE:
             return None
         profile = self._profiles.get(header.profile)
         if profile is None:
             known = ", ".join(name.hex() for name in self._profiles) or "none"
             raise UnknownProfile(
-                f"the blob needs profile {header.profile.hex()}", hint=f"Known: {known}"
+                f"the blob needs profile {header.profile.hex()}",
+                hint=f"Known: {known}. Add its file to the codec's option `profiles`",
             )
         if not profile.fits(header.chunk):
-            raise BlobMismatch(f"profile {profile.name.hex()} is not of the blob's model")
+            raise BlobMismatch(
+                f"profile {profile.name.hex()} of {profile.model!r} is not of the blob's model"
+            )
         first = header.chunk.first_head
         last = first + header.chunk.layout.kv_heads
-        return self._cut(profile, first, last, header.level)
+        return self._profile_slices(profile, first, last, header.level)
 
-    def _each(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    def _map(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
         if self._pool is None:
             return [function(item) for item in items]
         return list(self._pool.map(function, items))
 
 
-def _cut_profile(profile: Profile, first: int, last: int, level: int) -> SliceProfile:
-    return profile.of(slice(first, last), level)
+def _slice_profile(profile: Profile, first: int, last: int, level: int) -> SliceProfile:
+    return profile.slices_of(slice(first, last), level)
 
 
 def _is_quantisable(layout: KVLayout) -> bool:
@@ -189,13 +206,13 @@ def _slice_count(chunk: ChunkInfo) -> int:
 
 
 def _slices_per_stream(chunk: ChunkInfo) -> int:
-    """Short chunks put several slices into one stream, to pay for its head once."""
+    """Return the slices in one stream: several for a short chunk, to share a stream's header."""
     values = chunk.tokens * chunk.layout.kv_heads * chunk.layout.head_dim
     return max(1, min(_VALUES_PER_STREAM // max(1, values), _slice_count(chunk)))
 
 
 def _words(data: Buffer, chunk: ChunkInfo, name: str) -> Bits:
-    """``[slices, tokens, columns]``."""
+    """View ``data`` as ``[slices, tokens, columns]``. Raises ValueError for a wrong size."""
     layout = chunk.layout
     if memoryview(data).nbytes != chunk.payload_bytes or not chunk.payload_bytes:
         raise ValueError(
@@ -206,30 +223,30 @@ def _words(data: Buffer, chunk: ChunkInfo, name: str) -> Bits:
     return words.reshape(_slice_count(chunk), chunk.tokens, layout.kv_heads * layout.head_dim)
 
 
-def _jobs(words: Bits, header: Header) -> list[_Job]:
+def _jobs(words: Bits, header: Header) -> list[_StreamSlices]:
     if header.sink_tokens == header.chunk.tokens:
         return []
     step = header.slices_per_stream
     rest = words[:, header.sink_tokens :]
-    return [_Job(rest[i : i + step], i) for i in range(0, len(words), step)]
+    return [_StreamSlices(rest[i : i + step], i) for i in range(0, len(words), step)]
 
 
-def _encode(job: _Job, plan: Plan) -> Stream:
-    stream = quantised.encode(job.slices, job.first, plan) if plan.level else None
+def _encode(job: _StreamSlices, params: StreamParameters) -> Stream:
+    stream = quantised.encode(job.slices, job.first, params) if params.level else None
     return stream or lossless.encode(job.slices)
 
 
-def _decode(stream: Stream, job: _Job, plan: Plan) -> None:
+def _decode(stream: Stream, job: _StreamSlices, params: StreamParameters) -> None:
     if stream.coder in (Coder.RAW, Coder.PLANES):
         words = lossless.decode(stream, job.slices.dtype, job.slices.size)
         job.slices[:] = words.reshape(job.slices.shape)
-    elif plan.level == LOSSLESS:
+    elif params.level == LOSSLESS:
         raise CorruptBlob("a lossless blob has a quantised stream")
     else:
-        quantised.decode(stream, job.first, job.slices, plan)
+        quantised.decode(stream, job.first, job.slices, params)
 
 
-def _with_head(header: Header, chunk: ChunkInfo) -> Header:
-    """The header's own chunk, but for what does not stand in it."""
+def _with_first_head(header: Header, chunk: ChunkInfo) -> Header:
+    """Return the header with ``first_head`` of ``chunk``, which the blob does not record."""
     found = msgspec.structs.replace(header.chunk, first_head=chunk.first_head)
     return msgspec.structs.replace(header, chunk=found)

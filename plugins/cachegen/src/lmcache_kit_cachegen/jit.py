@@ -1,4 +1,4 @@
-"""numba, with a cache on disk where there is a folder for it."""
+"""numba's compiler, with its cache on disk where a folder is writable."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile at the first call; the machine's next process loads what this one compiled."""
+    """Compile at the first call, and cache the machine code on disk for later processes."""
     try:
         compiled: Callable[P, R] = njit(function, cache=True, **_OPTIONS)
-    except RuntimeError:  # numba found no folder that it may write to
+    except RuntimeError:  # numba found no writable folder for its cache
         compiled = njit(function, **_OPTIONS)
     return compiled

@@ -1,6 +1,8 @@
-# ruff: noqa: PLR0917 - what a kernel needs, it is given by position
-"""What is done to every value besides coding it. Plain loops, one pass each, over ``[tokens,
-columns]`` of one slice, which fits a core's cache."""
+# ruff: noqa: PLR0917 - kernels take their arguments by position
+"""Kernels over the values of a slice, entropy coding excepted.
+
+Plain loops, one pass each, over ``[tokens, columns]`` of one slice, which fits a core's cache.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,17 @@ import numpy as np
 
 from lmcache_kit_cachegen.jit import jit
 from lmcache_kit_cachegen.rans import U16
-from lmcache_kit_cachegen.tables import CERTAIN, ESCAPE, F32, LARGEST, U8, U32
+from lmcache_kit_cachegen.tables import ESCAPE, F32, LARGEST, U8, U32, ZERO_TABLE
 
 _u32 = np.uint32
 _f32 = np.float32
 LARGEST_STEP = 16000
-"""Of a quantised value, so that all of them fit 16 bits."""
+"""Largest absolute quantised value, so that all of them fit 16 bits."""
 
 
 @jit
 def widen(words: U16, bits: U32) -> None:
-    """bfloat16 to float32, as bits."""
+    """Convert bfloat16 to float32, as bits."""
     rows, columns = words.shape
     for t in range(rows):
         for c in range(columns):
@@ -27,7 +29,7 @@ def widen(words: U16, bits: U32) -> None:
 
 @jit
 def narrow(bits: U32, words: U16) -> None:
-    """float32 to bfloat16, as bits; ties go to even. Not for NaN."""
+    """Convert float32 to bfloat16, as bits; ties go to even. Not for NaN."""
     rows, columns = bits.shape
     for t in range(rows):
         for c in range(columns):
@@ -38,7 +40,7 @@ def narrow(bits: U32, words: U16) -> None:
 
 @jit
 def round_to_bfloat16(bits: U32) -> None:
-    """What :func:`narrow` and :func:`widen` make of it, in place."""
+    """Round float32 to bfloat16 and back, as bits, in place."""
     rows, columns = bits.shape
     for t in range(rows):
         for c in range(columns):
@@ -48,11 +50,13 @@ def round_to_bfloat16(bits: U32) -> None:
 
 
 @jit
-def rotate(values: F32, cosines: F32, sines: F32, head_dim: int, near: bool, sign: float) -> None:
-    """Turn the pairs of each head by ``sign`` times their angle, in place.
+def rotate(
+    values: F32, cosines: F32, sines: F32, head_dim: int, interleaved: bool, sign: float
+) -> None:
+    """Rotate the pairs of each head by ``sign`` times their angle, in place.
 
-    ``cosines``, ``sines``: ``[tokens, pairs]``. ``near``: pairs are neighbours ("gptj"), else
-    halves apart ("neox").
+    ``cosines`` and ``sines`` are ``[tokens, pairs]``. ``interleaved``: pairs are neighbours
+    ("gptj"), else half a head apart ("neox").
     """
     rows, columns = values.shape
     pairs = cosines.shape[1]
@@ -60,24 +64,24 @@ def rotate(values: F32, cosines: F32, sines: F32, head_dim: int, near: bool, sig
         cosine, sine = cosines[t], sines[t]
         for first in range(0, columns, head_dim):
             head = values[t, first : first + head_dim]
-            if near:
+            if interleaved:
                 for i in range(pairs):
                     a, b = head[2 * i], head[2 * i + 1]
-                    turned = sine[i] * _f32(sign)
-                    head[2 * i] = a * cosine[i] - b * turned
-                    head[2 * i + 1] = b * cosine[i] + a * turned
+                    rotated = sine[i] * _f32(sign)
+                    head[2 * i] = a * cosine[i] - b * rotated
+                    head[2 * i + 1] = b * cosine[i] + a * rotated
             else:
                 low, high = head[:pairs], head[pairs : 2 * pairs]
                 for i in range(pairs):
                     a, b = low[i], high[i]
-                    turned = sine[i] * _f32(sign)
-                    low[i] = a * cosine[i] - b * turned
-                    high[i] = b * cosine[i] + a * turned
+                    rotated = sine[i] * _f32(sign)
+                    low[i] = a * cosine[i] - b * rotated
+                    high[i] = b * cosine[i] + a * rotated
 
 
 @jit
 def moments(values: F32, mean: F32, variance: F32) -> None:
-    """Per column. Neither is finite where a value is not."""
+    """Compute mean and variance of each column; neither is finite where a value is not."""
     rows, columns = values.shape
     mean[:] = 0
     variance[:] = 0
@@ -93,18 +97,21 @@ def moments(values: F32, mean: F32, variance: F32) -> None:
 
 
 @jit
-def best_table(size: float, between: F32) -> int:
-    """For symbols with this mean absolute value; never CERTAIN."""
+def best_table(size: float, thresholds: F32) -> int:
+    """Return the table for symbols with this mean absolute value; never ZERO_TABLE."""
     table = 0
-    while table < between.shape[0] and size > between[table]:
+    while table < thresholds.shape[0] and size > thresholds[table]:
         table += 1
     return table + 1
 
 
 @jit
-def round_means(mean: F32, scale: F32, bits: int, between: F32, steps: np.ndarray) -> int:
-    """Means to ``1 / 2 ** bits`` of a step, and to such steps. The table for their coarse parts,
-    or -1 if one is beyond LARGEST_STEP or not a number."""
+def round_means(mean: F32, scale: F32, bits: int, thresholds: F32, steps: np.ndarray) -> int:
+    """Round means to ``1 / 2 ** bits`` of a step, in place, and write the rounded ``steps``.
+
+    Returns the table for the coarse parts of the means, or -1 if a mean is beyond LARGEST_STEP or
+    not a number.
+    """
     half = np.int32((1 << bits) >> 1)
     fine = _f32(1 << bits)
     total = _f32(0)
@@ -115,26 +122,27 @@ def round_means(mean: F32, scale: F32, bits: int, between: F32, steps: np.ndarra
         steps[c] = np.int16(z)
         mean[c] = z / fine * scale[c]
         total += _f32(abs((np.int32(z) + half) >> bits))
-    return best_table(float(total / _f32(mean.shape[0])), between)
+    return best_table(float(total / _f32(mean.shape[0])), thresholds)
 
 
 @jit
 def quantise(values: F32, mean: F32, scale: F32, shift: int, steps: np.ndarray, sizes: F32) -> int:
-    """Steps from the mean, and per column the mean size of their coarse parts.
+    """Quantise values to steps from the mean of their column.
 
-    ``values``, all finite, become what :func:`join` will make of the steps. Returns how many steps
-    are not 0, or -1 if one is beyond LARGEST_STEP.
+    ``sizes`` receives the mean absolute coarse part of each column. ``values``, all finite, become
+    the values that :func:`join` will compute from the steps. Returns the number of nonzero steps,
+    or -1 if a step is beyond LARGEST_STEP.
     """
     rows, columns = values.shape
     largest = _f32(LARGEST_STEP)
     half, part = _f32((1 << shift) >> 1), _f32(1 / (1 << shift))
     inverse = np.empty(columns, np.float32)
     peaks = np.zeros(columns, np.float32)
-    filled = np.zeros(columns, np.float32)
+    nonzero = np.zeros(columns, np.float32)
     sizes[:] = 0
     for c in range(columns):
         inverse[c] = _f32(1) / scale[c]
-    # All in float32, which holds these integers exactly, to stay in one width.
+    # Stay in float32, which holds these integers exactly, so that the loop vectorises in one width.
     for t in range(rows):
         for c in range(columns):
             z = np.rint((values[t, c] - mean[c]) * inverse[c])
@@ -142,29 +150,29 @@ def quantise(values: F32, mean: F32, scale: F32, shift: int, steps: np.ndarray, 
             peaks[c] = size if size > peaks[c] else peaks[c]
             z = min(max(z, -largest), largest)
             values[t, c] = z * scale[c] + mean[c]
-            filled[c] += _f32(1) if z != 0 else _f32(0)
+            nonzero[c] += _f32(1) if z != 0 else _f32(0)
             steps[t, c] = np.int16(z)
             sizes[c] += abs(np.floor((z + half) * part))
     for c in range(columns):
         sizes[c] /= _f32(rows)
         if peaks[c] > largest:
             return -1
-    return int(filled.sum())
+    return int(nonzero.sum())
 
 
 @jit
-def choose_tables(sizes: F32, between: F32, tables: U8) -> None:
-    """The table of each column; CERTAIN where all symbols are 0."""
+def choose_tables(sizes: F32, thresholds: F32, tables: U8) -> None:
+    """Choose the table of each column; ZERO_TABLE where all symbols are 0."""
     for c in range(sizes.shape[0]):
-        tables[c] = best_table(float(sizes[c]), between) if sizes[c] > 0 else CERTAIN
+        tables[c] = best_table(float(sizes[c]), thresholds) if sizes[c] > 0 else ZERO_TABLE
 
 
 @jit
-def head_row(tables: U8, between: F32, limit: np.ndarray, symbols: U8) -> tuple[int, int]:
-    """The row that says which tables the columns have: symbols around a base.
+def header_row(tables: U8, thresholds: F32, limit: np.ndarray, symbols: U8) -> tuple[int, int]:
+    """Write the header row with the columns' tables, as symbols around a base.
 
-    Returns the base and the table of the row itself, which has no escapes: a table that is too
-    far from the base becomes the nearest one that can be said.
+    Returns the base, and the table that codes the row itself. The row has no escapes: a column's
+    table that is too far from the base is replaced by the nearest one within reach.
     """
     columns = tables.shape[0]
     base = 0
@@ -174,12 +182,12 @@ def head_row(tables: U8, between: F32, limit: np.ndarray, symbols: U8) -> tuple[
     total, most = 0, 0
     for c in range(columns):
         offset = min(max(int(tables[c]) - base, -LARGEST), LARGEST)
-        offset += base + offset == CERTAIN and tables[c] != CERTAIN
+        offset += base + offset == ZERO_TABLE and tables[c] != ZERO_TABLE
         tables[c] = np.uint8(base + offset)
         symbols[c] = np.uint8(offset + LARGEST)
         total += abs(offset)
         most = max(most, abs(offset))
-    table = best_table(total / columns, between)
+    table = best_table(total / columns, thresholds)
     while limit[table] < most:
         table += 1
     return base, table
@@ -187,7 +195,7 @@ def head_row(tables: U8, between: F32, limit: np.ndarray, symbols: U8) -> tuple[
 
 @jit
 def _escape(row, limits, symbols, escapes, at):  # type: ignore[no-untyped-def]
-    """Values without a symbol, as seven bits a byte, the sign lowest."""
+    """Write values without a symbol as varints: seven bits a byte, the sign in the lowest bit."""
     for c in range(row.shape[0]):
         coarse = int(row[c])
         if abs(coarse) > limits[c]:
@@ -206,9 +214,9 @@ def _escape(row, limits, symbols, escapes, at):  # type: ignore[no-untyped-def]
 def split(
     steps: np.ndarray, shift: int, limits: np.ndarray, symbols: U8, low: U8, escapes: U8, at: int
 ) -> int:
-    """Coarse parts to symbols, fine parts to ``low``, and what has no symbol to ``escapes``.
+    """Split steps: coarse parts to symbols, fine parts to ``low``, others to ``escapes``.
 
-    Returns where the escapes end, or -1 if there are more than fit; -1 as ``at`` stays so.
+    Returns the end of the escapes, or -1 if they do not fit. An ``at`` of -1 returns -1.
     """
     if at < 0:
         return -1
@@ -244,9 +252,10 @@ def split(
 def join(
     symbols: U8, low: U8, shift: int, scale: F32, mean: F32, escapes: U8, at: int, values: F32
 ) -> int:
-    """The reverse of :func:`split` and :func:`quantise`: ``values = steps * scale + mean``.
+    """Join symbols, fine parts and escapes into ``values = steps * scale + mean``.
 
-    Returns where the escapes end, or -1 if they end too early; -1 as ``at`` stays so.
+    The inverse of :func:`split` and :func:`quantise`. Returns the end of the escapes, or -1 if they
+    end too early. An ``at`` of -1 returns -1.
     """
     if at < 0:
         return -1
@@ -282,22 +291,22 @@ def join(
 
 
 @jit
-def violations(wanted: F32, got: F32, bound: F32, relative: float) -> int:
-    """How many values are further off than their column's bound and their share of rounding."""
-    rows, columns = wanted.shape
+def violations(original: F32, decoded: F32, bound: F32, relative: float) -> int:
+    """Count the values whose error exceeds ``bound[column] + relative * abs(value)``."""
+    rows, columns = original.shape
     count = 0
     share = _f32(relative)
     for t in range(rows):
         for c in range(columns):
-            x = wanted[t, c]
-            held = abs(x - got[t, c]) <= bound[c] + share * abs(x)
+            x = original[t, c]
+            held = abs(x - decoded[t, c]) <= bound[c] + share * abs(x)
             count += not held
     return count
 
 
 @jit
 def pack(values: U8, width: int, packed: U8) -> None:
-    """``width`` bits of each value, the first one lowest."""
+    """Pack ``width`` bits of each value, the first value in the lowest bits."""
     held, bits, at = np.uint64(0), 0, 0
     for i in range(values.shape[0]):
         held |= np.uint64(values[i]) << np.uint64(bits)
@@ -313,7 +322,7 @@ def pack(values: U8, width: int, packed: U8) -> None:
 
 @jit
 def unpack(packed: U8, width: int, values: U8) -> None:
-    """The reverse of :func:`pack`; ``packed`` has all bits that ``values`` need."""
+    """Unpack ``width`` bits per value; ``packed`` must hold as many bits as ``values`` need."""
     held, bits, at = np.uint64(0), 0, 0
     mask = np.uint64((1 << width) - 1)
     for i in range(values.shape[0]):

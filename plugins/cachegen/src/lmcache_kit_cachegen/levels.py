@@ -1,4 +1,4 @@
-"""How coarse each level is."""
+"""Quantisation settings of the levels 0 to 3."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 
 class Level(NamedTuple):
-    """``step``: in standard deviations of a slice around its channels' means. ``shift``: how many
-    bits of a quantised value are stored as they are, below what is entropy-coded."""
+    """Settings of one level.
+
+    ``step`` is the quantisation step in standard deviations of a slice around its channels' means.
+    ``shift`` is the number of low bits of a quantised value that are stored without entropy coding.
+    """
 
     name: str
     step: float
@@ -23,5 +26,5 @@ LEVELS = (
 )
 
 SINK_TOKENS = 1
-"""Kept bit by bit at the start of a sequence: attention leans on the first token so much that
-its error would outweigh all others together."""
+"""Tokens at the start of a sequence that are kept losslessly, since they are attention sinks: an
+error in the first token would outweigh all other errors together."""

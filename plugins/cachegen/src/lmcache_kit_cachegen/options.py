@@ -1,4 +1,4 @@
-"""Options of the codec."""
+"""Options of the codec ``cachegen``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class CacheGenOptions(BaseModel):
-    """How hard to compress, and with what.
-
-    ``level``: 0 lossless, 1 near-lossless, 2 default, 3 compact. ``coder``: ``rans`` is smaller,
-    ``zstd`` decodes faster. ``profiles``: files made by ``lmcache-kit cachegen profile``; the
-    first that fits a chunk encodes it, each of them decodes. ``threads``: for one chunk.
-    """
+    """Options of the codec: how much to compress, and with which entropy coder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    level: int = Field(default=2, ge=0, le=3)
-    coder: Literal["rans", "zstd"] = "rans"
-    profiles: tuple[str, ...] = ()
-    threads: int = Field(default=1, ge=1, le=64)
+    level: int = Field(
+        default=2,
+        ge=0,
+        le=3,
+        description="0 lossless, 1 near-lossless, 2 default, 3 compact",
+    )
+    coder: Literal["rans", "zstd"] = Field(
+        default="rans", description="`rans` is smaller, `zstd` decodes faster"
+    )
+    profiles: tuple[str, ...] = Field(
+        default=(),
+        description="files made by `lmcache-kit cachegen profile`; the first that fits a chunk "
+        "encodes it, each of them decodes",
+    )
+    threads: int = Field(default=1, ge=1, le=64, description="threads for one chunk")

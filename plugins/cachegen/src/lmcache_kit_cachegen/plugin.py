@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Plugin hooks: the codec ``cachegen`` and the commands ``lmcache-kit cachegen``."""
 
 from __future__ import annotations
 

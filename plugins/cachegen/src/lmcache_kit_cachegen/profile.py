@@ -1,9 +1,9 @@
-"""Profiles: what is known of a model's KV before a chunk is seen.
+"""Profiles: steps, means and tables of a model's KV, measured once per model, from text.
 
-Measured once per model, from text. A chunk that is coded with a profile takes its steps from
-there, coarse where the model hardly notices; a short one takes its means and tables from there
-too, and then needs no side information at all. The file is msgpack, checked field by field when
-it is read; its hash names it in the bitstream.
+A chunk that is coded with a profile takes its steps from the profile: coarse where the model hardly
+notices. A short chunk takes its means and tables from the profile too, and then needs no side
+information at all. The file is msgpack, validated field by field when it is read; its hash names
+the profile in the bitstream.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lmcache_kit.interfaces import ChunkInfo, Rope
 from lmcache_kit_cachegen.bitstream import digest
 from lmcache_kit_cachegen.kernels import best_table
 from lmcache_kit_cachegen.levels import DEFAULT, LEVELS, Level
-from lmcache_kit_cachegen.rope import same_rotation
-from lmcache_kit_cachegen.tables import BETWEEN, F32, F64, TABLES, U8, expected_sizes
+from lmcache_kit_cachegen.rope import is_same_rope
+from lmcache_kit_cachegen.tables import F32, F64, TABLES, THRESHOLDS, U8, expected_sizes
 
 FORMAT = "lmcache-kit-cachegen-profile"
 VERSION = 1
@@ -38,8 +38,11 @@ _SIZE_OF_DEVIATION = 0.78
 
 
 class SliceProfile(NamedTuple):
-    """``[slices, columns]`` each. ``steps`` are those of level 2. ``expected``: per slice, the
-    mean size of a symbol."""
+    """Profile of all slices of a rank at one level.
+
+    ``steps`` (of level 2), ``means`` and ``tables`` are ``[slices, columns]``. ``expected`` is the
+    mean absolute symbol of each slice.
+    """
 
     steps: F32
     means: F32
@@ -48,9 +51,11 @@ class SliceProfile(NamedTuple):
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
-    """``steps``, ``means``: little-endian float32 ``[layers, 2, kv_heads, head_dim]``, in the
-    domain without rotation. ``tables``: uint8 of the same shape, one after the other for levels
-    1, 2, 3."""
+    """Profile of a model, as its file holds it.
+
+    ``steps`` and ``means`` are little-endian float32 ``[layers, 2, kv_heads, head_dim]``, with the
+    rotation of K undone. ``tables`` is uint8 of the same shape, once for each of levels 1, 2, 3.
+    """
 
     model: str
     layers: _Count
@@ -68,30 +73,30 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
 
     @cached_property
     def name(self) -> bytes:
-        """16 bytes, the hash of its file."""
+        """Name of the profile: 16 bytes, the hash of its file."""
         return digest(self.to_bytes())
 
     def fits(self, chunk: ChunkInfo) -> bool:
-        """Whether it is of this chunk's model, as far as shapes and rotation tell."""
+        """Whether the profile is of this chunk's model, as far as shapes and rotation tell."""
         layout = chunk.layout
         return (
             layout.kind == "kv"
             and (layout.layers, layout.head_dim) == (self.layers, self.head_dim)
             and chunk.first_head + layout.kv_heads <= self.kv_heads
-            and same_rotation(chunk.rope, self.rope)
+            and is_same_rope(chunk.rope, self.rope)
         )
 
-    def of(self, heads: slice, level: int) -> SliceProfile:
-        """All slices of a rank that has these heads."""
+    def slices_of(self, heads: slice, level: int) -> SliceProfile:
+        """Return the profile of all slices of a rank that holds these KV heads."""
         steps, means, tables = self._arrays
         slices = 2 * self.layers
 
-        def cut(array: npt.NDArray[S]) -> npt.NDArray[S]:
+        def take_heads(array: npt.NDArray[S]) -> npt.NDArray[S]:
             return np.ascontiguousarray(array[:, :, heads]).reshape(slices, -1)
 
-        chosen = cut(tables[level - 1])
+        chosen = take_heads(tables[level - 1])
         expected = expected_sizes(chosen).mean(axis=1)
-        return SliceProfile(cut(steps), cut(means), chosen, expected)
+        return SliceProfile(take_heads(steps), take_heads(means), chosen, expected)
 
     @cached_property
     def _arrays(self) -> tuple[F32, F32, U8]:
@@ -100,20 +105,20 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True
         means = np.frombuffer(self.means, "<f4").reshape(shape).astype(np.float32)
         tables = np.frombuffer(self.tables, np.uint8).reshape(_LOSSY_LEVELS, *shape)
         if not (np.isfinite(steps).all() and np.isfinite(means).all() and (steps > 0).all()):
-            raise ValueError("its steps and means are not all usable numbers")
+            raise ValueError("its steps are not all positive numbers, or its means not all finite")
         if not ((tables > 0) & (tables < TABLES)).all():
-            raise ValueError("it names tables that do not exist")
+            raise ValueError(f"it names unknown tables; known are 1 to {TABLES - 1}")
         return steps, means, tables
 
 
 def build_profile(
     model: str, rope: Rope | None, mean: F64, deviation: F64, sensitivity: F64
 ) -> Profile:
-    """From what was measured, ``[layers, 2, kv_heads, head_dim]`` each.
+    """Build a profile from measurements, ``[layers, 2, kv_heads, head_dim]`` each.
 
-    For a given size, the sum of errors times sensitivities is least when steps go with
-    ``sensitivity ** -0.5``. The exponent is less here, since sensitivities are estimates, and no
-    step goes too far from what it would be without a profile.
+    For a given size, the sum of errors times sensitivities is least when steps are proportional to
+    ``sensitivity ** -0.5``. The exponent is smaller here, since sensitivities are estimates. No
+    step goes further than a factor of 0.15 to 3 from the step without a profile.
     """
     layers, _, kv_heads, head_dim = mean.shape
     pooled = np.sqrt(np.square(deviation).mean(axis=(2, 3), keepdims=True))
@@ -124,7 +129,7 @@ def build_profile(
     steps = (weights * pooled * _STEP).astype("<f4")
     sizes = deviation * _SIZE_OF_DEVIATION
     tables = [
-        [best_table(float(size), BETWEEN) for size in _coarse(sizes / steps, level).ravel()]
+        [best_table(float(size), THRESHOLDS) for size in _coarse(sizes / steps, level).ravel()]
         for level in LEVELS[1:]
     ]
     return Profile(
@@ -140,12 +145,12 @@ def build_profile(
 
 
 def _coarse(sizes: F64, level: Level) -> F64:
-    """Mean absolute symbols at a level, from mean absolute values in steps of level 2."""
+    """Convert mean absolute values in steps of level 2 to mean absolute symbols at a level."""
     return sizes * LEVELS[DEFAULT].step / level.step / (1 << level.shift)
 
 
 def parse_profile(data: bytes) -> Profile:
-    """Raises ValueError for anything but a complete profile of this version."""
+    """Parse a profile. Raises ValueError for anything but a complete profile of this version."""
     try:
         profile = msgspec.msgpack.decode(data, type=Profile)
     except msgspec.MsgspecError as error:
@@ -155,7 +160,7 @@ def parse_profile(data: bytes) -> Profile:
             f"it is {profile.format!r} version {profile.version}; known: {FORMAT!r} {VERSION}"
         )
     if profile.to_bytes() != data:
-        raise ValueError("it is not written as profiles are")
+        raise ValueError("it is not encoded as profiles are")
     _ = profile._arrays
     return profile
 

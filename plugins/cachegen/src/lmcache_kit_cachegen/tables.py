@@ -1,9 +1,8 @@
-"""Static tables of the entropy coder, integers only.
+"""Static frequency tables of the entropy coder, integers only.
 
-Encoder and decoder must have the same ones on every machine, so they come from literals and are
-named in the bitstream by their hash. Table 0 knows one symbol, 0, which then costs nothing:
-constant channels have it, and the columns that fill up a row. The others are those of
-``_table_data.py``.
+Encoder and decoder need the same tables on every machine. The tables are therefore literals, and
+their hash is in every blob. Table 0 (``ZERO_TABLE``) has one symbol, 0, which costs no bits:
+constant channels use it, and columns that pad a row. All other tables come from ``_table_data.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ TOTAL = 1 << TOTAL_BITS
 LARGEST = 15
 SYMBOLS = 32
 ESCAPE = 31
-CERTAIN = 0
+ZERO_TABLE = 0
 TABLES = 1 + len(FREQUENCIES)
 _STEPS_PER_OCTAVE = 4
 _FIRST_OCTAVE = 5
@@ -33,9 +32,9 @@ F64: TypeAlias = npt.NDArray[np.float64]
 
 
 def _frequencies() -> npt.NDArray[np.int64]:
-    """``[table, symbol]``; symbol ``s`` stands for ``s - 15``, the last for the escape."""
+    """Return ``[table, symbol]``; symbol ``s`` is the value ``s - 15``, the last is the escape."""
     found = np.zeros((TABLES, SYMBOLS), np.int64)
-    found[CERTAIN, LARGEST] = TOTAL
+    found[ZERO_TABLE, LARGEST] = TOTAL
     half = np.array(FREQUENCIES, np.int64)
     found[1:, LARGEST : 2 * LARGEST + 1] = half[:, : LARGEST + 1]
     found[1:, :LARGEST] = half[:, LARGEST:0:-1]
@@ -46,7 +45,7 @@ def _frequencies() -> npt.NDArray[np.int64]:
 
 
 def _decoding(frequencies: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> U32:
-    """``[table * TOTAL + slot]``: symbol | frequency << 8 | (slot - start) << 20."""
+    """Return ``[table * TOTAL + slot]``: symbol | frequency << 8 | (slot - start) << 20."""
     counts = frequencies.ravel()
     symbols = np.repeat(np.tile(np.arange(SYMBOLS), TABLES), counts)
     within = np.tile(np.arange(TOTAL), TABLES) - np.repeat(starts.ravel(), counts)
@@ -65,13 +64,13 @@ RECIPROCAL = (((1 << 43) + FREQUENCY - 1) // np.maximum(FREQUENCY, 1)).astype(np
 """``[table * SYMBOLS + symbol]``: ``x * this >> 43`` is ``x // frequency`` for every
 ``x < frequency << 20``, and its product fits 64 bits."""
 _OCTAVES = (np.arange(TABLES - 2) + 0.5) / _STEPS_PER_OCTAVE - _FIRST_OCTAVE
-BETWEEN = np.exp2(_OCTAVES).astype(np.float32)
-"""Mean absolute values at which the next table becomes the better one; only encoders ask."""
-LIMIT = np.array([np.flatnonzero(row[:ESCAPE])[-1] - LARGEST for row in FREQUENCY], np.int32)
-"""``[table]``: the largest value that has a symbol; what lies beyond is escaped."""
+THRESHOLDS = np.exp2(_OCTAVES).astype(np.float32)
+"""Mean absolute values from which on the next table codes in fewer bits; used by encoders only."""
+MAX_SYMBOL = np.array([np.flatnonzero(row[:ESCAPE])[-1] - LARGEST for row in FREQUENCY], np.int32)
+"""``[table]``: the largest value that has a symbol; larger values are escaped."""
 
 
 def expected_sizes(tables: U8) -> F64:
-    """Mean absolute value of the symbols that a table is made for."""
+    """Return the mean absolute value of the symbols that each table is made for."""
     sizes: F64 = np.exp2((tables.astype(np.float64) - 1) / _STEPS_PER_OCTAVE - _FIRST_OCTAVE)
     return sizes

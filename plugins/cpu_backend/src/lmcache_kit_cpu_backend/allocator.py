@@ -1,4 +1,4 @@
-"""Who has which part of a span of memory."""
+"""Best-fit allocator of page-aligned regions in one span of memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ HOLES_TO_TRY = 8
 """Above that, it looks first around so many of the largest holes."""
 
 _Block = tuple[int, Region | None]
-"""Size, and the region if it is not a hole."""
+"""Size in bytes, and the region, or None for a hole."""
 
 
 def pages(nbytes: int) -> int:
-    """``nbytes`` rounded up to whole pages, in bytes."""
+    """Round ``nbytes`` up to whole pages, in bytes."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class Allocator:
-    """Best fit over ``[0, capacity_bytes)`` in pages; neighbouring holes merge at once.
+    """Allocate regions of ``[0, capacity_bytes)`` in pages, best fit first.
 
     Of equally large holes the lowest is taken, and the rest of a hole stays at its upper end, so
-    that memory which has been used before is used again first. Used blocks and holes tile the
-    span without a gap: ``offset + size`` of one is the offset of the next.
+    that memory that was used before is used again first. Neighbouring holes merge at once. Used
+    blocks and holes tile the span without a gap: ``offset + size`` of a block is the offset of the
+    next one.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Allocator:
         return self._by_size[-1][0] if self._by_size else 0
 
     def allocate(self, nbytes: int) -> Region | None:
-        """None when no hole is large enough."""
+        """Allocate a region, or return None when no hole is large enough."""
         if nbytes < 1:
             raise ValueError(f"cannot allocate {nbytes} bytes; at least 1")
         size = pages(nbytes)
@@ -79,7 +80,7 @@ class Allocator:
         return Region(offset, nbytes)
 
     def free(self, region: Region) -> None:
-        """Raises ValueError for a region that is not allocated."""
+        """Free a region. Raises ValueError for one that is not allocated."""
         if region not in self:
             raise ValueError(f"{region} is not allocated")
         del self._used[region.offset]
@@ -98,12 +99,12 @@ class Allocator:
     def eviction_plan(
         self, nbytes: int, evictable: Callable[[Region], bool]
     ) -> list[Region] | None:
-        """Movable regions that together with the holes between them make room; None if there
-        are none.
+        """Return evictable regions whose release makes a hole of ``nbytes``, or None.
 
-        The fewest allocated bytes among all windows around the largest holes; among all windows
-        when there are few blocks, or none of those holes will do. The first takes time in
-        proportion to the number of blocks in such a window, the second to that of all.
+        The regions and the holes between them form one window. The search first takes the window
+        with the fewest allocated bytes around the largest holes, in time proportional to the blocks
+        in such windows. With few blocks, or when none of those holes will do, the search covers all
+        windows, in time proportional to all blocks.
         """
         needed = pages(nbytes)
         if len(self._ending_at) > self._walk_all_blocks:
@@ -118,7 +119,7 @@ class Allocator:
         return window[1] if window else None
 
     def _around(self, hole: int, needed: int) -> list[_Block]:
-        """Blocks that a window with this hole in it could have."""
+        """Return the blocks that a window around this hole could contain."""
         left = _reach(self._downwards(hole), needed)
         return [*reversed(left), *_reach(self._upwards(hole), needed)]
 
@@ -152,7 +153,7 @@ class Allocator:
 
 
 def _reach(blocks: Iterable[_Block], needed: int) -> list[_Block]:
-    """The first blocks, ``needed`` bytes of them."""
+    """Return the first blocks, until they add up to ``needed`` bytes."""
     reached: list[_Block] = []
     for block in blocks:
         if needed <= 0:
@@ -165,8 +166,11 @@ def _reach(blocks: Iterable[_Block], needed: int) -> list[_Block]:
 def _cheapest(
     blocks: Iterable[_Block], needed: int, evictable: Callable[[Region], bool]
 ) -> tuple[int, list[Region]] | None:
-    """Of all runs of blocks of at least ``needed`` bytes the one that has the fewest allocated:
-    that number, and the regions in it. Only the shortest run that ends at each block counts."""
+    """Return the allocated bytes and the regions of the cheapest run of at least ``needed`` bytes.
+
+    A sliding window over ``blocks``: only the shortest run that ends at each block is considered,
+    and a region that is not evictable ends all runs before it. None when no run is long enough.
+    """
     best: tuple[int, list[Region]] | None = None
     run: deque[_Block] = deque()
     size = cost = 0

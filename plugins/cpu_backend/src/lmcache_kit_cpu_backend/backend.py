@@ -11,20 +11,20 @@ from collections.abc import Callable
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.interfaces import MemoryBackend, Region, Usage
 from lmcache_kit_cpu_backend.allocator import PAGE_BYTES, Allocator
-from lmcache_kit_cpu_backend.machine import Available, available_memory
+from lmcache_kit_cpu_backend.memory_limits import Available, available_memory
 from lmcache_kit_cpu_backend.prefault import Prefault
 
 _GIB = 1 << 30
-# The size can never change again, so no client that maps the memory can make another one's
-# access fail by truncating it.
+# The size can never change again: no client that maps the memory can truncate it and so make the
+# accesses of another client fail.
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class LocalCPUBackend(MemoryBackend):
-    """KV cache in one memfd, which takes pages from the system as it is used.
+    """KV cache in one memfd, which takes pages from the system as the memory is used.
 
     ``capacity_bytes`` is rounded down to whole pages of 4 KiB. Raises ConfigError for a capacity
-    that is smaller than a page, or larger than the machine can hold.
+    that is smaller than a page, or larger than the memory that is available.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -38,7 +38,7 @@ class LocalCPUBackend(MemoryBackend):
         except OSError as error:
             os.close(self._fd)
             raise ConfigError(
-                f"max_local_cpu_size: {_gib(capacity_bytes)} of shared memory cannot be had "
+                f"max_local_cpu_size: the system refuses {_gib(capacity_bytes)} of shared memory "
                 f"({error.strerror})",
                 hint="Set a smaller max_local_cpu_size",
             ) from error
@@ -91,7 +91,7 @@ class LocalCPUBackend(MemoryBackend):
         self._fd = -1
         self._prefault.close()
         self._memory.release()
-        with contextlib.suppress(BufferError):  # a view is still held; the memory goes with it
+        with contextlib.suppress(BufferError):  # a view still exists; its end frees the memory
             self._map.close()
 
     def _check_open(self) -> None:
@@ -103,12 +103,12 @@ def _check_capacity(capacity_bytes: int, available: Available | None) -> None:
     if capacity_bytes < PAGE_BYTES:
         raise ConfigError(
             f"max_local_cpu_size is {capacity_bytes} bytes; the smallest is {PAGE_BYTES}",
-            hint="Set max_local_cpu_size, in GiB, to what the cache may use",
+            hint="Set max_local_cpu_size to the size of the cache in GiB",
         )
     if available is not None and capacity_bytes > available.nbytes:
         raise ConfigError(
-            f"max_local_cpu_size is {_gib(capacity_bytes)}, and this machine has "
-            f"{_gib(available.nbytes)} left ({available.source})",
+            f"max_local_cpu_size is {_gib(capacity_bytes)}; this machine has "
+            f"{_gib(available.nbytes)} available ({available.source})",
             hint=f"Set max_local_cpu_size to {available.nbytes / _GIB * 0.8:.1f} or less, or free "
             "memory",
         )

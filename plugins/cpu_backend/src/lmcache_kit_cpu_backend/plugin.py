@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Plugin hooks: the backend ``LocalCPUBackend``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def register_backends() -> list[BackendSpec]:
             target="lmcache_kit_cpu_backend.backend:LocalCPUBackend",
             summary="KV cache in host memory that workers map and write in place",
             capabilities=frozenset({"memory"}),
-            probe="lmcache_kit_cpu_backend.machine:why_not",
+            probe="lmcache_kit_cpu_backend.memory_limits:probe",
         )
     ]

@@ -1,4 +1,4 @@
-"""Touching memory ahead of its first use."""
+"""Prefaulting: populate pages of the memory ahead of their first use."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it
 
 
 class Prefault:
-    """Has the system provide the pages that will be handed out next, in a thread.
+    """Populate the pages that will be allocated next, on a thread.
 
-    A worker that writes to a page for the first time waits until the system has found and cleared
-    it, which costs several times the copy itself. So the thread keeps at most 64 MiB in front of
-    the highest offset ever used. Where the system cannot do that, workers wait as they would.
+    The first write to a page waits until the system has found and cleared the page, which costs
+    several times the copy itself. The thread therefore stays at most 64 MiB ahead of the highest
+    offset ever allocated. On a kernel without MADV_POPULATE_WRITE the thread ends, and workers wait
+    at their first writes.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -29,7 +30,7 @@ class Prefault:
         self._thread: threading.Thread | None = None
 
     def used_up_to(self, end: int) -> None:
-        """Memory below ``end`` is handed out. Never waits."""
+        """Note that memory below ``end`` is allocated. Never blocks."""
         if end <= self._used:
             return
         self._used = end
@@ -40,7 +41,7 @@ class Prefault:
             self._wake.set()
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Stop the thread and drop the reference to the memory."""
         self._stop = True
         self._wake.set()
         if self._thread is not None:
@@ -48,7 +49,7 @@ class Prefault:
         del self._anchor
 
     def _run(self) -> None:
-        # Through ctypes, because mmap.madvise() keeps the interpreter's lock.
+        # Through ctypes, because mmap.madvise() holds the GIL.
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         start = ctypes.addressof(self._anchor)
@@ -56,7 +57,7 @@ class Prefault:
             self._wake.wait()
             self._wake.clear()
             while self._touched < min(self._nbytes, self._used + AHEAD_BYTES):
-                # What is handed out already is being touched by the worker that has it.
+                # Skip pages that are allocated already: their workers touch them.
                 begin = max(self._touched, self._used // mmap.PAGESIZE * mmap.PAGESIZE)
                 nbytes = min(_STEP_BYTES, self._nbytes - begin)
                 if self._stop or (nbytes and madvise(start + begin, nbytes, MADV_POPULATE_WRITE)):

@@ -1,8 +1,8 @@
-"""One blob in one file: a header, ``meta``, zeros up to a multiple of 4096 bytes, ``data``.
+"""Format of a blob's file: a header, ``meta``, zeros up to a multiple of 4096 bytes, ``data``.
 
 The header is little-endian: 4 bytes magic, 4 version, 4 length of ``meta``, 4 zero, 8 length of
-``data``, 16 key, 8 xxh3-64 of the header up to here and ``meta``. ``data`` has no check: whoever
-asked for it has one of its own, and a second would make a warm read a third longer.
+``data``, 16 key, 8 xxh3-64 of the header up to here and ``meta``. ``data`` has no checksum here:
+the cache process has one and verifies it, and a second one would make a warm read a third longer.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _PARTS_AT_ONCE = os.sysconf("SC_IOV_MAX")
 _OPEN_FROM_BYTES = 1 << 20
 
 
-class Damaged(Exception):
-    """The file is not what was written; the message says what is wrong with it."""
+class DamagedFile(Exception):
+    """The file is not a complete blob of its key; the message says why."""
 
 
-class Head(NamedTuple):
-    """What comes before the data, and how much of that there is."""
+class BlobHeader(NamedTuple):
+    """Contents of a blob's file before the data, and the length of the data."""
 
     meta: bytes
     data_bytes: int
 
     @property
     def data_at(self) -> int:
-        """Where the data begins, in bytes from the start of the file."""
+        """Offset of the data in the file."""
         return -(-(_HEADER_BYTES + len(self.meta)) // ALIGNMENT) * ALIGNMENT
 
     @property
@@ -52,73 +52,78 @@ class Head(NamedTuple):
         return self.data_at + self.data_bytes
 
     def pack(self, key: bytes) -> bytes:
-        """All that comes before the data, with the zeros."""
+        """Return all bytes before the data, padded with zeros."""
         fields = _FIELDS.pack(MAGIC, VERSION, len(self.meta), 0, self.data_bytes, key)
-        head = fields + xxh3_64_digest(fields + self.meta) + self.meta
-        return head.ljust(self.data_at, b"\0")
+        header = fields + xxh3_64_digest(fields + self.meta) + self.meta
+        return header.ljust(self.data_at, b"\0")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor to read from. Raises Damaged when there is nothing or a link; OSError."""
+def open_for_reading(path: Path) -> Iterator[int]:
+    """Open a file descriptor. Raises DamagedFile for a missing file or a link, and OSError."""
     try:
-        # O_NONBLOCK: whatever has taken the name, such as a pipe, is not waited for.
+        # O_NONBLOCK: do not wait when something else, such as a pipe, has the name.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ELOOP):
             raise
-        raise Damaged("the file is gone") from error
+        raise DamagedFile("the file is gone") from error
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def read_head(fd: int, key: bytes) -> Head:
-    """Raises Damaged when the file is not the blob under this key, whole as far as can be told
-    without its data; OSError when it cannot be read."""
+def read_header(fd: int, key: bytes) -> BlobHeader:
+    """Read and verify the header.
+
+    Raises DamagedFile unless the file is a complete blob of this key, as far as can be told without
+    its data. Raises OSError when the file cannot be read.
+    """
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
-        raise Damaged("it is no regular file")
+        raise DamagedFile("it is no regular file")
     start = os.pread(fd, ALIGNMENT, 0)
     if len(start) < _HEADER_BYTES:
-        raise Damaged(f"it ends after {len(start)} bytes")
+        raise DamagedFile(f"it ends after {len(start)} bytes")
     fields, check = start[: _FIELDS.size], start[_FIELDS.size : _HEADER_BYTES]
     magic, version, meta_bytes, _, data_bytes, named = _FIELDS.unpack(fields)
     if magic != MAGIC:
-        raise Damaged("it is no file of this backend")
+        raise DamagedFile(f"it begins with {magic!r} instead of {MAGIC!r}")
     if version != VERSION:
-        raise Damaged(f"it is of version {version}, and this is {VERSION}")
+        raise DamagedFile(f"it has format version {version}; known: {VERSION}")
     if meta_bytes > MAX_META_BYTES:
-        raise Damaged("its header is damaged")
+        raise DamagedFile(f"its header claims {meta_bytes} bytes of meta; at most {MAX_META_BYTES}")
     meta = start[_HEADER_BYTES:][:meta_bytes]
     if len(meta) < meta_bytes:
         meta += os.pread(fd, meta_bytes - len(meta), len(start))
     if len(meta) < meta_bytes or check != xxh3_64_digest(fields + meta):
-        raise Damaged("its header is damaged")
+        raise DamagedFile("its header does not match its checksum")
     if named != key:
-        raise Damaged(f"it is the blob of {named.hex()}")
-    head = Head(meta, data_bytes)
-    if found.st_size != head.file_bytes:
-        raise Damaged(f"it has {found.st_size} bytes instead of {head.file_bytes}")
-    return head
+        raise DamagedFile(f"it is the blob of {named.hex()}")
+    header = BlobHeader(meta, data_bytes)
+    if found.st_size != header.file_bytes:
+        raise DamagedFile(f"it has {found.st_size} bytes instead of {header.file_bytes}")
+    return header
 
 
-def read_blob(fd: int, head: Head) -> Blob | OpenBlob:
-    """Large data is left in its file, opened at its first byte: so it comes without a copy, and
-    nobody waits for it with the interpreter's lock. Raises Damaged, OSError."""
-    if head.data_bytes >= _OPEN_FROM_BYTES:
+def read_blob(fd: int, header: BlobHeader) -> Blob | OpenBlob:
+    """Read a small blob; open a large one at the first byte of its data.
+
+    An open blob is read later, without a copy and without the GIL. Raises DamagedFile and OSError.
+    """
+    if header.data_bytes >= _OPEN_FROM_BYTES:
         file = FileIO(os.dup(fd))
-        file.seek(head.data_at)
-        return OpenBlob(head.meta, file)
-    data = os.pread(fd, head.data_bytes, head.data_at)
-    if len(data) < head.data_bytes:
-        raise Damaged("it was cut while it was read")
-    return Blob(head.meta, data)
+        file.seek(header.data_at)
+        return OpenBlob(header.meta, file)
+    data = os.pread(fd, header.data_bytes, header.data_at)
+    if len(data) < header.data_bytes:
+        raise DamagedFile(f"it was cut during the read: {len(data)} of {header.data_bytes} bytes")
+    return Blob(header.meta, data)
 
 
-def create(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Write all of these, one after another, to a new file. Raises OSError."""
+def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write all parts, one after another, to a new file. Raises OSError."""
     try:
         fd = _open_new(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Options of the backend."""
+"""Options of the backend ``LocalDiskBackend``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _absolute(path: Path) -> Path:
     try:
         path = path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{path} has no home folder to begin with: {error}") from error
+        raise ValueError(f"{path}: the home folder is unknown: {error}") from error
     if not path.is_absolute():
         raise ValueError(f"{str(path)!r} must be absolute, such as /var/cache/lmcache_kit")
     return path
@@ -27,18 +27,26 @@ def _user_cache() -> Path:
 
 
 class DiskOptions(BaseModel):
-    """Where blobs lie, and how much room they may take there.
-
-    ``path``: a folder on a local disk; ``~`` is the user's own. ``max_size_gib``: of the files, in
-    blocks of the file system. ``subfolder``: a name for what is kept here, such as the instance's;
-    backends with different ones can have one ``path``, and each its own ``max_size_gib`` in it.
-    """
+    """Options of the backend: the folder of the blobs, and the limit of their size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Annotated[Path, AfterValidator(_absolute)] = Field(default_factory=_user_cache)
-    max_size_gib: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    subfolder: str = ""
+    path: Annotated[Path, AfterValidator(_absolute)] = Field(
+        default_factory=_user_cache,
+        description="folder on a local disk, absolute; `~` is the user's own. "
+        "`~/.cache/lmcache_kit` if absent",
+    )
+    max_size_gib: float = Field(
+        default=5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB of files at most, in blocks of the file system",
+    )
+    subfolder: str = Field(
+        default="",
+        description="name of the folder in `path` that is used, such as the instance's; several "
+        "backends can share one `path` so, each with its own `max_size_gib`",
+    )
 
     @property
     def capacity_bytes(self) -> int:

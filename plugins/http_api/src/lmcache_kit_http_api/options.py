@@ -19,26 +19,40 @@ def _sendable(token: SecretStr) -> SecretStr:
 
 
 class HttpOptions(BaseModel):
-    """Where to listen, who may call, and how large a request may be.
-
-    ``max_body_bytes`` holds ``max_tokens`` tokens of ten digits each. ``request_timeout_s`` is
-    for the body to arrive and, anew, for the answer; ``shutdown_grace_s`` for requests in flight
-    when the frontend stops.
-    """
+    """Options of the frontend: address, access, and limits of requests."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: Annotated[str, StringConstraints(min_length=1)] = "localhost"
-    port: int = Field(default=9000, ge=0, le=65535)
-    token: Annotated[SecretStr, AfterValidator(_sendable)] | None = None
-    insecure: bool = False
-    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1)
-    max_tokens: int = Field(default=1024 * 1024, ge=1)
-    request_timeout_s: float = Field(default=30.0, gt=0)
-    shutdown_grace_s: float = Field(default=1.0, ge=0)
+    host: Annotated[str, StringConstraints(min_length=1)] = Field(
+        default="localhost", description="address to listen on"
+    )
+    port: int = Field(
+        default=9000, ge=0, le=65535, description="port; 0 lets the system choose one"
+    )
+    token: Annotated[SecretStr, AfterValidator(_sendable)] | None = Field(
+        default=None, description="token that requests must carry"
+    )
+    insecure: bool = Field(
+        default=False, description="allow an address other than loopback without a token"
+    )
+    max_body_bytes: int = Field(
+        default=16 * 1024 * 1024,
+        ge=1,
+        description="bytes of a request's body, at most; the default holds `max_tokens` tokens of "
+        "ten digits each",
+    )
+    max_tokens: int = Field(default=1024 * 1024, ge=1, description="tokens of a request, at most")
+    request_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="seconds for the body to arrive and, anew, for the reply",
+    )
+    shutdown_grace_s: float = Field(
+        default=1.0, ge=0, description="seconds for requests in flight when the frontend stops"
+    )
 
     def refuse_open_door(self) -> None:
-        """Raises ConfigError when anyone on the network could call without a token."""
+        """Raises ConfigError for an address on the network without a token."""
         if self.token is None and not self.insecure and not is_loopback(self.host):
             raise ConfigError(
                 f"the REST frontend would serve {self.host!r} to the network without a token",
@@ -48,7 +62,7 @@ class HttpOptions(BaseModel):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address. Names other than localhost are not."""
+    """Return whether only this machine can reach the address. Only `localhost` is such a name."""
     if host == "localhost":
         return True
     try:

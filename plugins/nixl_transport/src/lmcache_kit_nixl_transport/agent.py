@@ -1,4 +1,4 @@
-"""One NIXL agent: what this transport asks of NIXL, and what it makes of NIXL's answers."""
+"""The NIXL agent of this process: memory registration, peers and READ transfers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from uuid import uuid4
 
 from lmcache_kit.errors import TransportError
 from lmcache_kit_nixl_transport import library
+from lmcache_kit_nixl_transport.nixl_errors import TranslateErrors, start_error
 from lmcache_kit_nixl_transport.options import NixlOptions
-from lmcache_kit_nixl_transport.reasons import Explained, no_start
 from lmcache_kit_nixl_transport.transfer import CLOSED, AgentClosed, Transfer
 
 MEMORY = "DRAM"
@@ -20,7 +20,7 @@ _READING = "reading from a peer"
 
 
 class Copy(NamedTuple):
-    """``nbytes`` from the address ``remote`` of a peer to the address ``local`` of ours."""
+    """Copy of ``nbytes`` from address ``remote`` of a peer to address ``local`` of this process."""
 
     local: int
     remote: int
@@ -28,20 +28,22 @@ class Copy(NamedTuple):
 
 
 class Agent:
-    """Thread-safe. ``name`` is new with each: NIXL takes a name for one incarnation.
+    """Thread-safe wrapper of a NIXL agent. Raises TransportError where NIXL fails.
 
-    Raises TransportError where NIXL fails. A transfer that NIXL has begun cannot be cancelled, even
-    if NIXL says so when its handle is released; only the end of the agent stops it. ``asked``: what
-    the environment wants of UCX, for the reason why NIXL does not start.
+    ``name`` is unique, since NIXL takes a name for one incarnation. ``requested`` describes UCX's
+    variables in the environment, for the message when NIXL does not start.
+
+    A transfer that NIXL has begun cannot be cancelled, even if NIXL reports so when its handle is
+    released. Only the end of the agent stops it.
     """
 
-    def __init__(self, options: NixlOptions, asked: str) -> None:
+    def __init__(self, options: NixlOptions, requested: str) -> None:
         self.name = uuid4().hex
         self._state = threading.Condition()
         self._closing = threading.Lock()
         self._calls = 0
         self._closed = False
-        self._flying: dict[Transfer, None] = {}
+        self._in_flight: dict[Transfer, None] = {}
         self._leaving: set[str] = set()
         self._registered: list[Any] = []
         api = library.load()
@@ -51,44 +53,44 @@ class Agent:
                 api, self.name, options.backends, options.progress_delay_us
             )
         except self._failures as error:
-            raise no_start(options.backends, asked, error) from error
+            raise start_error(options.backends, requested, error) from error
         missing = [name for name in options.backends if name not in self._nixl.backends]
         if missing:
             raise TransportError(
-                f"NIXL has no backend {', '.join(missing)}",
+                f"NIXL has no backend {', '.join(missing)} (option backends)",
                 hint=f"Known: {', '.join(self._nixl.plugin_list)}",
             )
 
     def register(self, address: int, nbytes: int) -> None:
-        """Let NIXL read and write this memory, for as long as the agent lives."""
+        """Register this memory with NIXL until the agent is closed."""
         with self._call(f"registering {nbytes} bytes") as nixl:
             self._registered.append(nixl.register_memory([(address, nbytes, 0, "")], MEMORY))
 
     def metadata(self) -> bytes:
-        """How to reach this agent and what it registered, for a peer's :meth:`add`."""
-        with self._call("telling its address") as nixl:
+        """Return the address and the registered memory of this agent, for a peer's :meth:`add`."""
+        with self._call("describing this agent") as nixl:
             return bytes(nixl.get_agent_metadata())
 
     def add(self, name: str, metadata: bytes) -> None:
-        """Know the peer ``name`` from now on."""
+        """Add the peer ``name``. Raises TransportError while it is being removed."""
         with self._state:
             if name in self._leaving:
-                raise TransportError("what was read from this peer before is still under way")
-        with self._call("a peer's address") as nixl:
-            said = nixl.add_remote_agent(metadata)
-            said = said.decode(errors="replace") if isinstance(said, bytes) else said
-            if said != name:
-                nixl.remove_remote_agent(said)
+                raise TransportError("an earlier read from this peer is still in flight")
+        with self._call("adding a peer") as nixl:
+            named = nixl.add_remote_agent(metadata)
+            named = named.decode(errors="replace") if isinstance(named, bytes) else named
+            if named != name:
+                nixl.remove_remote_agent(named)
                 raise TransportError("a peer's address names one agent and leads to another")
 
     def remove(self, name: str) -> None:
-        """Forget the peer, once nothing that comes from it is under way."""
+        """Remove the peer once none of its transfers is in flight."""
         with self._state:
             self._leaving.add(name)
         self._remove_idle()
 
     def read(self, peer: str, copies: Sequence[Copy]) -> Transfer:
-        """Begin to read. By CMA, all has come when this returns."""
+        """Begin a READ. Over CMA, the transfer is finished when this returns."""
         local = [(copy.local, copy.nbytes, 0) for copy in copies]
         remote = [(copy.remote, copy.nbytes, 0) for copy in copies]
         with self._call(_READING) as nixl:
@@ -100,38 +102,38 @@ class Agent:
             )
             transfer = Transfer(peer, handle)
             with self._state:
-                self._flying[transfer] = None
+                self._in_flight[transfer] = None
             self._advance(transfer, nixl.transfer)
         return transfer
 
-    def landed(self, transfer: Transfer) -> bool:
-        """All of it has. Raises TransportError if it failed; then no more comes."""
-        if transfer.complete:
+    def is_done(self, transfer: Transfer) -> bool:
+        """Whether all bytes have arrived. Raises TransportError if the transfer failed."""
+        if transfer.succeeded:
             return True
         with self._call(_READING) as nixl:
             return self._advance(transfer, nixl.check_xfer_state)
 
     def settled(self, transfer: Transfer) -> bool:
-        """It changes no byte any more. Never raises."""
+        """Whether the transfer can change no byte any more. Never raises."""
         try:
-            return self.landed(transfer)
+            return self.is_done(transfer)
         except TransportError:
-            return transfer.over
+            return transfer.finished
 
     def sweep(self) -> None:
-        """Look at what nobody waits for any more."""
+        """Poll abandoned transfers, which no reader polls any more."""
         with self._state:
-            abandoned = [transfer for transfer in self._flying if transfer.abandoned]
+            abandoned = [transfer for transfer in self._in_flight if transfer.abandoned]
         for transfer in abandoned:
             self.settled(transfer)
 
     def in_flight(self) -> int:
         """Return how many transfers NIXL has begun and not ended."""
         with self._state:
-            return len(self._flying)
+            return len(self._in_flight)
 
     def close(self) -> None:
-        """End every transfer and give the memory back. Safe to call twice."""
+        """End every transfer and deregister the memory. Safe to call twice."""
         with self._closing:
             self._end()
 
@@ -140,25 +142,26 @@ class Agent:
             self._closed = True
             self._state.wait_for(lambda: self._calls == 0)
             nixl, self._nixl = self._nixl, None
-            flying = list(self._flying)
-            self._flying.clear()
+            in_flight = list(self._in_flight)
+            self._in_flight.clear()
         if nixl is None:
             return
-        for transfer in flying:
+        for transfer in in_flight:
             transfer.detach()
         while self._registered:
             with suppress(*self._failures):
                 nixl.deregister_memory(self._registered.pop())
-        nixl.agent = None  # its end stops what is under way, even where a traceback keeps `nixl`
-        for transfer in flying:
+        # The end of the agent stops transfers in flight, even where a traceback keeps `nixl`.
+        nixl.agent = None
+        for transfer in in_flight:
             transfer.end()
 
-    def _advance(self, transfer: Transfer, ask: Callable[[Any], str]) -> bool:
-        """Within a call of NIXL: ask it how the transfer is."""
+    def _advance(self, transfer: Transfer, poll: Callable[[Any], str]) -> bool:
+        """Poll the transfer's state, within a call of NIXL."""
 
         def step(handle: Any) -> bool:
-            with Explained(self._failures, _READING):
-                state = ask(handle)
+            with TranslateErrors(self._failures, _READING):
+                state = poll(handle)
             if state == "ERR":
                 raise TransportError(f"NIXL fails at {_READING}")
             return state == "DONE"
@@ -166,22 +169,22 @@ class Agent:
         try:
             return transfer.advance(step)
         finally:
-            if transfer.over:
+            if transfer.finished:
                 with self._state:
-                    self._flying.pop(transfer, None)
+                    self._in_flight.pop(transfer, None)
                     leaving = bool(self._leaving)
                 if leaving:
                     self._remove_idle()
 
     def _remove_idle(self) -> None:
         with self._state:
-            idle = self._leaving - {transfer.peer for transfer in self._flying}
+            idle = self._leaving - {transfer.peer for transfer in self._in_flight}
             self._leaving -= idle
         for name in idle:
             try:
-                with self._call("forgetting a peer") as nixl:
+                with self._call("removing a peer") as nixl:
                     nixl.remove_remote_agent(name)
-            except TransportError:  # NIXL has forgotten it by itself, or we are closing
+            except TransportError:  # NIXL has removed the peer by itself, or the agent is closing
                 continue
 
     def _call(self, what: str) -> _Call:
@@ -201,8 +204,8 @@ class Agent:
                 self._state.notify_all()
 
 
-class _Call(Explained):
-    """A call of NIXL; :meth:`Agent.close` waits for its end."""
+class _Call(TranslateErrors):
+    """Context of a call to NIXL; :meth:`Agent.close` waits for its end."""
 
     __slots__ = ("_agent",)
 

@@ -1,4 +1,4 @@
-"""How regions are cut and grouped into transfers."""
+"""Grouping of regions into transfers: small regions together, large regions in parts."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from lmcache_kit.interfaces.memory import Region
 from lmcache_kit_nixl_transport.agent import Copy
 
 BATCH_BYTES = 8 << 20
-"""Small regions go together until they are this many: a transfer of its own costs each 15 us."""
+"""Small regions share a transfer of up to this size, since each transfer costs 15 us."""
 
-PIECE_BYTES = 32 << 20
-"""The most of one region in a transfer: by CMA nothing interrupts one, and others wait for it."""
+PART_BYTES = 32 << 20
+"""Most bytes of one region in a transfer: over CMA a transfer blocks, and other reads wait."""
 
 
 class Batch(NamedTuple):
-    """One transfer: its copies, and the number of the region that each is a piece of."""
+    """One transfer: its copies, and for each copy the number of its region."""
 
     numbers: list[int]
     copies: list[Copy]
 
 
-def plan(
-    into: Sequence[Region], base: int, offered: Sequence[Region], their_base: int
+def plan_batches(
+    into: Sequence[Region], base: int, offered: Sequence[Region], remote_base: int
 ) -> Iterator[Batch]:
-    """Transfers that fill ``into``, in its order. Empty regions are in none."""
+    """Yield the transfers that fill ``into``, in order. Empty regions are in none.
+
+    ``base`` and ``remote_base`` are the addresses of this process's memory and the peer's.
+    """
     batch, batch_bytes = Batch([], []), 0
-    for number, (mine, theirs) in enumerate(zip(into, offered, strict=True)):
-        local, remote = base + mine.offset, their_base + theirs.offset
-        left = mine.nbytes
+    for number, (local_region, remote_region) in enumerate(zip(into, offered, strict=True)):
+        local, remote = base + local_region.offset, remote_base + remote_region.offset
+        left = local_region.nbytes
         while left:
-            nbytes = left if left < PIECE_BYTES else PIECE_BYTES
+            nbytes = left if left < PART_BYTES else PART_BYTES
             if batch_bytes and batch_bytes + nbytes > BATCH_BYTES:
                 yield batch
                 batch, batch_bytes = Batch([], []), 0
@@ -43,5 +46,6 @@ def plan(
         yield batch
 
 
-def pieces_of(region: Region) -> int:
-    return -(-region.nbytes // PIECE_BYTES)
+def part_count(region: Region) -> int:
+    """Return the number of copies that fill the region."""
+    return -(-region.nbytes // PART_BYTES)

@@ -1,4 +1,4 @@
-"""NIXL's Python API, found, imported, and made to sleep between two looks."""
+"""NIXL's Python API: import it, and create agents that do not burn a core."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _building = threading.Lock()
 
 
 def load() -> Any:
-    """The module ``_api`` of the first NIXL that imports."""
+    """Return the module ``_api`` of the first NIXL that imports. Raises TransportError."""
     reasons = []
     for name in MODULES:
         try:
             api = import_module(f"{name}._api")
-        except ImportError as error:  # a library that it needs is missing, or all of it
+        except ImportError as error:  # NIXL, or a library that it needs, is missing
             reasons.append(f"{name}: {error}")
         else:
             _keep_off_stdout(api)
@@ -32,14 +32,14 @@ def load() -> Any:
 
 
 def failures(api: Any) -> tuple[type[Exception], ...]:
-    """What NIXL raises: its classes have no base of their own."""
+    """Return the classes of NIXL's exceptions, which have no common base."""
     named = (value for name, value in vars(api.nixlBind).items() if name.endswith("Error"))
     kinds = [kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*kinds, RuntimeError, ValueError, TypeError)
 
 
 def new_agent(api: Any, name: str, backends: tuple[str, ...], progress_delay_us: int) -> Any:
-    """A thread-safe agent that makes progress by itself."""
+    """Create a thread-safe agent with a progress thread."""
     config = api.nixl_agent_config(
         enable_prog_thread=True,
         backends=list(backends),
@@ -51,8 +51,11 @@ def new_agent(api: Any, name: str, backends: tuple[str, ...], progress_delay_us:
 
 @contextmanager
 def _paced(api: Any, delay_us: int) -> Iterator[None]:
-    """``nixl_agent`` sets ``pthrDelay`` to 0, which burns a core; another value gets in only
-    through the class that it makes its configuration of. Where that has changed, so be it."""
+    """Set the progress thread's delay of agents that are created within the context.
+
+    ``nixl_agent`` sets ``pthrDelay`` to 0, which burns a core, and has no parameter for it. The
+    context replaces the class of its configuration. A NIXL without that class is left as it is.
+    """
     bindings = api.nixlBind
     original = getattr(bindings, "nixlAgentConfig", None)
     if original is None or not hasattr(original, "pthrDelay"):
@@ -70,7 +73,7 @@ def _paced(api: Any, delay_us: int) -> Iterator[None]:
 
 
 def _keep_off_stdout(api: Any) -> None:
-    """NIXL logs to standard output from INFO on; that is where a program's results go."""
+    """Move NIXL's logging from standard output, where results go, to standard error."""
     logger: logging.Logger | None = getattr(api, "logger", None)
     if logger is not None and "NIXL_LOG_LEVEL" not in os.environ:
         logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""A way to one peer."""
+"""A link: reads from one peer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from lmcache_kit.interfaces.memory import Region
 from lmcache_kit.interfaces.transport import Link, ReadResult
 from lmcache_kit_nixl_transport import wire
 from lmcache_kit_nixl_transport.agent import Agent
-from lmcache_kit_nixl_transport.batches import plan
+from lmcache_kit_nixl_transport.batches import plan_batches
 from lmcache_kit_nixl_transport.peers import Peer, Peers
-from lmcache_kit_nixl_transport.reading import Reading
+from lmcache_kit_nixl_transport.pipelined_read import PipelinedRead
 from lmcache_kit_nixl_transport.wire import Span
 
 
 class NixlLink(Link):
-    """A way to one peer. An iterator of :meth:`read` that is dropped before its end waits for what
-    it has begun, up to its time-out, and then raises TransferTimeout like one that is not."""
+    """Read from one peer.
+
+    An iterator of :meth:`read` that is dropped before its end waits for its transfers in flight, up
+    to its time-out, and then raises TransferTimeout as a complete one does.
+    """
 
     def __init__(self, agent: Agent, peers: Peers, peer: Peer, slab: Span, how: str) -> None:
         self._agent = agent
@@ -36,39 +39,42 @@ class NixlLink(Link):
 
     def read(self, offer: bytes, into: Sequence[Region], timeout_s: float) -> Iterator[ReadResult]:
         deadline = time.monotonic() + timeout_s
-        theirs = self._peer.address.slab
+        remote = self._peer.address.slab
         offered = wire.decode_offer(offer)
-        wire.check_inside(offered, theirs.nbytes, "the peer's")
+        wire.check_inside(offered, remote.nbytes, "the peer's")
         wire.check_inside(into, self._slab.nbytes, "this process's")
         if [region.nbytes for region in offered] != [region.nbytes for region in into]:
-            raise TransportError("what the peer offers has other sizes than what is to be filled")
+            raise TransportError(
+                f"the peer offers {len(offered)} regions whose sizes differ from the "
+                f"{len(into)} regions to fill"
+            )
         self._agent.sweep()
-        reading = Reading(
+        reading = PipelinedRead(
             self._agent,
             self._peer.address.agent,
             into=into,
-            batches=plan(into, self._slab.address, offered, theirs.address),
+            batches=plan_batches(into, self._slab.address, offered, remote.address),
             check=self._check,
             deadline=deadline,
         )
-        return self._watched(reading)
+        return self._mark_lost_on_error(reading)
 
     def close(self) -> None:
         with self._lock:
             closed, self._closed = self._closed, True
         if not closed:
-            self._peers.leave(self._peer)
+            self._peers.release(self._peer)
 
-    def _watched(self, reading: Reading) -> Iterator[ReadResult]:
+    def _mark_lost_on_error(self, reading: PipelinedRead) -> Iterator[ReadResult]:
         try:
             yield from reading
         except TransportError as error:
             if not isinstance(error, TransferTimeout) and not self._closed:
-                self._peers.lose(self._peer, error.message)
+                self._peers.mark_lost(self._peer, error.message)
             raise
 
     def _check(self) -> None:
         if self._closed:
-            raise TransportError("this link is closed")
+            raise TransportError("this link is closed", hint="Connect again")
         if self._peer.lost:
             raise TransportError(f"the peer was lost: {self._peer.lost}", hint="Connect again")

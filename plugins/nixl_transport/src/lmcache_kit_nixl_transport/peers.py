@@ -1,4 +1,4 @@
-"""The peers that NIXL knows: each once, however many links lead there."""
+"""Registry of peers: NIXL knows each peer once, links share it by a reference count."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lmcache_kit_nixl_transport.wire import Address
 
 
 class Peer:
-    """One incarnation of another cache process. ``lost``: why it cannot be read any more."""
+    """One incarnation of another cache process.
+
+    ``links`` counts the open links. ``lost`` is the reason why it cannot be read any more.
+    """
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -19,34 +22,34 @@ class Peer:
 
 
 class Peers:
-    """Thread-safe."""
+    """Peers by the name of their agent. Thread-safe."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._lock = threading.Lock()
         self._known: dict[str, Peer] = {}
 
-    def join(self, address: Address) -> Peer:
-        """One link more to this peer. Raises TransportError if its address is refused."""
+    def acquire(self, address: Address) -> Peer:
+        """Return the peer and count one link more. Raises TransportError for a bad address."""
         with self._lock:
             peer = self._known.get(address.agent)
             if peer is None:
                 self._agent.add(address.agent, address.metadata)
                 peer = self._known[address.agent] = Peer(address)
             elif peer.address != address:
-                raise TransportError(f"two peers go by the name {address.agent}")
+                raise TransportError(f"two peers have the name {address.agent}")
             peer.links += 1
             return peer
 
-    def leave(self, peer: Peer) -> None:
-        """One less."""
+    def release(self, peer: Peer) -> None:
+        """Count one link less; remove the peer with its last link."""
         with self._lock:
             peer.links -= 1
             if not peer.links:
                 self._forget(peer)
 
-    def lose(self, peer: Peer, why: str) -> None:
-        """Reading failed: its links are dead, and the next one starts afresh."""
+    def mark_lost(self, peer: Peer, why: str) -> None:
+        """Mark the peer as lost after a failed read: its links fail, a new link adds it again."""
         with self._lock:
             peer.lost = peer.lost or why
             self._forget(peer)

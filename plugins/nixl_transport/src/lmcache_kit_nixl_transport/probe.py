@@ -1,15 +1,15 @@
-"""Whether NIXL is here, without importing it."""
+"""Probe whether NIXL is installed, without importing it."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
-"""Where its Python API may be: a backend's wheel alone brings no ``nixl``."""
+"""Packages that may hold NIXL's Python API: a backend's wheel alone has no ``nixl``."""
 
 
 def why_not() -> str:
-    """Why this transport cannot be used here, and what to do; empty if it can."""
+    """Return why this transport cannot be used here, and the remedy; empty if it can."""
     if not any(find_spec(name) for name in MODULES):
         return (
             f"NIXL is not installed (none of {', '.join(MODULES)}): "

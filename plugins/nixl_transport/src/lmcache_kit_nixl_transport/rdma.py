@@ -1,4 +1,4 @@
-"""Which RDMA devices of this host UCX may use."""
+"""RDMA devices of this host that UCX may use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lmcache_kit_nixl_transport.environment import DEVICES, allows
+from lmcache_kit_nixl_transport.ucx_environment import DEVICES, allows
 
 SYSFS = Path("/sys/class/infiniband")
 _KINDS = ("", "_v", "_x", "_verbs", "_mlx5")
@@ -14,7 +14,7 @@ _UCX_NAMES = ("ib", *(name + kind for name in ("rc", "dc", "ud") for kind in _KI
 
 
 def active_devices(sysfs: Path = SYSFS, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Those with an active port, less what ``UCX_TLS`` and ``UCX_NET_DEVICES`` leave out."""
+    """Return devices with an active port that ``UCX_TLS`` and ``UCX_NET_DEVICES`` allow."""
     if not allows(_UCX_NAMES, environ):
         return ()
     ports = (state.parent for state in sysfs.glob("*/ports/*/state") if _is_active(state))

@@ -1,4 +1,4 @@
-"""A READ that NIXL was asked for."""
+"""A READ transfer of NIXL, from its begin to its end."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ CLOSED = "this transport is closed"
 
 
 class AgentClosed(TransportError):
-    """Said of nothing in particular: our own end."""
+    """The agent of this process was closed."""
 
 
 class Transfer:
-    """Any thread may look at it; ``step`` calls NIXL and says whether it is over.
+    """State of a transfer; any thread may poll it.
 
-    It stays with its agent until it is over: NIXL writes into our memory until then, whatever
-    becomes of the handle. ``abandoned``: nobody waits for it, the agent has to look.
+    States: in flight, then finished, by success or by failure. NIXL writes into this process's
+    memory until the transfer is finished, even after the handle was released; so the agent keeps it
+    until then. ``abandoned``: no reader waits for it, and the agent polls it.
     """
 
     def __init__(self, peer: str, handle: Any) -> None:
@@ -27,48 +28,51 @@ class Transfer:
         self.handle = handle
         self.abandoned = False
         self._lock = threading.Lock()
-        self._over = False
+        self._finished = False
         self._failure = ""
 
     def advance(self, step: Callable[[Any], bool]) -> bool:
-        """All has landed. Raises TransportError if it failed, and then nothing lands any more."""
+        """Poll NIXL with ``step`` unless finished; return whether all bytes have arrived.
+
+        Raises TransportError if the transfer failed, after which no byte changes any more.
+        """
         with self._lock:
-            if not self._over and self.handle is not None:
+            if not self._finished and self.handle is not None:
                 try:
-                    self._over = step(self.handle)
+                    self._finished = step(self.handle)
                 except AgentClosed:
                     raise
                 except TransportError as error:
-                    self._over = True
+                    self._finished = True
                     self._failure = error.message
-            if self._over:
+            if self._finished:
                 self._release()
             if self._failure:
                 raise TransportError(self._failure)
-            if self.handle is None and not self._over:
+            if self.handle is None and not self._finished:
                 raise AgentClosed(CLOSED)
-            return self._over
+            return self._finished
 
     @property
-    def over(self) -> bool:
-        """It has landed or failed, as far as was looked."""
-        return self._over
+    def finished(self) -> bool:
+        """Whether it has succeeded or failed, as of the last poll."""
+        return self._finished
 
     @property
-    def complete(self) -> bool:
-        """It has landed, as far as was looked."""
-        return self._over and not self._failure
+    def succeeded(self) -> bool:
+        """Whether all bytes have arrived, as of the last poll."""
+        return self._finished and not self._failure
 
     def detach(self) -> None:
-        """Let go of NIXL, which is about to end."""
+        """Release the handle, since NIXL is about to end."""
         with self._lock:
             self._release()
 
     def end(self) -> None:
-        """NIXL has ended; what had not landed never will."""
+        """Mark as failed unless finished: NIXL has ended, and no byte arrives any more."""
         with self._lock:
-            if not self._over:
-                self._over, self._failure = True, CLOSED
+            if not self._finished:
+                self._finished, self._failure = True, CLOSED
 
     def _release(self) -> None:
         handle, self.handle = self.handle, None
@@ -76,6 +80,6 @@ class Transfer:
             return
         try:
             handle.release()
-        except Exception:  # noqa: BLE001 - whatever NIXL has against it, the transfer is over
+        except Exception:  # noqa: BLE001 - the transfer is finished, whatever NIXL raises
             handle._released = True
-        handle._agent = None  # it would keep NIXL from ending where a traceback keeps the handle
+        handle._agent = None  # else a traceback that keeps the handle would keep NIXL alive

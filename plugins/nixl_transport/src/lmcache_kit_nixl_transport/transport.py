@@ -10,25 +10,25 @@ from collections.abc import Sequence
 
 from lmcache_kit.errors import TransferTimeout, TransportError
 from lmcache_kit.interfaces.transport import Dial, Link, ReadableRegion, Transport
-from lmcache_kit_nixl_transport import cma, environment, rdma, wire
+from lmcache_kit_nixl_transport import cma, rdma, ucx_environment, wire
 from lmcache_kit_nixl_transport.agent import Agent, Copy
 from lmcache_kit_nixl_transport.link import NixlLink
 from lmcache_kit_nixl_transport.options import NixlOptions
 from lmcache_kit_nixl_transport.peers import Peer, Peers
-from lmcache_kit_nixl_transport.reading import wait
-from lmcache_kit_nixl_transport.scratch import Scratch
+from lmcache_kit_nixl_transport.pipelined_read import wait_for
+from lmcache_kit_nixl_transport.probe_buffers import ProbeBuffers
 from lmcache_kit_nixl_transport.transfer import Transfer
 from lmcache_kit_nixl_transport.wire import NONCE_BYTES, Address, Span
 
 _CMA = ("cma", "sm", "shm")
-_TRIES = 60
-_CONVINCING = 12
+_MAX_PROBE_READS = 60
+_CMA_READS_IN_A_ROW = 12
 _CONTACT_S = 0.002
-"""A pause while contact is made: what takes part in it does not read at once."""
+"""Pause between probes while UCX makes contact, during which reads are never immediate."""
 
 
 class NixlTransport(Transport):
-    """Reads peers' memory by NIXL: over RDMA, or by CMA (``process_vm_readv``) on one host.
+    """Read peers' memory by NIXL: over RDMA, or over CMA (``process_vm_readv``) on one host.
 
     NIXL and UCX have neither access control nor encryption: a peer that connects can read all of
     ``memory``, offered or not. ``memory`` is registered as one span until :meth:`close`.
@@ -41,26 +41,24 @@ class NixlTransport(Transport):
                 ctypes.c_char * memory.nbytes
             ).from_buffer(memory)
         except (TypeError, ValueError) as error:
-            raise TransportError(
-                f"memory that NIXL can use is writable and whole: {error}"
-            ) from error
+            raise TransportError(f"NIXL needs writable, contiguous memory: {error}") from error
         slab = Span(ctypes.addressof(self._exported), memory.nbytes)
-        asked = environment.asked()
-        with environment.loopback_only(host):
-            self._agent = Agent(self._options, asked)
+        requested = ucx_environment.requested()
+        with ucx_environment.loopback_only(host):
+            self._agent = Agent(self._options, requested)
             devices = rdma.active_devices() if "UCX" in self._options.backends else ()
         try:
             self._agent.register(slab.address, slab.nbytes)
-            self._scratch = Scratch(self._agent)
+            self._probe_buffers = ProbeBuffers(self._agent)
             self._address = Address(
                 agent=self._agent.name,
                 metadata=self._agent.metadata(),
                 slab=slab,
-                nonce=self._scratch.address,
-                digest=self._scratch.digest,
+                nonce=self._probe_buffers.address,
+                digest=self._probe_buffers.digest,
                 pid=os.getpid(),
                 boot_id=cma.boot_id(),
-                cma=environment.allows(_CMA),
+                cma=ucx_environment.allows(_CMA),
                 rdma=devices,
             )
         except BaseException:
@@ -78,25 +76,25 @@ class NixlTransport(Transport):
         return wire.encode_offer(regions)
 
     def withdraw(self, offer: bytes) -> None:
-        """Nothing: peers read without asking, so an offer hides and opens nothing."""
+        """Do nothing: peers read without a request, so an offer grants and denies nothing."""
 
     def connect(self, address: bytes, dial: Dial, timeout_s: float) -> Link:
-        """``dial`` is not used: NIXL brings its own connections."""
+        """Probe the peer, and connect. NIXL has its own connections: ``dial`` is not used."""
         deadline = time.monotonic() + timeout_s
-        theirs = wire.decode_address(address)
-        no_cma = self._why_no_cma(theirs)
+        remote = wire.decode_address(address)
+        cma_refusal = self._cma_refusal(remote)
         self._agent.sweep()
-        peer = self._peers.join(theirs)
+        peer = self._peers.acquire(remote)
         try:
-            at_once = self._try(peer, deadline)
-            how = self._how(theirs, no_cma, at_once)
+            immediate = self._probe_peer(peer, deadline)
+            how = self._describe_path(remote, cma_refusal, immediate)
         except BaseException:
-            self._peers.leave(peer)
+            self._peers.release(peer)
             raise
         return NixlLink(self._agent, self._peers, peer, self._address.slab, how)
 
     def serve(self, connection: socket.socket) -> None:
-        """Nothing is asked of this side."""
+        """Close the connection: peers send no requests to this side."""
         connection.close()
 
     def in_flight(self) -> int:
@@ -108,74 +106,78 @@ class NixlTransport(Transport):
         self._agent.close()
         self._exported = None
 
-    def _why_no_cma(self, theirs: Address) -> str:
-        """Empty if CMA serves, else why not; raises TransportError if nothing else does either."""
-        if theirs.agent == self._agent.name:
-            raise TransportError("this address is our own")
-        if theirs.boot_id != self._address.boot_id:
+    def _cma_refusal(self, remote: Address) -> str:
+        """Return why CMA cannot be used, or empty. Raises TransportError if no path can."""
+        if remote.agent == self._agent.name:
+            raise TransportError("the peer's address is this process's own")
+        if remote.boot_id != self._address.boot_id:
             why = "it is on another host"
-        elif not (theirs.cma and self._address.cma):
-            why = f"UCX_TLS leaves it out on {_lacking(self._address.cma, theirs.cma)} side"
+        elif not (remote.cma and self._address.cma):
+            why = f"UCX_TLS leaves it out on {_sides_without(self._address.cma, remote.cma)} side"
         else:
-            why = cma.why_not(theirs.pid, theirs.nonce, NONCE_BYTES, theirs.digest)
-        if why and not (self._common_rdma(theirs) or self._trusts_backends):
-            raise _no_way(why, self._address.rdma, theirs.rdma)
+            why = cma.read_refusal(remote.pid, remote.nonce, NONCE_BYTES, remote.digest)
+        if why and not (self._common_rdma(remote) or self._trusts_backends):
+            raise _no_path(why, self._address.rdma, remote.rdma)
         return why
 
-    def _how(self, theirs: Address, no_cma: str, at_once: bool) -> str:
-        """What the bytes went over: only CMA has them there before NIXL's call returns."""
-        if at_once and not no_cma:
+    def _describe_path(self, remote: Address, cma_refusal: str, immediate: bool) -> str:
+        """Name the path of the bytes: only CMA delivers them before NIXL's call returns."""
+        if immediate and not cma_refusal:
             return "CMA on one host"
-        if self._common_rdma(theirs):
+        if self._common_rdma(remote):
             return f"RDMA ({', '.join(self._address.rdma)})"
         if self._trusts_backends:
             return "UCX over TCP" if "UCX" in self._options.backends else self._options.backends[0]
         why = "the kernel allows it and UCX does not use it"
-        raise _no_way(why, self._address.rdma, theirs.rdma)
+        raise _no_path(why, self._address.rdma, remote.rdma)
 
-    def _common_rdma(self, theirs: Address) -> bool:
-        return bool(self._address.rdma and theirs.rdma)
+    def _common_rdma(self, remote: Address) -> bool:
+        return bool(self._address.rdma and remote.rdma)
 
     @property
     def _trusts_backends(self) -> bool:
-        """Another backend than UCX was chosen for the network that is there."""
+        """Whether backends may be used without proof of CMA or RDMA."""
         return self._options.allow_tcp or "UCX" not in self._options.backends
 
-    def _try(self, peer: Peer, deadline: float) -> bool:
-        """Read the peer's nonce; whether it was there at once, many times in a row. With CMA it is,
-        once contact is made; TCP between two quick processes is in time now and then.
+    def _probe_peer(self, peer: Peer, deadline: float) -> bool:
+        """Read the peer's nonce until CMA is proven or ruled out; return whether it is CMA.
+
+        A read over CMA is finished when NIXL's call returns, once UCX has made contact. Over TCP
+        between two fast processes that happens now and then, so twelve in a row are the proof.
+        Raises TransportError if the bytes are not the peer's nonce.
         """
-        slot = self._scratch.take()
-        copy = Copy(self._scratch.address_of(slot), peer.address.nonce, NONCE_BYTES)
+        slot = self._probe_buffers.acquire()
+        copy = Copy(self._probe_buffers.address_of(slot), peer.address.nonce, NONCE_BYTES)
         transfer: Transfer | None = None
-        at_once = 0
+        immediate = 0
         try:
-            for left in reversed(range(_TRIES)):
+            for left in reversed(range(_MAX_PROBE_READS)):
                 transfer = self._agent.read(peer.address.agent, [copy])
-                at_once = at_once + 1 if transfer.over else 0
-                if not wait(self._agent, transfer, deadline):
+                immediate = immediate + 1 if transfer.finished else 0
+                if not wait_for(self._agent, transfer, deadline):
                     raise TransferTimeout("the peer did not answer over NIXL in time")
-                if at_once == _CONVINCING or at_once + left < _CONVINCING:
+                if immediate == _CMA_READS_IN_A_ROW or immediate + left < _CMA_READS_IN_A_ROW:
                     break
-                if not at_once:
+                if not immediate:
                     time.sleep(_CONTACT_S)
-            if not self._scratch.holds(slot, peer.address.digest):
-                raise TransportError("NIXL read other bytes from the peer than it has")
-            return at_once == _CONVINCING
+            if not self._probe_buffers.holds(slot, peer.address.digest):
+                raise TransportError("NIXL read bytes that do not match the peer's digest")
+            return immediate == _CMA_READS_IN_A_ROW
         except TransportError as error:
             if not isinstance(error, TransferTimeout):
-                self._peers.lose(peer, error.message)
+                self._peers.mark_lost(peer, error.message)
             raise
         finally:
-            self._scratch.give_back(slot, transfer)
+            self._probe_buffers.release(slot, transfer)
 
 
-def _no_way(no_cma: str, ours: Sequence[str], theirs: Sequence[str]) -> TransportError:
+def _no_path(cma_refusal: str, local: Sequence[str], remote: Sequence[str]) -> TransportError:
     return TransportError(
-        f"no CMA: {no_cma}; no RDMA: {_lacking(ours, theirs)} side has no active device",
+        f"no CMA: {cma_refusal}; "
+        f"no RDMA: {_sides_without(local, remote)} side has no active device",
         hint="Use the transport tcp, which is faster here than UCX over TCP",
     )
 
 
-def _lacking(ours: object, theirs: object) -> str:
-    return " and ".join(side for side, has in (("this", ours), ("the peer's", theirs)) if not has)
+def _sides_without(local: object, remote: object) -> str:
+    return " and ".join(side for side, has in (("this", local), ("the peer's", remote)) if not has)

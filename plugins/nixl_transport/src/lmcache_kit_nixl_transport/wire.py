@@ -1,4 +1,4 @@
-"""What peers tell each other, in msgpack."""
+"""Addresses and offers of peers, in msgpack."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from lmcache_kit.interfaces.memory import Region
 from lmcache_kit.interfaces.transport import MAX_ADDRESS_BYTES, ReadableRegion
 
 NONCE_BYTES = 1 << 20
-"""So many that they are seldom all there before NIXL's call returns, but by CMA."""
+"""So large that only CMA delivers all bytes before NIXL's call returns, with rare exceptions."""
 
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Pointer = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Word = Annotated[str, Meta(max_length=128)]
+ShortText = Annotated[str, Meta(max_length=128)]
 
 
 class Span(msgspec.Struct, frozen=True):
-    """Registered bytes of some process."""
+    """Registered memory of a process."""
 
     address: Pointer
     nbytes: Count
 
 
 class Address(msgspec.Struct, frozen=True):
-    """One incarnation of a cache process.
+    """Address of one incarnation of a cache process.
 
-    ``metadata`` is NIXL's. At ``nonce`` lie NONCE_BYTES random bytes, registered, with the SHA-256
-    ``digest``, for a peer to see that it reaches this process and no other. ``cma``: UCX may
-    use it on that side. ``rdma`` names active devices.
+    ``metadata`` is NIXL's. NONCE_BYTES random bytes at ``nonce`` are registered and have the
+    SHA-256 ``digest``: a peer that reads them knows that it reads this process. ``cma``: UCX may
+    use CMA on that side. ``rdma`` names active devices.
     """
 
     agent: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -42,9 +42,9 @@ class Address(msgspec.Struct, frozen=True):
     nonce: Pointer
     digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
     pid: Annotated[int, Meta(ge=1, lt=1 << 31)]
-    boot_id: Word
+    boot_id: ShortText
     cma: bool
-    rdma: Annotated[tuple[Word, ...], Meta(max_length=64)]
+    rdma: Annotated[tuple[ShortText, ...], Meta(max_length=64)]
 
 
 def encode(message: Address) -> bytes:
@@ -56,18 +56,18 @@ def decode_address(data: bytes) -> Address:
 
 
 def encode_offer(regions: Sequence[ReadableRegion]) -> bytes:
-    """``[[offset, nbytes], ...]``."""
+    """Encode the regions of an offer as ``[[offset, nbytes], ...]``."""
     spans = [(offered.region.offset, offered.region.nbytes) for offered in regions]
     return _limited(msgspec.msgpack.encode(spans), f"an offer of {len(spans)} regions")
 
 
 def decode_offer(data: bytes) -> list[Region]:
-    """Of any numbers: see :func:`check_inside`."""
+    """Decode an offer; its numbers are unchecked, see :func:`check_inside`."""
     return _decode(data, list[Region], "a peer's offer")
 
 
 def check_inside(regions: Sequence[Region], slab_bytes: int, whose: str) -> None:
-    """Raises TransportError if one of them is not all within a slab of that size."""
+    """Raise TransportError unless all regions lie within a slab of ``slab_bytes``."""
     for number, (offset, nbytes) in enumerate(regions):
         if offset < 0 or nbytes < 0 or offset + nbytes > slab_bytes:
             raise TransportError(
@@ -87,4 +87,4 @@ def _decode(data: bytes, kind: type[T], what: str) -> T:
     try:
         return msgspec.msgpack.decode(data, type=kind)
     except msgspec.MsgspecError as error:
-        raise TransportError(f"{what} means nothing: {error}") from error
+        raise TransportError(f"{what} cannot be decoded: {error}") from error

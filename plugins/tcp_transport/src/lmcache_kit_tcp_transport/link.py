@@ -1,4 +1,4 @@
-"""The side that wants the bytes."""
+"""The reading side of a connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from lmcache_kit_tcp_transport.wire import (
 
 
 class TcpLink(Link):
-    """Closes itself when a read does not come to its end, unless the peer merely refused it."""
+    """Read from one peer over one connection.
+
+    A read that does not complete closes the connection, unless the peer refused the request: the
+    stream is then still in step.
+    """
 
     def __init__(self, connection: Connection, memory: memoryview) -> None:
         self._connection = connection
@@ -35,7 +39,7 @@ class TcpLink(Link):
         return self._connection.how
 
     def hello(self, timeout_s: float) -> None:
-        """See that the peer answers. Raises TransportError."""
+        """Exchange a greeting. Raises TransportError unless the peer answers in kind."""
         deadline = time.monotonic() + timeout_s
         self._ask(Request(Op.HELLO), deadline)
         frame = self._frame(deadline)
@@ -48,10 +52,10 @@ class TcpLink(Link):
         deadline = time.monotonic() + timeout_s
         token, count = unpack_offer(offer)
         if count != len(into):
-            raise TransportError(f"{count} regions are offered, and {len(into)} asked for")
+            raise TransportError(f"{count} regions are offered, and {len(into)} are requested")
         for region in into:
             self._check(region)
-        landed, usable = 0, False
+        received, usable = 0, False
         try:
             self._ask(Request(Op.READ, count, token), deadline)
             frame = self._frame(deadline)
@@ -63,12 +67,12 @@ class TcpLink(Link):
                 raise TransportError(f"{self._peer} answers {frame}, asked for {count} regions")
             for number, region in enumerate(into):
                 checksum = self._receive(number, region, deadline)
-                landed += 1
+                received += 1
                 yield ReadResult(number, checksum)
             usable = True
         except TransferTimeout as error:
             raise TransferTimeout(
-                f"{landed} of {count} regions came from {self._peer} within {timeout_s:g} s"
+                f"{received} of {count} regions came from {self._peer} within {timeout_s:g} s"
             ) from error
         finally:
             if not usable:
@@ -100,15 +104,18 @@ class TcpLink(Link):
         return text.decode(errors="replace")
 
     def _receive(self, number: int, region: Region, deadline: float) -> int:
-        """The checksum of what came; whoever reads knows what it should be. The stream is in step
-        whatever that is, since frames have checks of their own."""
+        """Receive a region; return the checksum of the bytes that arrived.
+
+        The caller compares the checksum. A mismatch leaves the stream in step, since frames have
+        checks of their own.
+        """
         frame = self._frame(deadline)
         if frame.kind is not Kind.REGION or frame.number != number:
-            raise TransportError(f"{self._peer} sends {frame} where region {number} is due")
+            raise TransportError(f"{self._peer} sends {frame} instead of region {number}")
         if frame.nbytes != region.nbytes:
             raise TransportError(
-                f"region {number} of {self._peer} has {frame.nbytes} bytes, and {region.nbytes} "
-                "were asked for"
+                f"region {number} of {self._peer} has {frame.nbytes} bytes; {region.nbytes} were "
+                "requested"
             )
         rest = self._memory[region.offset : region.offset + region.nbytes]
         hashed = xxh3_64()

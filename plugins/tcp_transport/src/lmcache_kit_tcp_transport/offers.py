@@ -1,4 +1,4 @@
-"""What this side lets its peers read."""
+"""Offers: regions that peers may read, until they are withdrawn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from functools import partial
 
 from lmcache_kit.interfaces import ReadableRegion
 from lmcache_kit_tcp_transport.connection import Connection
-from lmcache_kit_tcp_transport.wire import MAX_REGIONS, TOKEN_BYTES
+from lmcache_kit_tcp_transport.wire import MAX_REGIONS, OFFER_TOKEN_BYTES
 
-# A peer that has all the bytes may say so before the thread that sent them has gone on.
-_GRACE_S = 0.05
+# A peer may report that it has all bytes before the thread that sent them has left `sending`.
+_WITHDRAW_GRACE_S = 0.05
 
 
 class Offer:
-    """Regions, and the connections that they are being sent on."""
+    """Regions of an offer, and the connections that send them now."""
 
     def __init__(self, regions: Sequence[ReadableRegion]) -> None:
         self.regions = tuple(regions)
@@ -29,12 +29,12 @@ class Offers:
 
     def __init__(self, memory_bytes: int, new_token: Callable[[], bytes] | None = None) -> None:
         self._memory_bytes = memory_bytes
-        self._new_token = new_token or partial(secrets.token_bytes, TOKEN_BYTES)
+        self._new_token = new_token or partial(secrets.token_bytes, OFFER_TOKEN_BYTES)
         self._offers: dict[bytes, Offer] = {}
         self._changed = threading.Condition()
 
     def add(self, regions: Sequence[ReadableRegion]) -> bytes:
-        """Its token. Raises ValueError for regions that are not all in memory."""
+        """Add an offer; return its token. Raises ValueError for regions outside of the memory."""
         if len(regions) > MAX_REGIONS:
             raise ValueError(f"{len(regions)} regions; one offer has at most {MAX_REGIONS}")
         for (offset, nbytes), checksum in regions:
@@ -52,8 +52,7 @@ class Offers:
 
     @contextlib.contextmanager
     def sending(self, token: bytes, connection: Connection) -> Iterator[Offer | None]:
-        """The offer, if there is one. While the body runs, :meth:`withdraw` closes the
-        connection."""
+        """Yield the offer, or None. While the body runs, :meth:`withdraw` closes the connection."""
         with self._changed:
             offer = self._offers.get(token)
             if offer:
@@ -67,14 +66,17 @@ class Offers:
                     self._changed.notify_all()
 
     def withdraw(self, token: bytes) -> None:
-        """When this returns, nobody reads the regions' memory for this offer any more."""
+        """Remove an offer, and close the connections that still send it after a grace of 50 ms.
+
+        When this returns, the memory of its regions is not read for this offer any more.
+        """
         with self._changed:
             offer = self._offers.pop(token, None)
             if offer is None:
                 return
-            self._changed.wait_for(lambda: not offer.sending, _GRACE_S)
-            cut = list(offer.sending)
-        for connection in cut:
+            self._changed.wait_for(lambda: not offer.sending, _WITHDRAW_GRACE_S)
+            senders = list(offer.sending)
+        for connection in senders:
             connection.close()
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Plugin hooks: the transport ``tcp``."""
 
 from __future__ import annotations
 
@@ -13,5 +13,6 @@ def register_transports() -> list[TransportSpec]:
             name="tcp",
             target="lmcache_kit_tcp_transport.transport:TcpTransport",
             summary="KV over one plain or TLS connection a peer, on any network",
+            capabilities=frozenset({"any-network"}),
         )
     ]

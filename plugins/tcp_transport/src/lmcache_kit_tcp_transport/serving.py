@@ -1,4 +1,4 @@
-"""The passive side: what a peer asks, it gets."""
+"""The serving side of a connection: answers requests with frames."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lmcache_kit_tcp_transport.wire import (
     Frame,
     Kind,
     Op,
-    OtherVersion,
     Request,
+    UnsupportedVersion,
     pack_frame,
     unpack_request,
 )
 
 STALL_S = 60.0
-"""A peer that takes no bytes for so long is given up."""
+"""Time without progress after which a peer that takes no bytes is disconnected."""
 
 
 def answer_all(peer: Connection, memory: memoryview, offers: Offers) -> None:
-    """Answer until the connection ends, which raises TransportError."""
+    """Answer requests until the connection ends, which raises TransportError."""
     while True:
         header = peer.receive_exactly(HEADER_BYTES)
         try:
             request = unpack_request(header)
-        except OtherVersion as error:
+        except UnsupportedVersion as error:
             _refuse(peer, error.message)
             raise
         _answer(peer, request, memory, offers)
@@ -40,17 +40,17 @@ def _answer(peer: Connection, request: Request, memory: memoryview, offers: Offe
         return
     with offers.sending(request.token, peer) as offer:
         if offer is None:
-            _refuse(peer, "it is not offered, or not any more")
+            _refuse(peer, "the offer is unknown or withdrawn")
         elif len(offer.regions) != request.regions:
             _refuse(
-                peer, f"{request.regions} regions are asked for, and {len(offer.regions)} offered"
+                peer, f"{request.regions} regions are requested, and {len(offer.regions)} offered"
             )
         else:
             _send(peer, offer, memory)
 
 
 def _send(peer: Connection, offer: Offer, memory: memoryview) -> None:
-    # The first region's header and bytes go with this one, so it costs no packet of its own.
+    # This frame goes out with the first region's header and bytes, without a packet of its own.
     header = pack_frame(Frame(Kind.READING, number=len(offer.regions)))
     for number, ((offset, nbytes), checksum) in enumerate(offer.regions):
         header += pack_frame(Frame(Kind.REGION, number, nbytes, checksum))

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 class TcpTransport(Transport):
-    """KV over the connections that peers dial: plain, or TLS where the cache process has it so.
+    """KV over the connections that peers dial: plain, or TLS if the cache process is set up so.
 
-    ``host`` tells it nothing: who dials knows where to.
+    ``host`` is not used, since the cache process dials and accepts.
     """
 
     def __init__(self, memory: memoryview, host: str) -> None:
@@ -46,7 +46,7 @@ class TcpTransport(Transport):
         return msgspec.msgpack.encode(Address(version=VERSION))
 
     def offer(self, regions: Sequence[ReadableRegion]) -> bytes:
-        """Raises ValueError for regions that are not all in memory."""
+        """Offer the regions. Raises ValueError for regions outside of the memory."""
         if self._closed:
             raise TransportError("the transport is closed")
         return pack_offer(self._offers.add(regions), len(regions))
@@ -64,7 +64,7 @@ class TcpTransport(Transport):
             raise
         except OSError as error:
             raise TransportError(f"the peer cannot be reached over TCP: {error}") from error
-        link = TcpLink(self._adopt(dialled), self._memory)
+        link = TcpLink(self._register(dialled), self._memory)
         try:
             link.hello(deadline - time.monotonic())
         except BaseException:
@@ -74,7 +74,7 @@ class TcpTransport(Transport):
 
     def serve(self, connection: socket.socket) -> None:
         try:
-            peer = self._adopt(connection)
+            peer = self._register(connection)
         except TransportError:
             return
         try:
@@ -92,11 +92,11 @@ class TcpTransport(Transport):
         for connection in connections:
             connection.close()
 
-    def _adopt(self, connection: socket.socket) -> Connection:
-        adopted = Connection(connection)
+    def _register(self, connection: socket.socket) -> Connection:
+        registered = Connection(connection)
         with self._lock:
             if not self._closed:
-                self._connections.add(adopted)
-                return adopted
-        adopted.close()
+                self._connections.add(registered)
+                return registered
+        registered.close()
         raise TransportError("the transport is closed")

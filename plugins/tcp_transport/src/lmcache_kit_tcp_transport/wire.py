@@ -1,4 +1,4 @@
-"""What is said on the wire: requests of 32 bytes one way, frames of 32 bytes the other."""
+"""Wire format: requests of 32 bytes from the reader, frames of 32 bytes from the server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from xxhash import xxh32_intdigest
 from lmcache_kit.errors import TransportError
 
 VERSION = 1
-TOKEN_BYTES = 16
+OFFER_TOKEN_BYTES = 16
 HEADER_BYTES = 32
 MAX_REGIONS = 1 << 20
 MAX_REASON_BYTES = 1024
 
 _REQUEST_MAGIC = b"LKTq"
 _FRAME_MAGIC = b"LKTa"
-# Magic and version stand first in every version, so that each can tell the others apart.
+# Magic and version come first in every version of the protocol, so that peers can tell them apart.
 _PREFIX = struct.Struct("!4sH")
 _REQUEST = struct.Struct("!4sHHI16s")
 _FRAME = struct.Struct("!4sHHIQQ")
@@ -28,14 +28,14 @@ _CHECK = struct.Struct("!I")
 
 
 class Op(IntEnum):
-    """What a request asks for."""
+    """Operation of a request."""
 
     HELLO = 1
     READ = 2
 
 
 class Kind(IntEnum):
-    """What a frame is."""
+    """Kind of a frame."""
 
     HELLO = 1
     READING = 2
@@ -44,16 +44,19 @@ class Kind(IntEnum):
 
 
 class Request(NamedTuple):
-    """``regions``: how many the asker thinks that the offer has."""
+    """A request; ``regions`` is the number of regions that the reader expects in the offer."""
 
     op: Op
     regions: int = 0
-    token: bytes = bytes(TOKEN_BYTES)
+    token: bytes = bytes(OFFER_TOKEN_BYTES)
 
 
 class Frame(NamedTuple):
-    """``nbytes`` follow a REGION and a REFUSED (its reason, in UTF-8); ``checksum`` is their
-    xxh3-64. ``number``: of the region; in READING, how many there will be."""
+    """A frame.
+
+    ``nbytes`` bytes follow a REGION (its bytes) and a REFUSED (its reason in UTF-8); ``checksum``
+    is their xxh3-64. ``number`` is the number of the region, in READING the count of regions.
+    """
 
     kind: Kind
     number: int = 0
@@ -61,18 +64,18 @@ class Frame(NamedTuple):
     checksum: int = 0
 
 
-class OtherVersion(TransportError):
+class UnsupportedVersion(TransportError):
     """The peer speaks another version of this protocol."""
 
     def __init__(self, version: int) -> None:
         super().__init__(
-            f"the peer speaks version {version} of the transport tcp, and this side {VERSION}",
+            f"the peer speaks version {version} of the transport tcp, this side {VERSION}",
             hint="Install the same lmcache-kit-tcp-transport on both hosts",
         )
 
 
 class Address(msgspec.Struct, frozen=True):
-    """What a peer must know to connect; later versions may add to it."""
+    """Address of a transport; later versions may add fields."""
 
     version: int
 
@@ -84,10 +87,10 @@ def pack_request(request: Request) -> bytes:
 
 
 def unpack_request(header: bytes) -> Request:
-    """Raises TransportError for what is no request, OtherVersion for one that is not ours."""
+    """Unpack a request. Raises TransportError, UnsupportedVersion for another version's."""
     _, _, op, regions, token = _REQUEST.unpack(_body(header, _REQUEST_MAGIC, "request"))
     if op not in set(Op):
-        raise TransportError(f"the peer asks for {op}, which is none of {list(map(int, Op))}")
+        raise TransportError(f"the peer requests {op}; known are {list(map(int, Op))}")
     return Request(Op(op), regions, token)
 
 
@@ -96,10 +99,10 @@ def pack_frame(frame: Frame) -> bytes:
 
 
 def unpack_frame(header: bytes) -> Frame:
-    """Raises TransportError for what is no frame, OtherVersion for one that is not ours."""
+    """Unpack a frame. Raises TransportError, UnsupportedVersion for another version's."""
     _, _, kind, number, nbytes, checksum = _FRAME.unpack(_body(header, _FRAME_MAGIC, "frame"))
     if kind not in set(Kind):
-        raise TransportError(f"the peer sends a {kind}, which is none of {list(map(int, Kind))}")
+        raise TransportError(f"the peer sends kind {kind}; known are {list(map(int, Kind))}")
     return Frame(Kind(kind), number, nbytes, checksum)
 
 
@@ -108,7 +111,7 @@ def pack_offer(token: bytes, count: int) -> bytes:
 
 
 def unpack_offer(offer: bytes) -> tuple[bytes, int]:
-    """Its token, and how many regions it has. Raises TransportError."""
+    """Return the offer's token and its number of regions. Raises TransportError."""
     if len(offer) != _OFFER.size:
         raise TransportError(
             f"{len(offer)} bytes are no offer of the transport tcp, which has {_OFFER.size}"
@@ -118,13 +121,13 @@ def unpack_offer(offer: bytes) -> tuple[bytes, int]:
 
 
 def unpack_address(address: bytes) -> Address:
-    """Raises TransportError for what is no address, OtherVersion for one that is not ours."""
+    """Decode an address. Raises TransportError, UnsupportedVersion for another version's."""
     try:
         peer = msgspec.msgpack.decode(address, type=Address)
     except msgspec.DecodeError as error:
-        raise TransportError(f"what the peer says is no address of tcp: {error}") from error
+        raise TransportError(f"the peer's address is no address of tcp: {error}") from error
     if peer.version != VERSION:
-        raise OtherVersion(peer.version)
+        raise UnsupportedVersion(peer.version)
     return peer
 
 
@@ -135,10 +138,10 @@ def with_checksum(body: bytes) -> bytes:
 def _body(header: bytes, magic: bytes, what: str) -> bytes:
     found, version = _PREFIX.unpack_from(header)
     if found != magic:
-        raise TransportError(f"the peer sends {header[:8].hex()}..., which starts no {what}")
+        raise TransportError(f"the peer sends {header[:8].hex()}..., which begins no {what}")
     if version != VERSION:
-        raise OtherVersion(version)
+        raise UnsupportedVersion(version)
     body = header[: -_CHECK.size]
     if with_checksum(body) != header:
-        raise TransportError(f"a {what} from the peer is corrupt: its check does not match")
+        raise TransportError(f"a {what} from the peer is corrupt: its xxh32 does not match")
     return body

@@ -1,4 +1,4 @@
-"""Options of the backend."""
+"""Options of the backend ``ValkeyBackend``."""
 
 from __future__ import annotations
 
@@ -14,27 +14,43 @@ ENCRYPTED = ("rediss", "valkeys")
 
 
 class ValkeyOptions(BaseModel):
-    """Which server, and how to reach it.
-
-    ``url``: ``valkey://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE]``, ``valkeys://`` for TLS, the same
-    with ``redis``, or ``unix://PATH``. ``password_file``: holds the password, in its first line.
-    ``ca``: authorities to trust instead of the system's; ``cert`` and ``key``: our own, if the
-    server asks for one (PEM). ``prefix``: of all keys here. ``timeout_ms``: for an answer.
-    ``connections``: at a time, at most; a cache process reads four chunks of a lookup at once.
-    ``ttl_s``: seconds after which what nobody reads is gone.
-    """
+    """Options of the backend: the server, the connections to it, and the keys on it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    url: SecretStr = SecretStr("valkey://localhost:6379")
-    password_file: Path | None = None
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-    prefix: str = Field(default="lmcache_kit:", max_length=100, pattern=r"^[!-~]*$")
-    timeout_ms: int = Field(default=1000, ge=1, le=60_000)
-    connections: int = Field(default=10, ge=1, le=256)
-    ttl_s: int | None = Field(default=None, ge=1)
+    url: SecretStr = Field(
+        default=SecretStr("valkey://localhost:6379"),
+        description="`valkey://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE]`, `valkeys://` for TLS, "
+        "the same with `redis`, or `unix://PATH`",
+    )
+    password_file: Path | None = Field(
+        default=None, description="file whose first line is the password"
+    )
+    ca: Path | None = Field(
+        default=None, description="authorities to trust (PEM); those of the system if absent"
+    )
+    cert: Path | None = Field(
+        default=None, description="certificate of this client (PEM), if the server asks for one"
+    )
+    key: Path | None = Field(default=None, description="key of `cert` (PEM)")
+    prefix: str = Field(
+        default="lmcache_kit:",
+        max_length=100,
+        pattern=r"^[!-~]*$",
+        description="prefix of all keys on the server; instances with the same prefix share KV",
+    )
+    timeout_ms: int = Field(
+        default=1000, ge=1, le=60_000, description="milliseconds to wait for an answer"
+    )
+    connections: int = Field(
+        default=10,
+        ge=1,
+        le=256,
+        description="connections at a time, at most; a lookup reads four chunks at once",
+    )
+    ttl_s: int | None = Field(
+        default=None, ge=1, description="seconds after which a blob that nothing reads expires"
+    )
 
     @field_validator("url")
     @classmethod
@@ -47,14 +63,14 @@ class ValkeyOptions(BaseModel):
         except ValueError:
             raise ValueError("the port of the URL is no number from 0 to 65535") from None
         if parts.query or parts.fragment:  # the client would take ?ssl_cert_reqs=none from there
-            raise ValueError("nothing comes after ? or # in the URL; see the other options")
+            raise ValueError("the URL must not have a query or a fragment; use the other options")
         if parts.scheme == "unix":
             if parts.hostname or not parts.path:
                 raise ValueError("a unix:// URL has the path of a socket: unix:///PATH")
         elif not parts.hostname:
             raise ValueError("the URL names no host")
         elif parts.path.strip("/") and not parts.path.strip("/").isdecimal():
-            raise ValueError("what follows the host is the number of a database")
+            raise ValueError("the path of the URL must be the number of a database")
         return url
 
     @model_validator(mode="after")
@@ -68,12 +84,12 @@ class ValkeyOptions(BaseModel):
         return self
 
     def password(self) -> str:
-        """What ``password_file`` says. Raises BackendError when it cannot be read."""
+        """Return the password in ``password_file``. Raises BackendError if it cannot be read."""
         assert self.password_file is not None
         return _text("password_file", self.password_file).split("\n")[0].strip()
 
     def tls(self) -> dict[str, str | None]:
-        """The files for TLS, by option. Raises BackendError when one cannot be read."""
+        """Return the files for TLS, by option. Raises BackendError when one cannot be read."""
         files = {"ca": self.ca, "cert": self.cert, "key": self.key}
         for option, path in files.items():
             if path is not None:
@@ -82,12 +98,12 @@ class ValkeyOptions(BaseModel):
 
     @property
     def encrypted(self) -> bool:
-        """Whether the connection is."""
+        """Whether the connection uses TLS."""
         return urlsplit(self.url.get_secret_value()).scheme in ENCRYPTED
 
     @property
     def server(self) -> str:
-        """Whom messages are about: no user, no password."""
+        """Host and port, or socket path, for messages: without user and password."""
         parts = urlsplit(self.url.get_secret_value())
         if parts.scheme == "unix":
             return parts.path

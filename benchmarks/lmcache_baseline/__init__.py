@@ -1,4 +1,4 @@
-"""Run a program of this folder with the interpreter that has LMCache, and read what it prints."""
+"""Run the programs of this folder with the interpreter that has LMCache, and read their figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-INTERPRETER = HERE.parents[1] / ".venv-peer" / "bin" / "python"
+INTERPRETER = HERE.parents[1] / ".venv-lmcache" / "bin" / "python"
 _QUIET = {
     "LMCACHE_TRACK_USAGE": "false",
     "LMCACHE_LOG_LEVEL": "ERROR",
@@ -19,10 +19,11 @@ _QUIET = {
 
 
 def measure(name: str, *arguments: object) -> dict[str, Any] | None:
-    """Figures of LMCache for ``benchmarks/peer/<name>.py``; None, with a line saying so, when it
-    is not installed."""
+    """Run ``<name>.py`` of this folder and return the figures that it prints.
+
+    Return None and print a line that says so where LMCache is not installed."""
     if not INTERPRETER.exists():
-        print("LMCache is not measured beside it: run `make peer` first")
+        print("LMCache is not measured: run `make lmcache` first")
         return None
     done = subprocess.run(
         [str(INTERPRETER), str(HERE / f"{name}.py"), *map(str, arguments)],
@@ -33,6 +34,6 @@ def measure(name: str, *arguments: object) -> dict[str, Any] | None:
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise RuntimeError(f"benchmarks/peer/{name}.py failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"benchmarks/lmcache_baseline/{name}.py failed:\n{done.stderr[-2000:]}")
     figures: dict[str, Any] = json.loads(lines[-1])
     return figures

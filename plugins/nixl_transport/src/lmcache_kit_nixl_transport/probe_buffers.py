@@ -1,4 +1,4 @@
-"""A little memory of our own beside the slab: what peers try us with, and where we try peers."""
+"""Registered memory beside the slab for probes: a nonce that peers read, and slots to read into."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lmcache_kit_nixl_transport.wire import NONCE_BYTES
 SLOTS = 8
 
 
-class Scratch:
-    """NONCE_BYTES random bytes, then SLOTS places of that size for those of peers."""
+class ProbeBuffers:
+    """A nonce of NONCE_BYTES random bytes, then SLOTS slots of that size for nonces of peers."""
 
     def __init__(self, agent: Agent) -> None:
         nbytes = NONCE_BYTES * (1 + SLOTS)
@@ -30,28 +30,30 @@ class Scratch:
         self._taken: dict[int, Transfer | None] = {}
         agent.register(self.address, nbytes)
 
-    def take(self) -> int:
-        """A free slot; raises TransportError if there is none."""
+    def acquire(self) -> int:
+        """Take a free slot. Raises TransportError if there is none."""
         with self._lock:
             for slot in range(SLOTS):
                 last = self._taken.get(slot)
                 if slot not in self._taken or (last is not None and self._agent.settled(last)):
                     self._taken[slot] = None
                     return slot
-        raise TransportError(f"{SLOTS} connections are being made at once")
+        raise TransportError(
+            f"all {SLOTS} slots for new connections are in use", hint="Connect again later"
+        )
 
     def address_of(self, slot: int) -> int:
         return self.address + NONCE_BYTES * (1 + slot)
 
     def holds(self, slot: int, digest: bytes) -> bool:
-        """The slot's bytes have this SHA-256."""
+        """Whether the slot's bytes have this SHA-256."""
         start = NONCE_BYTES * (1 + slot)
         return sha256(self._memory[start : start + NONCE_BYTES]).digest() == digest
 
-    def give_back(self, slot: int, last: Transfer | None) -> None:
-        """``last`` may still write there."""
+    def release(self, slot: int, last: Transfer | None) -> None:
+        """Free the slot, once the transfer ``last`` can no longer write to it."""
         with self._lock:
-            if last is None or last.over:
+            if last is None or last.finished:
                 del self._taken[slot]
             else:
                 last.abandoned = True

@@ -1,7 +1,8 @@
-"""Create the environment in which the benchmarks run LMCache: its wheel on top of the kit's own
-environment, which lends it torch and vLLM.
+"""Create the environment in which the benchmarks run LMCache.
 
-Usage: setup_peer.py BASE_ENVIRONMENT PEER_ENVIRONMENT
+LMCache's wheel is installed on top of the kit's own environment, which provides torch and vLLM.
+
+Usage: setup_lmcache.py KIT_ENVIRONMENT LMCACHE_ENVIRONMENT
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ PACKAGES = (
     "redis",
     "sortedcontainers",
 )
-"""What LMCache imports at start, of the much longer list that it requires."""
+"""LMCache, and the part of its requirements that it imports at start."""
 
 
 def main() -> None:
-    base, peer = (Path(argument).resolve() for argument in sys.argv[1:3])
-    python = peer / "bin" / "python"
+    base, target = (Path(argument).resolve() for argument in sys.argv[1:3])
+    python = target / "bin" / "python"
     if not python.exists():
-        venv.create(peer, with_pip=True)
+        venv.create(target, with_pip=True)
     tail = Path("lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
-    (peer / tail / "base-environment.pth").write_text(f"{base / tail}\n")
+    (target / tail / "base-environment.pth").write_text(f"{base / tail}\n")
     subprocess.run(
         [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES], check=True
     )

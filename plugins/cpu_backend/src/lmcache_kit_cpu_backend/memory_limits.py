@@ -1,4 +1,4 @@
-"""What this machine can hold."""
+"""Memory that is available on this machine, within the limits of its cgroups."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 
 class Available(NamedTuple):
-    """Memory that can still be used, and who says so."""
+    """Available memory in bytes, and the source of the number."""
 
     nbytes: int
     source: str
 
 
-def why_not() -> str:
-    """Why the backend cannot work here; empty when it can."""
+def probe() -> str:
+    """Return the reason why the backend cannot work here; empty when it can."""
     if not hasattr(os, "memfd_create"):
-        return "it needs memfd_create(2), which only Linux has"
+        return "it needs memfd_create(2), which exists on Linux only"
     return ""
 
 
 def available_memory(root: Path = Path("/")) -> Available | None:
-    """The tightest of what the machine and each enclosing cgroup leave; None if nobody says."""
+    """Return the least of what the machine and each enclosing cgroup leave; None if unknown."""
     limits = [*_machine(root), *_cgroups(root)]
     return min(limits, key=lambda limit: limit.nbytes, default=None)
 
@@ -39,7 +39,7 @@ def _machine(root: Path) -> Iterator[Available]:
 
 
 def _cgroups(root: Path) -> Iterator[Available]:
-    """Limits of both versions of cgroups, from this process's group up to the root."""
+    """Yield the limits of cgroups v1 and v2, from this process's group up to the root."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -74,7 +74,7 @@ def _number(path: Path) -> int | None:
 
 
 def _reclaimable(stat: Path) -> int:
-    """File pages that the system would drop to make room; they count as used in a cgroup."""
+    """Return the bytes of inactive file pages: a cgroup counts them, the system can drop them."""
     try:
         fields = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines())
     except (OSError, ValueError):

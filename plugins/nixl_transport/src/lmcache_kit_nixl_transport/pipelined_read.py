@@ -1,4 +1,4 @@
-"""One move: transfers begun one after another, and regions named as they land."""
+"""One read: up to four transfers in flight, and regions reported as they arrive."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from lmcache_kit.errors import TransferTimeout
 from lmcache_kit.interfaces.memory import Region
 from lmcache_kit.interfaces.transport import ReadResult
 from lmcache_kit_nixl_transport.agent import Agent
-from lmcache_kit_nixl_transport.batches import Batch, pieces_of
+from lmcache_kit_nixl_transport.batches import Batch, part_count
 from lmcache_kit_nixl_transport.transfer import Transfer
 
 AT_ONCE = 4
-"""Transfers under way, where they take their time; by CMA each is over when it has begun."""
+"""Transfers in flight at once; over CMA a transfer is finished when it has begun."""
 
 _SPIN_S = 0.0002
 _LONGEST_PAUSE_S = 0.0002
 
 
-class Reading:
-    """Iterate once. ``check`` raises TransportError when there is no sense in going on.
+class PipelinedRead:
+    """Iterate once over the regions of one read, in the order in which they arrive.
 
-    What was begun is waited for, also after a failure, until ``deadline`` (``time.monotonic``):
-    what has not settled by then leaves as a TransferTimeout that tells when it has.
+    ``check`` raises TransportError when the link is closed or lost. ``deadline`` is a time of
+    ``time.monotonic``. The end of the iteration, a failure included, waits for transfers in flight
+    until the deadline. Transfers that have not settled by then are abandoned: the TransferTimeout's
+    ``settled`` tells when they have.
     """
 
     def __init__(
@@ -41,71 +43,71 @@ class Reading:
         self._batches = batches
         self._check = check
         self._deadline = deadline
-        self._missing = [pieces_of(region) for region in into]
-        self._flying: dict[Transfer, list[int]] = {}
+        self._missing = [part_count(region) for region in into]
+        self._in_flight: dict[Transfer, list[int]] = {}
 
     def __iter__(self) -> Iterator[ReadResult]:
         try:
             yield from (ReadResult(number) for number, left in enumerate(self._missing) if not left)
             more = True
-            while more or self._flying:
-                if more and len(self._flying) < AT_ONCE:
-                    self._give_up_if_late()
+            while more or self._in_flight:
+                if more and len(self._in_flight) < AT_ONCE:
+                    self._check_deadline()
                     more = self._begin()
-                yield from self._landed(patient=not more or len(self._flying) == AT_ONCE)
+                yield from self._finished_regions(wait=not more or len(self._in_flight) == AT_ONCE)
         finally:
             self._settle()
 
     def _begin(self) -> bool:
-        """The next transfer; False if there is none."""
+        """Begin the next transfer; return False if there is none."""
         self._check()
         batch = next(self._batches, None)
         if batch is not None:
             transfer = self._agent.read(self._peer, batch.copies)
-            self._flying[transfer] = batch.numbers
+            self._in_flight[transfer] = batch.numbers
         return batch is not None
 
-    def _landed(self, *, patient: bool) -> Iterator[ReadResult]:
-        """What has landed by now; ``patient``: wait for one transfer at least."""
+    def _finished_regions(self, *, wait: bool) -> Iterator[ReadResult]:
+        """Yield regions that have arrived; ``wait`` for at least one transfer."""
         pause = Pause()
         while True:
-            landed = [transfer for transfer in self._flying if self._agent.landed(transfer)]
-            for transfer in landed:
-                for number in self._flying.pop(transfer):
+            done = [transfer for transfer in self._in_flight if self._agent.is_done(transfer)]
+            for transfer in done:
+                for number in self._in_flight.pop(transfer):
                     self._missing[number] -= 1
                     if not self._missing[number]:
                         yield ReadResult(number)
-            if landed or not patient or not self._flying:
+            if done or not wait or not self._in_flight:
                 return
             self._check()
-            self._give_up_if_late()
+            self._check_deadline()
             pause()
 
-    def _give_up_if_late(self) -> None:
+    def _check_deadline(self) -> None:
         if time.monotonic() >= self._deadline:
-            raise self._late()
+            raise self._timeout()
 
-    def _late(self) -> TransferTimeout:
+    def _timeout(self) -> TransferTimeout:
         there = sum(not left for left in self._missing)
-        flying = tuple(self._flying)
+        in_flight = tuple(self._in_flight)
         return TransferTimeout(
             f"{there} of {len(self._missing)} regions came in time",
-            settled=lambda: all(self._agent.settled(transfer) for transfer in flying),
+            settled=lambda: all(self._agent.settled(transfer) for transfer in in_flight),
         )
 
     def _settle(self) -> None:
-        """Leave nothing under way, or say so."""
+        """Wait until no transfer is in flight, or raise TransferTimeout at the deadline."""
         pause = Pause()
-        while flying := [each for each in self._flying if not self._agent.settled(each)]:
+        while in_flight := [each for each in self._in_flight if not self._agent.settled(each)]:
             if time.monotonic() >= self._deadline:
-                for transfer in flying:
+                for transfer in in_flight:
                     transfer.abandoned = True
-                raise self._late()
+                raise self._timeout()
             pause()
 
 
 class Pause:
-    """Ever longer: nothing for a moment, then up to 200 us."""
+    """Back-off between polls: yield the processor for 200 us, then sleep up to 200 us."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -119,10 +121,10 @@ class Pause:
         self._pause_s = min(self._pause_s * 1.5, _LONGEST_PAUSE_S)
 
 
-def wait(agent: Agent, transfer: Transfer, deadline: float) -> bool:
-    """It has landed; False if not by ``deadline``. Raises TransportError if it failed."""
+def wait_for(agent: Agent, transfer: Transfer, deadline: float) -> bool:
+    """Wait for the transfer; return False at the deadline. Raises TransportError if it failed."""
     pause = Pause()
-    while not agent.landed(transfer):
+    while not agent.is_done(transfer):
         if time.monotonic() >= deadline:
             return False
         pause()

@@ -1,4 +1,4 @@
-"""What the environment tells UCX, and what we tell it."""
+"""UCX's environment variables: read, and set for the time in which UCX starts."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ TLS = "UCX_TLS"
 DEVICES = "UCX_NET_DEVICES"
 
 
-def asked() -> str:
-    """What somebody wants of UCX: ``UCX_TLS=rc``; empty if nobody said anything."""
-    said = [f"{name}={os.environ[name]}" for name in (TLS, DEVICES) if name in os.environ]
-    return " and ".join(said)
+def requested() -> str:
+    """Return UCX's variables that are set, such as ``UCX_TLS=rc``; empty if none is."""
+    settings = [f"{name}={os.environ[name]}" for name in (TLS, DEVICES) if name in os.environ]
+    return " and ".join(settings)
 
 
 def allows(transports: Collection[str], environ: Mapping[str, str] = os.environ) -> bool:
-    """``UCX_TLS`` leaves UCX one of these at least, named as UCX does, its groups included."""
-    said = environ.get(TLS, "all")
-    names = {name.strip() for name in said.removeprefix("^").split(",")}
-    if said.startswith("^"):
+    """Whether ``UCX_TLS`` allows at least one of these transports (UCX's names and groups)."""
+    value = environ.get(TLS, "all")
+    names = {name.strip() for name in value.removeprefix("^").split(",")}
+    if value.startswith("^"):
         return not names & set(transports)
     return bool(names & {"all", *transports})
 
 
 @contextmanager
 def loopback_only(host: str) -> Iterator[None]:
-    """UCX listens on every network interface; where peers reach us by loopback, on that alone."""
+    """Restrict UCX to the loopback interface if ``host`` is a loopback address.
+
+    Otherwise UCX listens on every network interface. A value in the environment is kept.
+    """
     if DEVICES in os.environ or not _is_loopback(host):
         yield
         return

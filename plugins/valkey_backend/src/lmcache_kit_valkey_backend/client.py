@@ -1,4 +1,4 @@
-"""Commands to the server, whose failures are BackendError."""
+"""Client of the server: pipelines of commands, with failures as BackendError."""
 
 from __future__ import annotations
 
@@ -20,38 +20,41 @@ from valkey.exceptions import (
     ResponseError,
     ValkeyError,
 )
-from valkey.exceptions import ConnectionError as Disconnected
-from valkey.exceptions import TimeoutError as TooLate
+from valkey.exceptions import ConnectionError as ServerDisconnected
+from valkey.exceptions import TimeoutError as ServerTimeout
 
 from lmcache_kit.errors import BackendError
 from lmcache_kit_valkey_backend.options import ValkeyOptions
 
 MAX_CONNECT_S = 0.5
 MAX_CALL_S = 20.0
-"""What a call may take beyond its time-out, as long as bytes go to and fro."""
-_STEP_BYTES = 1 << 20
+"""Longest time of a call beyond its time-out, while bytes still arrive or leave."""
+_PART_BYTES = 1 << 20
 _JOIN_BELOW_BYTES = 6000
 Command: TypeAlias = Sequence[bytes | memoryview | str | int]
 
 _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     (AuthenticationError, "Set user and password in url, or password_file"),
-    (NoPermissionError, "The plugin's README has the rights it needs"),
+    (NoPermissionError, "The plugin's README has the commands that the user needs"),
     (ReadOnlyError, "Name the primary in url, not a replica"),
-    (BusyLoadingError, "It has just started; wait until it has read its data"),
-    (TooLate, "It is busy, stuck or cut off; see timeout_ms"),
+    (BusyLoadingError, "The server has just started; wait until it has loaded its data"),
+    (ServerTimeout, "The server is busy, stuck or unreachable; see timeout_ms"),
     (ResponseError, "Look at the server's log and configuration"),
-    (Exception, "Is it running, and are url and TLS right?"),
+    (Exception, "Is the server running, and are url and TLS right?"),
 )
-"""The first that an error is one of."""
+"""Remedies by class of error; the first match counts."""
 
 
-class NotAllowed(BackendError):
-    """The user may not do that."""
+class PermissionDenied(BackendError):
+    """The server's ACL does not allow the command to this user."""
 
 
-class Server:
-    """A pool of connections, made when they are needed: a server that is down is noticed by the
-    first command. A connection that the server has closed meanwhile is made anew, once."""
+class ValkeyClient:
+    """Run pipelines of commands over a pool of connections, from any thread.
+
+    Connections are opened on demand, so that the first command detects a server that is down. A
+    connection that the server has closed meanwhile is reopened, once.
+    """
 
     def __init__(self, options: ValkeyOptions) -> None:
         self._name = options.server
@@ -75,9 +78,9 @@ class Server:
             timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=min(timeout_s, MAX_CONNECT_S),
-            socket_read_size=_STEP_BYTES,
-            parser_class=partial(_Reader, self._check),
-            # Sends long values from where they lie; the default one copies them.
+            socket_read_size=_PART_BYTES,
+            parser_class=partial(_Parser, self._check),
+            # Sends long values from where they lie; the default packer copies them.
             command_packer=PythonRespSerializer(_JOIN_BELOW_BYTES, _encoded),
             **more,
         )
@@ -88,23 +91,25 @@ class Server:
         self._this_call = threading.local()
         self._open = True
 
-    def do(self, *command: bytes | memoryview | str | int) -> Any:
-        """What the server answers to one command; see :meth:`do_all`."""
-        [answer] = self.do_all([command])
+    def execute(self, *command: bytes | memoryview | str | int) -> Any:
+        """Run one command and return its answer; see :meth:`execute_pipeline`."""
+        [answer] = self.execute_pipeline([command])
         return answer
 
-    def do_all(self, commands: Sequence[Command]) -> list[Any]:
-        """What the server answers to each of them, in one round trip. One that finds no memory or a
-        foreign value has that ResponseError for its answer. Raises BackendError, which names the
-        server, the cause and the remedy."""
+    def execute_pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """Run commands in one round trip and return their answers.
+
+        The answer is the ResponseError for a command that finds no memory or a value of the wrong
+        type. Raises BackendError with the server, the cause and the remedy.
+        """
         if not commands:
             return []
         try:
             with self._call():
                 try:
                     answers = self._exchange(commands)
-                except Disconnected as error:
-                    if type(error) is not Disconnected:
+                except ServerDisconnected as error:
+                    if type(error) is not ServerDisconnected:
                         raise
                     answers = self._exchange(commands)
         except BackendError:
@@ -112,12 +117,12 @@ class Server:
         except (ValkeyError, OSError, ValueError) as error:
             raise self._failed(error) from None
         for answer in answers:
-            if isinstance(answer, ResponseError) and not is_about_one(answer):
+            if isinstance(answer, ResponseError) and not is_refusal_of_one_command(answer):
                 raise self._failed(answer)
         return answers
 
     def close(self) -> None:
-        """Take nothing more, and end what is in flight: its time-out is short."""
+        """Refuse new calls and wait for those in flight, whose time-outs are short."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
@@ -149,25 +154,25 @@ class Server:
     def _exchange(self, commands: Sequence[Command]) -> list[Any]:
         connection = self._pool.get_connection("")
         try:
-            connection.send_packed_command(self._steps(connection.pack_commands(commands)))
+            connection.send_packed_command(self._split(connection.pack_commands(commands)))
             return [_answer(connection) for _ in commands]
         except BaseException:
-            connection.disconnect()  # or the next call would get the rest of these answers
+            connection.disconnect()  # else the next call would read the rest of these answers
             raise
         finally:
             self._pool.release(connection)
 
-    def _steps(self, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        """Pieces to send, each short: the time-out is for one as a whole."""
-        for piece in pieces:
-            for start in range(0, len(piece), _STEP_BYTES):
+    def _split(self, buffers: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        """Yield the buffers in parts of at most 1 MiB, since the time-out is that of one send."""
+        for part in buffers:
+            for start in range(0, len(part), _PART_BYTES):
                 self._check()
-                yield piece[start : start + _STEP_BYTES] if len(piece) > _STEP_BYTES else piece
+                yield part[start : start + _PART_BYTES] if len(part) > _PART_BYTES else part
 
     def _check(self) -> None:
-        """Ends this thread's call when it has taken too long, or when nobody wants it any more."""
+        """Raise ServerTimeout when this thread's call takes too long or the client is closed."""
         if not self._open or time.monotonic() > self._this_call.ends:
-            raise TooLate("it goes on for too long")
+            raise ServerTimeout("the call takes too long")
 
     def _closed(self) -> BackendError:
         return BackendError(f"the connection to {self._name} is closed")
@@ -178,13 +183,13 @@ class Server:
         text = str(error).strip().rstrip(".") or type(error).__name__
         remedy = next(remedy for kind, remedy in _REMEDIES if isinstance(error, kind))
         if text.startswith(("MOVED ", "CLUSTERDOWN ")):
-            remedy = "It is part of a cluster; name one that stands alone"
-        kind = NotAllowed if isinstance(error, NoPermissionError) else BackendError
+            remedy = "The server is part of a cluster; name a standalone server or a primary in url"
+        kind = PermissionDenied if isinstance(error, NoPermissionError) else BackendError
         return kind(f"{self._name}: {text}", hint=remedy)
 
 
-class _Reader(DefaultParser):  # type: ignore[misc, valid-type]
-    """Reads answers, and calls ``check`` before each part of one."""
+class _Parser(DefaultParser):  # type: ignore[misc, valid-type]
+    """Parser of answers that calls ``check`` before each read from the socket."""
 
     def __init__(self, check: Callable[[], None], socket_read_size: int) -> None:
         super().__init__(socket_read_size)
@@ -202,22 +207,24 @@ def _answer(connection: Any) -> Any:
         return refusal
 
 
-def is_about_one(error: ResponseError) -> bool:
-    """Whether a refusal is about a command alone: no memory left for it, or somebody else's value
-    under its key. Any other one is the server's failure."""
-    return is_out_of_memory(error) or is_foreign(error)
+def is_refusal_of_one_command(error: ResponseError) -> bool:
+    """Whether an error concerns one command alone: no memory, or a value of the wrong type.
+
+    All other errors count as failures of the server.
+    """
+    return is_out_of_memory(error) or is_wrong_type(error)
 
 
 def is_out_of_memory(answer: object) -> bool:
-    """Whether that is why a command was refused."""
+    """Whether the server refused the command for lack of memory."""
     return isinstance(answer, OutOfMemoryError)
 
 
-def is_foreign(answer: object) -> bool:
-    """Whether something else than a blob lies under the key."""
+def is_wrong_type(answer: object) -> bool:
+    """Whether the key holds a value that is no hash."""
     return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
 
 
 def _encoded(word: bytes | memoryview | str | int) -> bytes | memoryview:
-    """What goes over the wire for one word of a command."""
+    """Encode one argument of a command."""
     return word if isinstance(word, bytes | memoryview) else str(word).encode()

@@ -1,4 +1,4 @@
-"""What the scheduler's side decides, without an engine."""
+"""Decisions of the connector's scheduler role, without an engine."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def client() -> FakeClient:
 
 def new_side(client: FakeClient, clock: Any = lambda: 0.0, **policy: Any) -> Any:
     from lmcache_kit.vllm.model import Model
-    from lmcache_kit.vllm.scheduler import Policy, SchedulerSide
-    from lmcache_kit.vllm.tracker import SavePolicy
+    from lmcache_kit.vllm.request_tracker import SavePolicy
+    from lmcache_kit.vllm.scheduler import ConnectorScheduler, SchedulerPolicy
 
     saving = SavePolicy(CHUNK, policy.pop("decode", False), policy.pop("unfull", True))
     model = Model(NAMESPACE, LAYOUT, BLOCK, world_size=1)
-    return SchedulerSide(client, model, Policy(saving, **policy), clock=clock)
+    return ConnectorScheduler(client, model, SchedulerPolicy(saving, **policy), clock=clock)
 
 
 def report(failures: int, passive: str = "") -> Any:
-    from lmcache_kit.vllm.step import Report
+    from lmcache_kit.vllm.metadata import WorkerMetadata
 
-    return SimpleNamespace(kv_connector_worker_meta=Report(failures, passive))
+    return SimpleNamespace(kv_connector_worker_meta=WorkerMetadata(failures, passive))
 
 
 def place(side: Any, request: Any, computed: int = 0) -> int:
     """What vLLM does with a request that it can place; returns the tokens to load."""
-    external = side.matched_tokens(request, computed)
-    side.placed(request, external)
+    external = side.get_num_new_matched_tokens(request, computed)
+    side.update_state_after_alloc(request, external)
     request.num_computed_tokens = computed + external
     return int(external)
 
@@ -54,7 +54,7 @@ def place(side: Any, request: Any, computed: int = 0) -> int:
 def run(side: Any, request: Any, count: int | None = None) -> Any:
     """Schedule ``count`` more tokens of the request, or all that are left."""
     count = count or request.num_tokens - request.num_computed_tokens
-    step = side.build_step(scheduled(**{request.request_id: count}))
+    step = side.build_connector_meta(scheduled(**{request.request_id: count}))
     request.num_computed_tokens += count
     return step
 
@@ -87,14 +87,14 @@ def test_what_vllm_holds_itself_is_not_loaded(client: FakeClient) -> None:
 def test_the_cache_is_asked_once_however_often_vllm_asks(client: FakeClient) -> None:
     client.store(PROMPT)
     side, request = new_side(client), new_request(PROMPT)
-    answers = {side.matched_tokens(request, 0) for _ in range(140)}
+    answers = {side.get_num_new_matched_tokens(request, 0) for _ in range(140)}
     assert answers == {len(PROMPT) - 1}
     assert client.calls == ["lookup", "poll"]
 
 
 def test_a_miss_is_remembered_too(client: FakeClient) -> None:
     side, request = new_side(client), new_request(PROMPT)
-    assert [side.matched_tokens(request, 0) for _ in range(3)] == [0, 0, 0]
+    assert [side.get_num_new_matched_tokens(request, 0) for _ in range(3)] == [0, 0, 0]
     assert client.calls == ["lookup", "poll"]
 
 
@@ -104,9 +104,9 @@ def test_a_request_that_waits_long_is_looked_up_again_before_its_lease_ends(
     now = [0.0]
     client.store(PROMPT)
     side, request = new_side(client, lambda: now[0], lookup_age_s=60), new_request(PROMPT)
-    side.matched_tokens(request, 0)
+    side.get_num_new_matched_tokens(request, 0)
     now[0] = 61.0
-    side.matched_tokens(request, 0)
+    side.get_num_new_matched_tokens(request, 0)
     assert client.calls == ["lookup", "poll", "release", "lookup", "poll"]
     assert client.held() == 1
 
@@ -115,7 +115,7 @@ def test_a_lookup_that_takes_time_holds_up_nobody(client: FakeClient) -> None:
     client.store(PROMPT)
     client.slow = True
     side, request = new_side(client), new_request(PROMPT)
-    assert [side.matched_tokens(request, 0) for _ in range(3)] == [None, None, None]
+    assert [side.get_num_new_matched_tokens(request, 0) for _ in range(3)] == [None, None, None]
     client.slow = False
     assert place(side, request) == len(PROMPT) - 1
     assert client.calls.count("lookup") == 1
@@ -128,8 +128,8 @@ def test_a_request_aborted_before_the_answer_comes_gives_back_what_it_grants(
     client.store(PROMPT)
     client.slow = True
     side, request = new_side(client), new_request(PROMPT)
-    assert side.matched_tokens(request, 0) is None
-    assert side.finished(request, []) is False
+    assert side.get_num_new_matched_tokens(request, 0) is None
+    assert side.request_finished(request, []) is False
     assert client.held() == 0
 
 
@@ -158,8 +158,8 @@ def test_a_match_that_vllm_does_not_want_is_given_back(client: FakeClient) -> No
 def test_a_request_aborted_while_it_waits_gives_its_lease_back(client: FakeClient) -> None:
     client.store(PROMPT)
     side, request = new_side(client), new_request(PROMPT)
-    side.matched_tokens(request, 0)
-    assert side.finished(request, []) is False
+    side.get_num_new_matched_tokens(request, 0)
+    assert side.request_finished(request, []) is False
     assert client.held() == 0
 
 
@@ -167,7 +167,7 @@ def test_a_load_that_was_placed_and_not_scheduled_is_given_back(client: FakeClie
     client.store(PROMPT)
     side, request = new_side(client), new_request(PROMPT)
     place(side, request)
-    assert side.build_step(scheduled()).loads == []
+    assert side.build_connector_meta(scheduled()).loads == []
     assert client.held() == 0
 
 
@@ -215,7 +215,7 @@ def test_requests_whose_tokens_do_not_name_their_kv_bypass_the_cache(
     assert place(side, request) == 0
     step = run(side, request)
     assert (step.loads, step.saves, client.calls) == ([], [], [])
-    assert side.finished(request, []) is False
+    assert side.request_finished(request, []) is False
 
 
 # Saves.
@@ -280,7 +280,7 @@ def test_generated_tokens_are_not_saved_by_default(client: FakeClient) -> None:
     for token in range(10):
         generated(request, token)
         assert run(side, request).saves == []
-    assert side.finished(request, list(range(10, 20))) is False
+    assert side.request_finished(request, list(range(10, 20))) is False
 
 
 def test_generated_tokens_are_saved_as_chunks_fill_up_and_at_the_end(client: FakeClient) -> None:
@@ -293,17 +293,17 @@ def test_generated_tokens_are_saved_as_chunks_fill_up_and_at_the_end(client: Fak
         saved += spans(run(side, request).saves)
     assert saved == [(16, 24)]
     generated(request, 7)  # sampled, and its KV is never computed
-    assert side.finished(request, list(range(10, 20))) is True
-    step = side.build_step(scheduled())
+    assert side.request_finished(request, list(range(10, 20))) is True
+    step = side.build_connector_meta(scheduled())
     assert spans(step.saves) == [(24, 27)]
-    assert step.tails == {"r"}
+    assert step.free_after_save == {"r"}
 
 
 def test_a_request_that_ends_within_its_prompt_keeps_no_blocks(client: FakeClient) -> None:
     side, request = new_side(client, decode=True), new_request(PROMPT)
     place(side, request)
     run(side, request, 10)
-    assert side.finished(request, [10, 11, 12]) is False
+    assert side.request_finished(request, [10, 11, 12]) is False
 
 
 def test_tokens_still_in_flight_are_not_saved_at_the_end(client: FakeClient) -> None:
@@ -312,8 +312,8 @@ def test_tokens_still_in_flight_are_not_saved_at_the_end(client: FakeClient) -> 
     run(side, request)
     generated(request, 1, 2, 3)
     request.num_computed_tokens, request.num_in_flight_tokens = 23, 2
-    assert side.finished(request, list(range(10, 20))) is True
-    assert spans(side.build_step(scheduled()).saves) == [(16, 21)]
+    assert side.request_finished(request, list(range(10, 20))) is True
+    assert spans(side.build_connector_meta(scheduled()).saves) == [(16, 21)]
 
 
 def test_tokens_scheduled_before_they_are_known_are_not_saved(client: FakeClient) -> None:
@@ -331,7 +331,7 @@ def test_skip_save_saves_nothing_and_still_loads(client: FakeClient) -> None:
     assert run(side, request).saves == []
     generated(request, *range(10))
     run(side, request)
-    assert side.finished(request, list(range(10, 20))) is False
+    assert side.request_finished(request, list(range(10, 20))) is False
 
 
 def test_a_producer_only_saves_and_a_consumer_only_loads(client: FakeClient) -> None:
@@ -368,7 +368,7 @@ def test_after_a_failed_load_everything_is_offered_again(client: FakeClient) -> 
     step = run(side, request)
     assert step.failures_seen == 0
     request.num_computed_tokens = 0  # as vLLM does when a load has failed
-    side.heard(report(1))
+    side.update_connector_output(report(1))
     step = run(side, request)
     assert spans(step.saves) == [(0, 8), (8, 16), (16, 20)]
     assert step.failures_seen == 1
@@ -377,16 +377,16 @@ def test_after_a_failed_load_everything_is_offered_again(client: FakeClient) -> 
 def test_the_same_report_twice_is_one_failure(client: FakeClient) -> None:
     side, request = new_side(client), new_request(PROMPT)
     place(side, request)
-    side.heard(report(1))
+    side.update_connector_output(report(1))
     run(side, request)
-    side.heard(report(1))
+    side.update_connector_output(report(1))
     generated(request, 1)
     assert run(side, request).saves == []
 
 
 def test_a_worker_that_gave_up_ends_lookups_and_saves(client: FakeClient) -> None:
     side = new_side(client)
-    side.heard(report(0, "its pages are odd"))
+    side.update_connector_output(report(0, "its pages are odd"))
     request = new_request(PROMPT)
     assert place(side, request) == 0
     assert run(side, request).saves == []

@@ -1,4 +1,4 @@
-"""The rotation that codecs are told, beside what vLLM turns K by."""
+"""The rotary embedding that codecs get, compared with how vLLM rotates K."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_kit.vllm.rope import loaded_rotation
+from lmcache_kit.vllm.rope import loaded_rope
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 LLAMA3 = {
@@ -59,7 +59,7 @@ def test_its_frequencies_turn_k_as_vllm_does(parameters: dict[str, Any]) -> None
     import torch
 
     module = load(parameters)
-    rope = loaded_rotation()
+    rope = loaded_rope()
     assert rope is not None
     assert rope.rotary_dim == module.rotary_dim
     angles = 100 * torch.tensor(rope.frequencies)
@@ -72,21 +72,21 @@ def test_its_frequencies_turn_k_as_vllm_does(parameters: dict[str, Any]) -> None
 @pytest.mark.parametrize(("neox", "style"), [(True, "neox"), (False, "gptj")])
 def test_it_says_which_values_make_pairs(neox: bool, style: str) -> None:
     load({"rope_theta": 10000.0}, neox=neox)
-    rope = loaded_rotation()
+    rope = loaded_rope()
     assert rope is not None
     assert rope.style == style
 
 
 def test_a_model_without_rotation_has_none() -> None:
-    assert loaded_rotation() is None
+    assert loaded_rope() is None
 
 
 def test_a_model_with_two_rotations_has_none_to_tell() -> None:
     load({"rope_theta": 10000.0})
     load({"rope_theta": 1e6})
-    assert loaded_rotation() is None
+    assert loaded_rope() is None
 
 
 def test_a_rotation_that_is_not_known_is_not_told() -> None:
     load({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    assert loaded_rotation() is None
+    assert loaded_rope() is None

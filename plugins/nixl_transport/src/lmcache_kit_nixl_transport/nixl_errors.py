@@ -1,4 +1,4 @@
-"""What NIXL's failures mean to somebody who does not know NIXL."""
+"""Translation of NIXL's exceptions into TransportErrors with a plain cause."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _KNOWN = {
 }
 
 
-class Explained:
-    """A context in which NIXL's ``failures`` at ``what`` become TransportErrors.
+class TranslateErrors:
+    """Context in which NIXL's ``failures`` become TransportErrors; ``what`` names the action.
 
-    A class, for a generator would be an eighth of what it costs to read 270 KB.
+    A class, since a generator would take an eighth of the time of a read of 270 KB.
     """
 
     __slots__ = ("_failures", "_what")
@@ -39,17 +39,17 @@ class Explained:
     ) -> None:
         if isinstance(error, self._failures):
             reason = _KNOWN.get(type(error).__name__, "")
-            said = f"NIXL fails at {self._what}" + (f": {reason}" if reason else "")
-            raise TransportError(f"{said} ({_code(error)})") from error
+            message = f"NIXL fails at {self._what}" + (f": {reason}" if reason else "")
+            raise TransportError(f"{message} ({_code(error)})") from error
 
 
-def no_start(backends: Sequence[str], asked: str, error: Exception) -> TransportError:
-    """``asked``: what the environment wants of UCX."""
-    said = f"NIXL does not start with {', '.join(backends)} ({_code(error)})"
-    if "UCX" not in backends or not asked:
-        return TransportError(said)
+def start_error(backends: Sequence[str], requested: str, error: Exception) -> TransportError:
+    """Return the error for an agent that does not start; ``requested`` are UCX's variables."""
+    message = f"NIXL does not start with {', '.join(backends)} ({_code(error)})"
+    if "UCX" not in backends or not requested:
+        return TransportError(message)
     return TransportError(
-        f"{said}: UCX found no usable transport with {asked} on this host",
+        f"{message}: UCX found no usable transport with {requested} on this host",
         hint="Unset it, or name what this host has, and tcp, which UCX needs to make contact: "
         "UCX_TLS=rc,cma,tcp",
     )

@@ -1,4 +1,4 @@
-"""The folder that a backend has for itself: its lock, and the names in it."""
+"""The directory of one backend: its lock, and the names of the files in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lmcache_kit.errors import BackendError
 
 LOCK_WAIT_S = 2.0
-"""How long to wait for a process that was killed to be gone."""
+"""How long to wait for the lock of a process that was just killed."""
 _LOCK_POLL_S = 0.02
 _KEY = re.compile(r"[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"[0-9a-f]{32}\.[0-9]+\.tmp")
@@ -33,19 +33,19 @@ _HINTS = {
 }
 
 
-class Found(NamedTuple):
-    """A file with a blob's name."""
+class BlobFileInfo(NamedTuple):
+    """Modification time, key and size of a file that is named like a blob."""
 
     written_ns: int
     key: bytes
     nbytes: int
 
 
-class Folder:
-    """Files named for keys, in up to 256 folders, and nobody else's as long as this is open.
+class BlobDirectory:
+    """Exclusive directory of files that are named by keys, in up to 256 folders.
 
-    ``path`` is made when it is missing, and in it a folder named by a digest of ``subfolder``.
-    Raises BackendError when that cannot be had, or is in use.
+    ``path`` is created when it is missing, and in it a folder named by a digest of ``subfolder``.
+    Raises BackendError when the folder cannot be created, belongs to another user, or is in use.
     """
 
     def __init__(self, path: Path, subfolder: str) -> None:
@@ -58,7 +58,7 @@ class Folder:
             self.block_bytes = os.statvfs(self.path).f_frsize
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise failure("keep blobs in", self.path, error) from error
+            raise backend_error("use", self.path, error) from error
         try:
             self._take_lock()
         except BaseException:
@@ -70,29 +70,30 @@ class Folder:
         return self.path / name[:2] / name
 
     def temporary(self, key: bytes) -> Path:
-        """A name beside the key's that nothing else has."""
+        """Return a unique name beside the file of the key."""
         return self.file(key).with_suffix(f".{next(self._numbers)}.tmp")
 
-    def recover(self) -> list[Found]:
-        """What lies here, the oldest first. What a writer that died has left is removed. Raises
-        BackendError."""
-        found: list[Found] = []
+    def recover(self) -> list[BlobFileInfo]:
+        """List all blobs, the oldest first, and remove unfinished files. Raises BackendError."""
+        found: list[BlobFileInfo] = []
         try:
             for entry in self._entries():
                 if _TEMPORARY.fullmatch(entry.name):
                     os.unlink(entry.path)
                 elif _KEY.fullmatch(entry.name):
                     seen = entry.stat(follow_symlinks=False)
-                    found.append(Found(seen.st_mtime_ns, bytes.fromhex(entry.name), seen.st_size))
+                    found.append(
+                        BlobFileInfo(seen.st_mtime_ns, bytes.fromhex(entry.name), seen.st_size)
+                    )
         except OSError as error:
-            raise failure("read", self.path, error) from error
+            raise backend_error("read", self.path, error) from error
         return sorted(found)
 
     def close(self) -> None:
         os.close(self._lock)
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
-        """Regular files in the folder that their name belongs in."""
+        """Yield the regular files that lie in the folder of their name."""
         for number in range(256):
             prefix = f"{number:02x}"
             folder = self.path / prefix
@@ -104,7 +105,7 @@ class Folder:
                         yield entry
 
     def _check_owner(self) -> None:
-        """Who can write here can make up KV."""
+        """Raise BackendError unless this user owns the folder: a writer here can forge KV."""
         seen = os.lstat(self.path)
         if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid():
             raise BackendError(
@@ -123,8 +124,8 @@ class Folder:
                     raise self._in_use() from error
                 time.sleep(_LOCK_POLL_S)
             except OSError as error:
-                raise failure("lock", self.path, error) from error
-        # Only for the message to whoever comes next.
+                raise backend_error("lock", self.path, error) from error
+        # Record the holder for the error message of another process.
         with suppress(OSError):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
@@ -132,12 +133,12 @@ class Folder:
     def _in_use(self) -> BackendError:
         holder = os.pread(self._lock, 20, 0).decode("ascii", "replace")
         return BackendError(
-            f"{self.path} is in use by process {holder or 'unknown'}",
+            f"{self.path} is in use by process {holder or '(unknown)'}",
             hint="Stop that process, or set another path, subfolder or lmcache_instance_id",
         )
 
 
-def failure(doing: str, path: Path, error: OSError) -> BackendError:
-    """What to raise when the system refuses. ``doing``: such as "read"."""
-    why = error.strerror or str(error)
-    return BackendError(f"cannot {doing} {path}: {why}", hint=_HINTS.get(error.errno or 0, ""))
+def backend_error(action: str, path: Path, error: OSError) -> BackendError:
+    """Convert a system's error; ``action`` is a verb such as "read". The hint is the remedy."""
+    cause = error.strerror or str(error)
+    return BackendError(f"cannot {action} {path}: {cause}", hint=_HINTS.get(error.errno or 0, ""))
