@@ -11,10 +11,10 @@ PYTHONS ?=
 SOURCES := lmcache_kit tools $(wildcard plugins/*/src)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test pythons lint format demo docs lmcache wheels clean distclean
+.PHONY: help setup model test test-random pythons lint format demo docs lmcache wheels clean distclean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create .venv, or bring it up to date: vLLM for CPUs, the kit, what the tests need
 	@$(PYTHON) -m tools.setup_env $(VENV)
@@ -25,6 +25,9 @@ model: setup ## Convert the small language model that tests and demo use, once
 test: setup model ## Run all tests; ARGS="-k name" for some, JOBS=4 for more at a time
 	@# In the order of tests/conftest.py: the slow ones first.
 	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations 30 $(ARGS)
+
+test-random: setup model ## Run the tests that start no vLLM in random order; ARGS=--randomly-seed=N repeats one
+	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder -p randomly -m "not vllm" $(ARGS)
 
 pythons: ## Run the tests that do without vLLM on each supported Python found here, in .venv-3.12 ...
 	@$(PYTHON) -m tools.pythons $(PYTHONS) -- $(ARGS)

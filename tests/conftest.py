@@ -62,12 +62,14 @@ def group_of(nodeid: str) -> str:
     return folder if folder in TOGETHER else file
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip by name what needs a GPU, and begin with what is slow."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip by name what needs a GPU, and begin with what is slow unless the order is random."""
     if not any(Path("/proc/driver/nvidia/gpus").glob("*")):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+    if config.pluginmanager.hasplugin("randomly"):
+        return
     ranks = {group: rank for rank, group in enumerate(SLOW_FIRST)}
     items.sort(key=lambda item: ranks.get(group_of(item.nodeid), len(ranks)))
 

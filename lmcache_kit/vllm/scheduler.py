@@ -84,7 +84,7 @@ class ConnectorScheduler:
     ) -> None:
         self._client = client
         self._model = model
-        self._policy = policy
+        self.policy = policy
         self._clock = clock
         self._trackers: dict[str, RequestTracker | None] = {}
         self._loads: dict[str, tuple[Found, int, int]] = {}
@@ -92,6 +92,11 @@ class ConnectorScheduler:
         self._failures_seen = 0
         self._disabled_reason = ""
         self.counts: Counter[str] = Counter()
+
+    @property
+    def num_tracked_requests(self) -> int:
+        """Return the number of requests that the connector keeps state for."""
+        return len(self._trackers)
 
     def get_num_new_matched_tokens(self, request: Request, computed: int) -> int | None:
         """Return how many tokens can be loaded beyond the ``computed`` ones that vLLM holds.
@@ -101,11 +106,11 @@ class ConnectorScheduler:
         cache process is asked once. The last token is never loaded, since vLLM must compute one.
         """
         tracker = self._track(request)
-        may_load = self._policy.load and not self._disabled_reason
+        may_load = self.policy.load and not self._disabled_reason
         if tracker is None or not may_load or request.skip_reading_prefix_cache:
             return 0
         result = tracker.result
-        if result is None or self._clock() - result.received_at > self._policy.lookup_age_s:
+        if result is None or self._clock() - result.received_at > self.policy.lookup_age_s:
             self._release(result)
             tracker.result = result = self._look_up(tracker, computed)
             if result is None:
@@ -114,7 +119,7 @@ class ConnectorScheduler:
         if result.found is None:
             return 0
         more = min(result.found.tokens, request.num_tokens - 1) - computed
-        return more if more >= max(1, self._policy.min_load_tokens) else 0
+        return more if more >= max(1, self.policy.min_load_tokens) else 0
 
     def update_state_after_alloc(self, request: Request, external: int) -> None:
         """Note that vLLM has allocated blocks, with ``external`` tokens to be loaded into them."""
@@ -200,7 +205,7 @@ class ConnectorScheduler:
             tracker.pending_lookup.abandon()
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         valid = min(computed, request.num_tokens - 1)
-        policy = self._policy.saving
+        policy = self.policy.saving
         if not (policy.decode and self._saves(tracker)) or valid <= request.num_prompt_tokens:
             return False
         final = [
@@ -226,12 +231,12 @@ class ConnectorScheduler:
         return known
 
     def _saves(self, tracker: RequestTracker) -> bool:
-        return tracker.may_save and self._policy.save and not self._disabled_reason
+        return tracker.may_save and self.policy.save and not self._disabled_reason
 
     def _pending_saves(self, tracker: RequestTracker, valid: int) -> list[PendingSave]:
         if not self._saves(tracker):
             return []
-        return list(tracker.pending_saves(valid, self._policy.saving))
+        return list(tracker.pending_saves(valid, self.policy.saving))
 
     def _save_spec(self, tracker: RequestTracker, save: PendingSave, blocks: list[int]) -> SaveSpec:
         return SaveSpec(
@@ -245,9 +250,9 @@ class ConnectorScheduler:
             if tracker.pending_lookup is None:
                 self.counts["lookups"] += 1
                 tracker.pending_lookup = self._client.begin_lookup(
-                    tracker.namespace, tracker.packed(), self._policy.saving.chunk_size
+                    tracker.namespace, tracker.packed(), self.policy.saving.chunk_size
                 )
-                found = tracker.pending_lookup.poll(self._policy.lookup_wait_s)
+                found = tracker.pending_lookup.poll(self.policy.lookup_wait_s)
                 self.counts["lookups_waited_for"] += found is None
             else:
                 found = tracker.pending_lookup.poll()

@@ -81,7 +81,7 @@ def test_the_model_is_kept_once_it_is_converted(capsys: pytest.CaptureFixture[st
 
 def test_make_alone_lists_every_target_with_what_it_does() -> None:
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = dict(re.findall(r"^  make (\w+) +(.+)$", done.stdout, flags=re.MULTILINE))
+    listed = dict(re.findall(r"^  make ([\w-]+) +(.+)$", done.stdout, flags=re.MULTILINE))
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert phony
     assert listed.keys() == set(phony[1].split())

@@ -17,7 +17,8 @@ Change: TypeAlias = Callable[[int, bytes], bytes | None]
 connections. ``position`` counts the bytes that came from the server before, over all connections.
 ``lmcache_kit.testing.hosts`` has changes ready: ``flip``, ``cut``, ``Stall``."""
 
-_PIECE_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 12
+"""A change that waits holds back a whole piece, so pieces are small."""
 
 
 def unchanged(position: int, data: bytes) -> bytes:

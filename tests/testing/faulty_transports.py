@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from lmcache_kit_tcp_transport import wire
 from lmcache_kit_tcp_transport.link import TcpLink
-from lmcache_kit_tcp_transport.offers import Offer
+from lmcache_kit_tcp_transport.offers import Offers
 from lmcache_kit_tcp_transport.serving import answer_all
 from lmcache_kit_tcp_transport.transport import TcpTransport
 
@@ -31,7 +31,7 @@ class Through(Link):
     def __init__(self, link, transport):
         self.link = link
         self.transport = transport
-        self.memory = transport._memory
+        self.memory = transport.memory
 
     @property
     def description(self):
@@ -48,6 +48,10 @@ class Linked(TcpTransport):
     """Its links are of its class ``Through``."""
 
     Through = Through
+
+    def __init__(self, memory, host):
+        super().__init__(memory, host)
+        self.memory = memory
 
     def connect(self, address, dial, timeout_s):
         return self.Through(super().connect(address, dial, timeout_s), self)
@@ -149,12 +153,16 @@ class LosesUnderConcurrency(TcpTransport):
 
     def __init__(self, memory, host):
         super().__init__(memory, host)
+        self.memory = memory
         self.landing = memoryview(bytearray(len(memory)))
+        self.lander = TcpTransport(self.landing, host)
 
     def connect(self, address, dial, timeout_s):
-        link = super().connect(address, dial, timeout_s)
-        link._memory = self.landing
-        return Landing(link, self)
+        return Landing(self.lander.connect(address, dial, timeout_s), self)
+
+    def close(self):
+        self.lander.close()
+        super().close()
 
 
 class Landing(Through):
@@ -187,18 +195,18 @@ class KnowsNoUnknownOffer(TcpTransport):
 class CanBeGuessed(TcpTransport):
     numbers = itertools.count()
 
-    def offer(self, regions):
-        token, count = wire.unpack_offer(super().offer(regions))
-        plain = next(self.numbers).to_bytes(len(token), "little")
-        self._offers._offers[plain] = self._offers._offers.pop(token)
-        return wire.pack_offer(plain, count)
+    def __init__(self, memory, host):
+        super().__init__(memory, host)
+        count = lambda: next(self.numbers).to_bytes(wire.OFFER_TOKEN_BYTES, "little")  # noqa: E731
+        self._offers = Offers(len(memory), count)
 
 
 class OffersAnything(TcpTransport):
     def offer(self, regions):
-        token = os.urandom(16)
-        self._offers._offers[token] = Offer(regions)
-        return wire.pack_offer(token, len(regions))
+        try:
+            return super().offer(regions)
+        except ValueError:
+            return wire.pack_offer(os.urandom(wire.OFFER_TOKEN_BYTES), len(regions))
 
 
 class FillsAnything(TcpTransport):
@@ -206,8 +214,13 @@ class FillsAnything(TcpTransport):
 
     def connect(self, address, dial, timeout_s):
         link = super().connect(address, dial, timeout_s)
-        link._check = lambda region: None
+        link.__class__ = Unchecking
         return link
+
+
+class Unchecking(TcpLink):
+    def _check(self, region):
+        pass
 
 
 class LeavesReadsAlone(Linked):

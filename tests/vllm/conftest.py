@@ -8,12 +8,16 @@ import random
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmcache_kit.process.client import CacheClient
+from lmcache_kit.service import launch
 from tests.support.processes import short_folder
 from tools import stack
 
@@ -51,6 +55,22 @@ class ModulesButLlvmlite:
         return {name: module for name, module in sys.modules.items() if "llvmlite" not in name}
 
 
+@contextmanager
+def recorded_clients() -> Iterator[dict[str, list[CacheClient]]]:
+    """Record the clients that are opened meanwhile, by role."""
+    clients: dict[str, list[CacheClient]] = defaultdict(list)
+    open_client = launch.open_client
+
+    def recording(*args: Any, role: str, **more: Any) -> CacheClient:
+        client = open_client(*args, role=role, **more)  # type: ignore[arg-type]
+        clients[role].append(client)
+        return client
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "open_client", recording)
+        yield clients
+
+
 class Reply:
     def __init__(self, output: Any) -> None:
         self.tokens = list(output.outputs[0].token_ids)
@@ -65,21 +85,21 @@ class Engine:
         from vllm.config import KVTransferConfig
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        self.llm = LLM(
-            str(stack.MODEL),
-            **ENGINE,
-            enable_prefix_caching=True,
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="LMCacheKitConnector",
-                kv_role="kv_both",
-                kv_connector_extra_config={
-                    "lmcache.chunk_size": CHUNK,
-                    "lmcache.max_local_cpu_size": 0.25,
-                    "lmcache.cache_socket": str(folder / "cache.sock"),
-                    "lmcache.cache_linger_s": 1,
-                },
-            ),
+        transfer = KVTransferConfig(
+            kv_connector="LMCacheKitConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config={
+                "lmcache.chunk_size": CHUNK,
+                "lmcache.max_local_cpu_size": 0.25,
+                "lmcache.cache_socket": str(folder / "cache.sock"),
+                "lmcache.cache_linger_s": 1,
+            },
         )
+        with recorded_clients() as clients:
+            self.llm = LLM(
+                str(stack.MODEL), **ENGINE, enable_prefix_caching=True, kv_transfer_config=transfer
+            )
+        [self.scheduler_client], [self.worker_client] = clients["scheduler"], clients["worker"]
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler.connector.connector_scheduler
         self.worker = get_kv_transfer_group().connector_worker
@@ -109,7 +129,7 @@ class Engine:
         return reply
 
     def stats(self) -> dict[str, float]:
-        return self.worker._client.stats().values
+        return self.worker_client.stats().values
 
 
 _REFERENCE = """
@@ -226,7 +246,7 @@ def engine(session_engine: Engine) -> Iterator[Engine]:
     """The session's engine; whatever a test does to it, it ends with no request and no lease."""
     yield session_engine
     assert not session_engine.llm.llm_engine.has_unfinished_requests()
-    assert not session_engine.scheduler._trackers
-    if session_engine.worker._client.connected:
+    assert not session_engine.scheduler.num_tracked_requests
+    if session_engine.worker_client.connected:
         stats = session_engine.stats()
         assert (stats["leases"], stats["pending"]) == (0, 0)

@@ -170,11 +170,11 @@ def test_skip_save_stores_nothing(engine: Engine) -> None:
 
 @pytest.fixture
 def saving_decodes(engine: Engine) -> Iterator[Engine]:
-    policy = engine.scheduler._policy
+    policy = engine.scheduler.policy
     saving = dataclasses.replace(policy.saving, decode=True)
-    engine.scheduler._policy = dataclasses.replace(policy, saving=saving)
+    engine.scheduler.policy = dataclasses.replace(policy, saving=saving)
     yield engine
-    engine.scheduler._policy = policy
+    engine.scheduler.policy = policy
 
 
 def test_generated_tokens_are_not_saved_by_default(engine: Engine) -> None:
@@ -215,7 +215,7 @@ def test_corrupt_memory_is_computed_again_and_replaced(
     tokens = prompt(200, seed=23)
     engine.one(tokens)
     corrupt = engine.stats()["corrupt_total"]
-    memory = engine.worker._client.memory(engine.worker._client.incarnation)
+    memory = engine.worker_client.memory(engine.worker_client.incarnation)
     for at in range(0, len(memory), 4096):
         memory[at] ^= 0xFF
     damaged = engine.one(tokens)
@@ -233,7 +233,7 @@ def test_requests_that_share_a_failed_load_store_no_garbage(
 ) -> None:
     tokens = prompt(96, seed=24)
     engine.one(tokens)
-    memory = engine.worker._client.memory(engine.worker._client.incarnation)
+    memory = engine.worker_client.memory(engine.worker_client.incarnation)
     for at in range(0, len(memory), 4096):
         memory[at] ^= 0xFF
     batch = [tokens + prompt(10, seed=seed) for seed in (25, 26)]
@@ -249,13 +249,13 @@ def test_without_the_cache_process_vllm_goes_on_and_later_caches_again(
 ) -> None:
     tokens = prompt(200, seed=27)
     engine.one(tokens)
-    client = engine.worker._client
+    client = engine.worker_client
     incarnation = client.incarnation
     os.kill(client.stats().pid, signal.SIGKILL)
     reply = engine.one(tokens)
     assert reply.tokens == reference(tokens)
     eventually(lambda: client.connected and client.incarnation != incarnation)
-    eventually(lambda: engine.scheduler._client.connected)
+    eventually(lambda: engine.scheduler_client.connected)
     assert engine.one(tokens).tokens == reference(tokens)
     warm = engine.one(tokens)
     assert warm.cached == 199
@@ -267,14 +267,14 @@ def test_the_cache_process_dies_between_a_lookup_and_its_load(
 ) -> None:
     tokens = prompt(200, seed=28)
     engine.one(tokens)
-    client = engine.worker._client
+    client = engine.worker_client
     load, pid = engine.worker.load, client.stats().pid
 
     def dies_first(step: object) -> None:
         if step.loads:  # type: ignore[attr-defined]
             os.kill(pid, signal.SIGKILL)
             eventually(lambda: not client.connected)
-            client._mapped.clear()
+            monkeypatch.setattr(client, "memory", lambda incarnation: None)
         load(step)
 
     monkeypatch.setattr(engine.worker, "load", dies_first)

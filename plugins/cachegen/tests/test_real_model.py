@@ -36,7 +36,7 @@ class Prompt:
         torch.set_num_threads(1)
         self._torch = torch
         self._model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-        text = "".join(path.read_text() for path in sorted(MODEL.parents[2].glob("docs/*.md")))
+        text = (MODEL.parents[2] / "LICENSE").read_text()
         ids = AutoTokenizer.from_pretrained(MODEL)(text, return_tensors="pt").input_ids
         self._ids = ids[:, : CONTEXT_TOKENS + AHEAD_TOKENS]
         with torch.no_grad():

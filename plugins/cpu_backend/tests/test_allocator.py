@@ -6,7 +6,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from lmcache_kit_cpu_backend import allocator as allocator_module
 from lmcache_kit_cpu_backend.allocator import PAGE_BYTES, Allocator, pages
 
 from lmcache_kit.interfaces import Region
@@ -156,12 +155,8 @@ def test_with_many_blocks_the_windows_around_large_holes_make_room_too(
     assert allocator.allocate(nbytes) is not None
 
 
-def test_a_large_memory_whose_large_holes_are_walled_in_is_searched_as_a_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(allocator_module, "_WALK_ALL_BLOCKS", 0)
-    monkeypatch.setattr(allocator_module, "_HOLES_TO_TRY", 1)
-    allocator = Allocator(8 * PAGE_BYTES)
+def test_a_large_memory_whose_large_holes_are_walled_in_is_searched_as_a_whole() -> None:
+    allocator = Allocator(8 * PAGE_BYTES, walk_all_blocks=0, holes_to_try=1)
     regions = [take(allocator, PAGE_BYTES) for _ in range(8)]
     allocator.free(regions[1])
     walls = {regions[0], regions[2]}

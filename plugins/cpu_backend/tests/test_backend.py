@@ -117,7 +117,7 @@ def test_closing_right_after_the_first_use_leaves_no_thread() -> None:
 def test_a_system_that_cannot_touch_memory_ahead_serves_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefault, "_MADV_POPULATE_WRITE", 9999)
+    monkeypatch.setattr(prefault, "MADV_POPULATE_WRITE", 9999)
     backend = LocalCPUBackend(capacity_bytes=8 * MIB)
     region = backend.allocate(4)
     assert region

@@ -218,7 +218,7 @@ def test_noise_is_neither_a_frame_nor_a_request(noise: bytes, sure: bool) -> Non
 def test_a_request_for_what_there_is_not_is_an_error(source: Any) -> None:
     body = struct.pack("!4sHHI16s", b"LKTq", 1, 99, 0, bytes(16))
     with pytest.raises(TransportError, match=r"requests 99; known are \[1, 2\]"):
-        wire.unpack_request(wire._checked(body))
+        wire.unpack_request(wire.with_checksum(body))
 
 
 def test_an_address_of_another_version_is_refused_by_name(sink: Any, source: Any) -> None:
@@ -337,7 +337,7 @@ def test_closing_waits_for_the_call_that_is_moving_bytes() -> None:
     near, far = socket.socketpair()
     connection = Connection(near)
     closing = threading.Thread(target=connection.close)
-    with far, connection._using_socket(socket.SO_RCVTIMEO, None):
+    with far, connection.using_socket(socket.SO_RCVTIMEO, None):
         closing.start()
         assert far.recv(1) == b""  # it has begun
         closing.join(0.1)

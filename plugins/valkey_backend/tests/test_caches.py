@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lmcache_kit.cache.tiers import circuit_breaker
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.service.build import open_backend
 from tests.peer.conftest import Place
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from plugins.valkey_backend.tests.conftest import Served
@@ -66,8 +68,12 @@ def test_a_server_that_is_gone_is_a_miss_and_costs_the_next_lookup_nothing(
 
 
 def test_a_cache_starts_without_its_server_and_uses_it_once_it_is_there(
-    serve: Callable[..., Served], place: Callable[[Served], Place]
+    serve: Callable[..., Served],
+    place: Callable[[Served], Place],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(circuit_breaker, "FIRST_REST_S", 0.001)
+    monkeypatch.setattr(circuit_breaker, "LONGEST_REST_S", 0.001)
     server = serve()
     server.kill()
     one = place(server)
@@ -76,7 +82,7 @@ def test_a_cache_starts_without_its_server_and_uses_it_once_it_is_there(
     assert one.hit(TOKENS) == len(TOKENS)
     server.start()
     tier = one.tiers[0]
-    tier._breaker._until = 0.0  # the half minute, at most, that it is left alone
+    eventually(lambda: not tier.resting)
     one.store(range(5000, 5100))
     one.settle()
     assert tier.stats()["written_chunks_total"] == 7

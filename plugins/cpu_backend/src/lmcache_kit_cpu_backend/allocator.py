@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from lmcache_kit.interfaces import Region
 
 PAGE_BYTES = 4096
-_WALK_ALL_BLOCKS = 256
-_HOLES_TO_TRY = 8
+WALK_ALL_BLOCKS = 256
+"""Up to so many blocks, an eviction plan looks at all of them."""
+HOLES_TO_TRY = 8
+"""Above that, it looks first around so many of the largest holes."""
 
 _Block = tuple[int, Region | None]
 """Size in bytes, and the region, or None for a hole."""
@@ -30,7 +32,15 @@ class Allocator:
     next one.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        walk_all_blocks: int = WALK_ALL_BLOCKS,
+        holes_to_try: int = HOLES_TO_TRY,
+    ) -> None:
+        self._walk_all_blocks = walk_all_blocks
+        self._holes_to_try = holes_to_try
         self.capacity_bytes = capacity_bytes // PAGE_BYTES * PAGE_BYTES
         self.requested_bytes = 0
         self.allocated_bytes = 0
@@ -97,8 +107,8 @@ class Allocator:
         windows, in time proportional to all blocks.
         """
         needed = pages(nbytes)
-        if len(self._ending_at) > _WALK_ALL_BLOCKS:
-            largest = [offset for _, offset in self._by_size[-_HOLES_TO_TRY:]]
+        if len(self._ending_at) > self._walk_all_blocks:
+            largest = [offset for _, offset in self._by_size[-self._holes_to_try :]]
             around = [self._around(offset, needed) for offset in largest]
             found = [
                 window for blocks in around if (window := _cheapest(blocks, needed, evictable))

@@ -8,7 +8,7 @@ import threading
 
 AHEAD_BYTES = 64 << 20
 _STEP_BYTES = 4 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it
+MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it
 
 
 class Prefault:
@@ -60,7 +60,7 @@ class Prefault:
                 # Skip pages that are allocated already: their workers touch them.
                 begin = max(self._touched, self._used // mmap.PAGESIZE * mmap.PAGESIZE)
                 nbytes = min(_STEP_BYTES, self._nbytes - begin)
-                if self._stop or (nbytes and madvise(start + begin, nbytes, _MADV_POPULATE_WRITE)):
+                if self._stop or (nbytes and madvise(start + begin, nbytes, MADV_POPULATE_WRITE)):
                     return
                 self._touched = begin + nbytes
             if self._stop:

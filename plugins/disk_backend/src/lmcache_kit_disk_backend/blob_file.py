@@ -23,8 +23,8 @@ from lmcache_kit.interfaces import Blob, OpenBlob
 from lmcache_kit.interfaces.backend import MAX_META_BYTES
 
 ALIGNMENT = 4096
-_MAGIC = b"LKDb"
-_VERSION = 1
+MAGIC = b"LKDb"
+VERSION = 1
 _FIELDS = struct.Struct("<4sIIIQ16s")
 _CHECK_BYTES = 8
 _HEADER_BYTES = _FIELDS.size + _CHECK_BYTES
@@ -53,7 +53,7 @@ class BlobHeader(NamedTuple):
 
     def pack(self, key: bytes) -> bytes:
         """Return all bytes before the data, padded with zeros."""
-        fields = _FIELDS.pack(_MAGIC, _VERSION, len(self.meta), 0, self.data_bytes, key)
+        fields = _FIELDS.pack(MAGIC, VERSION, len(self.meta), 0, self.data_bytes, key)
         header = fields + xxh3_64_digest(fields + self.meta) + self.meta
         return header.ljust(self.data_at, b"\0")
 
@@ -88,10 +88,10 @@ def read_header(fd: int, key: bytes) -> BlobHeader:
         raise DamagedFile(f"it ends after {len(start)} bytes")
     fields, check = start[: _FIELDS.size], start[_FIELDS.size : _HEADER_BYTES]
     magic, version, meta_bytes, _, data_bytes, named = _FIELDS.unpack(fields)
-    if magic != _MAGIC:
-        raise DamagedFile(f"it begins with {magic!r} instead of {_MAGIC!r}")
-    if version != _VERSION:
-        raise DamagedFile(f"it has format version {version}; known: {_VERSION}")
+    if magic != MAGIC:
+        raise DamagedFile(f"it begins with {magic!r} instead of {MAGIC!r}")
+    if version != VERSION:
+        raise DamagedFile(f"it has format version {version}; known: {VERSION}")
     if meta_bytes > MAX_META_BYTES:
         raise DamagedFile(f"its header claims {meta_bytes} bytes of meta; at most {MAX_META_BYTES}")
     meta = start[_HEADER_BYTES:][:meta_bytes]

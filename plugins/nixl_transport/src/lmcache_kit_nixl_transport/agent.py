@@ -127,6 +127,11 @@ class Agent:
         for transfer in abandoned:
             self.settled(transfer)
 
+    def in_flight(self) -> int:
+        """Return how many transfers NIXL has begun and not ended."""
+        with self._state:
+            return len(self._in_flight)
+
     def close(self) -> None:
         """End every transfer and deregister the memory. Safe to call twice."""
         with self._closing:

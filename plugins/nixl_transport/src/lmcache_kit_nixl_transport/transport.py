@@ -97,6 +97,11 @@ class NixlTransport(Transport):
         """Close the connection: peers send no requests to this side."""
         connection.close()
 
+    def in_flight(self) -> int:
+        """Return how many reads NIXL has not ended, after looking at those that timed out."""
+        self._agent.sweep()
+        return self._agent.in_flight()
+
     def close(self) -> None:
         self._agent.close()
         self._exported = None

@@ -53,7 +53,7 @@ class Connection:
     def receive(self, into: memoryview, deadline: float | None = None) -> int:
         """Receive 1 to :data:`PART_BYTES` bytes; return how many."""
         flags = 0 if self._tls else socket.MSG_WAITALL
-        with self._using_socket(socket.SO_RCVTIMEO, deadline):
+        with self.using_socket(socket.SO_RCVTIMEO, deadline):
             received = self._socket.recv_into(into[:PART_BYTES], 0, flags)
         if not received:
             raise self._lost("it closed the connection")
@@ -70,7 +70,7 @@ class Connection:
         """Send header and payload. ``stall_s`` limits the time without progress."""
         rest = memoryview(header)
         if payload is not None and not self._tls:
-            with self._using_socket(socket.SO_SNDTIMEO, time.monotonic() + stall_s):
+            with self.using_socket(socket.SO_SNDTIMEO, time.monotonic() + stall_s):
                 sent = self._socket.sendmsg([header, payload])
             rest, payload = rest[sent:], payload[max(0, sent - len(header)) :]
         self._send_all(rest, stall_s)
@@ -95,12 +95,12 @@ class Connection:
 
     def _send_all(self, rest: memoryview, stall_s: float) -> None:
         while rest:
-            with self._using_socket(socket.SO_SNDTIMEO, time.monotonic() + stall_s):
+            with self.using_socket(socket.SO_SNDTIMEO, time.monotonic() + stall_s):
                 sent = self._socket.send(rest[:_TLS_PART_BYTES] if self._tls else rest)
             rest = rest[sent:]
 
     @contextlib.contextmanager
-    def _using_socket(self, limit: int, deadline: float | None) -> Iterator[None]:
+    def using_socket(self, limit: int, deadline: float | None) -> Iterator[None]:
         left = None if deadline is None else deadline - time.monotonic()
         late = TransferTimeout(f"{self.peer} took too long")
         with self._using:

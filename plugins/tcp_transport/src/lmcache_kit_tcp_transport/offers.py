@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from lmcache_kit.interfaces import ReadableRegion
 from lmcache_kit_tcp_transport.connection import Connection
@@ -26,8 +27,9 @@ class Offer:
 class Offers:
     """Offers by token. Thread-safe."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, new_token: Callable[[], bytes] | None = None) -> None:
         self._memory_bytes = memory_bytes
+        self._new_token = new_token or partial(secrets.token_bytes, OFFER_TOKEN_BYTES)
         self._offers: dict[bytes, Offer] = {}
         self._changed = threading.Condition()
 
@@ -43,7 +45,7 @@ class Offers:
                 )
             if not 0 <= checksum < 1 << 64:
                 raise ValueError(f"{checksum} is no xxh3-64")
-        token = secrets.token_bytes(OFFER_TOKEN_BYTES)
+        token = self._new_token()
         with self._changed:
             self._offers[token] = Offer(regions)
         return token

@@ -81,7 +81,7 @@ class Address(msgspec.Struct, frozen=True):
 
 
 def pack_request(request: Request) -> bytes:
-    return _checked(
+    return with_checksum(
         _REQUEST.pack(_REQUEST_MAGIC, VERSION, request.op, request.regions, request.token)
     )
 
@@ -95,7 +95,7 @@ def unpack_request(header: bytes) -> Request:
 
 
 def pack_frame(frame: Frame) -> bytes:
-    return _checked(_FRAME.pack(_FRAME_MAGIC, VERSION, *frame))
+    return with_checksum(_FRAME.pack(_FRAME_MAGIC, VERSION, *frame))
 
 
 def unpack_frame(header: bytes) -> Frame:
@@ -131,7 +131,7 @@ def unpack_address(address: bytes) -> Address:
     return peer
 
 
-def _checked(body: bytes) -> bytes:
+def with_checksum(body: bytes) -> bytes:
     return body + _CHECK.pack(xxh32_intdigest(body))
 
 
@@ -142,6 +142,6 @@ def _body(header: bytes, magic: bytes, what: str) -> bytes:
     if version != VERSION:
         raise UnsupportedVersion(version)
     body = header[: -_CHECK.size]
-    if _checked(body) != header:
+    if with_checksum(body) != header:
         raise TransportError(f"a {what} from the peer is corrupt: its xxh32 does not match")
     return body
