@@ -487,15 +487,15 @@ SHELVES = 'ConfigKey("acme_shelves", option="shelves", help="Shelves", type="num
 
 
 def test_a_plugin_brings_a_key_of_its_own(site: FakeSite) -> None:
-    site.install("acme-shelf", ACME.format(name="Shelf", keys=f"{SHELVES},"))
+    site.install("acme-vault", ACME.format(name="Vault", keys=f"{SHELVES},"))
     site.module("acme_options", OPTIONS)
-    assert from_environ(LMCACHE_ACME_SHELVES="3").config.lower_tiers == {"Shelf": {"shelves": 3.0}}
+    assert from_environ(LMCACHE_ACME_SHELVES="3").config.lower_tiers == {"Vault": {"shelves": 3.0}}
     with pytest.raises(ConfigError, match=r"acme_shelves: '0' \(LMCACHE_ACME_SHELVES\): .*greater"):
         from_environ(LMCACHE_ACME_SHELVES="0")
     with pytest.raises(ConfigError, match="Did you mean 'acme_shelves'"):
-        from_extra(acme_shelfs=1)
+        from_extra(acme_vaults=1)
     (found,) = (each for each in declarations(Plugins.load()) if each.name == "acme_shelves")
-    assert (found.help, found.plugin) == ("Shelves.", "Shelf")
+    assert (found.help, found.plugin) == ("Shelves.", "Vault")
 
 
 def test_a_key_that_two_plugins_declare_can_be_used_from_neither(site: FakeSite) -> None:
@@ -507,7 +507,7 @@ def test_a_key_that_two_plugins_declare_can_be_used_from_neither(site: FakeSite)
 
 def test_a_plugin_cannot_take_a_key_of_the_kit(site: FakeSite) -> None:
     keys = SHELVES.replace("acme_shelves", "chunk_size")
-    site.install("acme-shelf", ACME.format(name="Shelf", keys=f"{keys},"))
+    site.install("acme-vault", ACME.format(name="Vault", keys=f"{keys},"))
     assert from_extra(chunk_size=3).config.chunk_size == 3
     assert len(declarations(Plugins.load())) == len({*KEYS, *OF_OURS})
 

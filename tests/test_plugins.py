@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 BACKEND = """
 @hookimpl
 def register_backends():
-    return [BackendSpec("Shelf", "{module}_target:Shelf", "on a shelf")]
+    return [BackendSpec("Vault", "{module}_target:Vault", "on a vault")]
 """
 
 POLICY = """
@@ -52,24 +52,24 @@ def names(plugins: Plugins) -> list[str]:
 def test_a_plugin_is_found_by_its_entry_point_and_known_with_its_distribution(
     site: FakeSite,
 ) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"), plugin="shelf", version="3.4")
+    site.install("acme-vault", BACKEND.format(module="acme_vault"), plugin="vault", version="3.4")
     (info,) = load().loaded
-    assert (info.name, info.distribution, info.version) == ("shelf", "acme-shelf", "3.4")
-    assert info.path == str(site.folder / "acme_shelf.py")
+    assert (info.name, info.distribution, info.version) == ("vault", "acme-vault", "3.4")
+    assert info.path == str(site.folder / "acme_vault.py")
 
 
 def test_an_offer_is_known_without_importing_its_target(site: FakeSite) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     plugins = load()
-    assert plugins.spec("backend", "Shelf").summary == "on a shelf"
-    assert [offer.plugin.distribution for offer in plugins.specs("backend")] == ["acme-shelf"]
+    assert plugins.spec("backend", "Vault").summary == "on a vault"
+    assert [offer.plugin.distribution for offer in plugins.specs("backend")] == ["acme-vault"]
     assert not plugins.failures
 
 
 def test_what_is_asked_for_is_imported(site: FakeSite) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
-    site.module("acme_shelf_target", "class Shelf: pass\n")
-    assert load().resolve("backend", "Shelf").__name__ == "Shelf"
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
+    site.module("acme_vault_target", "class Vault: pass\n")
+    assert load().resolve("backend", "Vault").__name__ == "Vault"
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_a_plugin_that_cannot_be_imported_is_a_failure_and_harms_nobody(
     site: FakeSite, code: str, stage: str, error: str
 ) -> None:
     site.install("acme-broken", code)
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     plugins = load()
-    assert names(plugins) == ["acme_shelf"]
+    assert names(plugins) == ["acme_vault"]
     (failure,) = plugins.failures
     assert (failure.plugin, failure.distribution, failure.stage) == (
         "acme_broken",
@@ -110,9 +110,9 @@ def test_a_failure_is_logged_once_as_a_warning(
 
 def test_a_misspelt_hook_is_reported_by_its_plugin(site: FakeSite) -> None:
     site.install("acme-typo", "@hookimpl\ndef register_backend(): return []")
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     plugins = load()
-    assert names(plugins) == ["acme_shelf"]
+    assert names(plugins) == ["acme_vault"]
     (failure,) = plugins.failures
     assert (failure.plugin, failure.stage) == ("acme_typo", "hooks")
     assert "unknown hook 'register_backend'" in failure.error
@@ -137,9 +137,9 @@ def test_a_wrapper_is_refused_because_hooks_are_collected_one_by_one(site: FakeS
 
 
 def test_one_object_under_two_names_is_loaded_once(site: FakeSite) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"), plugin="acme_a")
-    info = site.folder / "acme_shelf-1.2.dist-info" / "entry_points.txt"
-    info.write_text("[lmcache_kit.v1]\nacme_a = acme_shelf\nacme_b = acme_shelf\n")
+    site.install("acme-vault", BACKEND.format(module="acme_vault"), plugin="acme_a")
+    info = site.folder / "acme_vault-1.2.dist-info" / "entry_points.txt"
+    info.write_text("[lmcache_kit.v1]\nacme_a = acme_vault\nacme_b = acme_vault\n")
     plugins = load()
     assert names(plugins) == ["acme_a"]
     assert "the same object as plugin 'acme_a'" in plugins.failures[0].error
@@ -166,20 +166,20 @@ def test_a_plugin_for_another_api_version_is_not_imported_and_says_which_side_to
 
 
 def test_a_distribution_for_two_api_versions_is_used_with_ours(site: FakeSite) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
-    info = site.folder / "acme_shelf-1.2.dist-info" / "entry_points.txt"
-    info.write_text(info.read_text() + "[lmcache_kit.v2]\nacme_shelf = acme_shelf2\n")
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
+    info = site.folder / "acme_vault-1.2.dist-info" / "entry_points.txt"
+    info.write_text(info.read_text() + "[lmcache_kit.v2]\nacme_vault = acme_vault2\n")
     plugins = load()
-    assert names(plugins) == ["acme_shelf"]
+    assert names(plugins) == ["acme_vault"]
     assert not plugins.failures
 
 
 def requires(site: FakeSite, *requirements: str) -> None:
-    """Install ``acme-shelf``, which cannot be imported unnoticed, with these requirements."""
-    code = BACKEND.format(module="acme_shelf") + "\nimport acme_was_imported"
-    site.install("acme-shelf", code)
+    """Install ``acme-vault``, which cannot be imported unnoticed, with these requirements."""
+    code = BACKEND.format(module="acme_vault") + "\nimport acme_was_imported"
+    site.install("acme-vault", code)
     site.module("acme_was_imported", "")
-    with (site.folder / "acme_shelf-1.2.dist-info" / "METADATA").open("a") as metadata:
+    with (site.folder / "acme_vault-1.2.dist-info" / "METADATA").open("a") as metadata:
         metadata.writelines(f"Requires-Dist: {each}\n" for each in requirements)
 
 
@@ -190,15 +190,15 @@ def test_a_plugin_for_another_release_of_the_kit_is_not_imported_and_says_what_t
     requires(site, f"lmcache-kit{wanted}")
     plugins = load()
     (failure,) = plugins.failures
-    assert (failure.plugin, failure.distribution) == ("acme_shelf", "acme-shelf")
+    assert (failure.plugin, failure.distribution) == ("acme_vault", "acme-vault")
     assert failure.stage == "requirement"
     assert failure.error.startswith("it requires lmcache-kit")
     assert wanted.partition(",")[0] in failure.error
     assert f"and this is {__version__}; " in failure.error
-    assert failure.error.endswith("pip install -U lmcache-kit acme-shelf")
+    assert failure.error.endswith("pip install -U lmcache-kit acme-vault")
     assert "acme_was_imported" not in sys.modules
-    with pytest.raises(PluginNotFound, match=r"no backend 'Shelf'.*it requires lmcache-kit"):
-        plugins.spec("backend", "Shelf")
+    with pytest.raises(PluginNotFound, match=r"no backend 'Vault'.*it requires lmcache-kit"):
+        plugins.spec("backend", "Vault")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_does_not_ask_for_another_release_of_the_kit_is_no_obstacle(
 ) -> None:
     requires(site, requirement)
     plugins = load()
-    assert names(plugins) == ["acme_shelf"]
+    assert names(plugins) == ["acme_vault"]
     assert not plugins.failures
 
 
@@ -231,7 +231,7 @@ def test_a_requirement_that_means_nothing_is_broken_metadata(site: FakeSite) -> 
 
 def test_a_blocked_plugin_may_require_what_it_likes(site: FakeSite) -> None:
     requires(site, "lmcache-kit>=9")
-    assert not load("-acme_shelf").failures
+    assert not load("-acme_vault").failures
 
 
 @pytest.mark.usefixtures("acme_is_ours")
@@ -254,20 +254,20 @@ def test_other_groups_are_none_of_our_business(site: FakeSite) -> None:
 
 
 def test_broken_metadata_is_a_failure_and_harms_nobody(site: FakeSite) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     site.install("acme-odd")
     (site.folder / "acme_odd-1.2.dist-info" / "entry_points.txt").write_bytes(b"\xff\xfe[")
     plugins = load()
-    assert names(plugins) == ["acme_shelf"]
+    assert names(plugins) == ["acme_vault"]
     assert plugins.failures[0].stage == "metadata"
 
 
 def test_a_distribution_without_metadata_is_a_failure_and_harms_nobody(site: FakeSite) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     site.install("acme-rest")
     (site.folder / "acme_rest-1.2.dist-info" / "METADATA").unlink()
     plugins = load()
-    assert names(plugins) == ["acme_shelf"]
+    assert names(plugins) == ["acme_vault"]
     (failure,) = plugins.failures
     assert failure.stage == "metadata"
     assert str(site.folder) in failure.distribution
@@ -302,10 +302,10 @@ def test_two_distributions_with_the_same_plugin_name_are_both_named_and_not_load
 def test_a_distribution_that_lies_on_the_path_twice_counts_once(
     site: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     second = tmp_path / "second"
     second.mkdir()
-    type(site)(second).install("Acme_Shelf", BACKEND.format(module="acme_shelf"), version="9")
+    type(site)(second).install("Acme_Vault", BACKEND.format(module="acme_vault"), version="9")
     monkeypatch.syspath_prepend(str(second))
     plugins = load()
     assert [info.version for info in plugins.loaded] == ["9"]
@@ -317,23 +317,23 @@ def test_a_name_that_two_plugins_offer_can_be_used_from_neither(site: FakeSite) 
     site.install("acme-two", BACKEND.format(module="acme_two"))
     plugins = load()
     with pytest.raises(
-        DuplicateName, match="'Shelf' is provided 2 times: by acme-one and by acme-two"
+        DuplicateName, match="'Vault' is provided 2 times: by acme-one and by acme-two"
     ):
-        plugins.spec("backend", "Shelf")
+        plugins.spec("backend", "Vault")
     assert [failure.stage for failure in plugins.failures] == ["name", "name"]
-    assert load("-acme_two").spec("backend", "Shelf").name == "Shelf"
+    assert load("-acme_two").spec("backend", "Vault").name == "Vault"
 
 
 # Hooks.
 
 
 def test_one_implementation_that_raises_loses_only_its_own_offers(site: FakeSite) -> None:
-    site.install("acme-bad", "@hookimpl\ndef register_backends(): raise OSError('no shelf')")
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-bad", "@hookimpl\ndef register_backends(): raise OSError('no vault')")
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     plugins = load()
-    assert [offer.spec.name for offer in plugins.specs("backend")] == ["Shelf"]
+    assert [offer.spec.name for offer in plugins.specs("backend")] == ["Vault"]
     assert plugins.failures == [
-        Failure("acme_bad", "acme-bad", "register_backends", "OSError: no shelf")
+        Failure("acme_bad", "acme-bad", "register_backends", "OSError: no vault")
     ]
 
 
@@ -343,11 +343,11 @@ def test_one_implementation_that_raises_loses_only_its_own_offers(site: FakeSite
         ("None", "TypeError: 'NoneType' object is not iterable"),
         ("[CodecSpec('c', 'm:a', 's')]", "is no BackendSpec"),
         ("[BackendSpec(5, 'm:a', 's')]", "has no name"),
-        ("[BackendSpec('Shelf', None, 's')]", "TypeError"),
-        ("['Shelf']", "'Shelf' is no BackendSpec"),
+        ("[BackendSpec('Vault', None, 's')]", "TypeError"),
+        ("['Vault']", "'Vault' is no BackendSpec"),
         ("[BackendSpec('', 'm:a', 's')]", "has no name"),
         (
-            "[BackendSpec('Shelf', 'module.attribute', 's')]",
+            "[BackendSpec('Vault', 'module.attribute', 's')]",
             "'module.attribute' is no 'module:attribute'",
         ),
         ("(1 / 0 for _ in 'x')", "ZeroDivisionError"),
@@ -436,11 +436,11 @@ def test_what_one_of_our_distributions_provides_comes_with_the_pip_command() -> 
 
 
 def test_an_unknown_name_lists_the_known_ones_and_what_failed(site: FakeSite) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
     site.install("acme-broken", "1 / 0")
     with pytest.raises(PluginNotFound, match="no backend 'Box' is installed") as caught:
         load().spec("backend", "Box")
-    assert caught.value.hint == "Installed: Shelf"
+    assert caught.value.hint == "Installed: Vault"
     assert "plugin 'acme_broken' of acme-broken failed (import)" in caught.value.message
 
 
@@ -463,27 +463,27 @@ def test_a_provider_that_fails_to_load_is_broken_and_not_missing(site: FakeSite)
 def test_a_target_that_cannot_be_imported_names_plugin_distribution_and_cause(
     site: FakeSite,
 ) -> None:
-    site.install("acme-shelf", BACKEND.format(module="acme_shelf"))
-    site.module("acme_shelf_target", "raise ImportError('libshelf.so is missing')")
-    expected = r"'Shelf' \(plugin 'acme_shelf' of acme-shelf\).*ImportError: libshelf.so is missing"
+    site.install("acme-vault", BACKEND.format(module="acme_vault"))
+    site.module("acme_vault_target", "raise ImportError('libvault.so is missing')")
+    expected = r"'Vault' \(plugin 'acme_vault' of acme-vault\).*ImportError: libvault.so is missing"
     with pytest.raises(PluginBroken, match=expected) as caught:
-        load().resolve("backend", "Shelf")
-    assert "pip install --force-reinstall acme-shelf" in caught.value.hint
+        load().resolve("backend", "Vault")
+    assert "pip install --force-reinstall acme-vault" in caught.value.hint
 
 
 @pytest.mark.parametrize(
     ("probe", "reason"),
     [
-        ("def probe(): return 'there is no shelf here'", "there is no shelf here"),
+        ("def probe(): return 'there is no vault here'", "there is no vault here"),
         ("def probe(): raise OSError('dark')", "its probe failed: OSError: dark"),
     ],
 )
 def test_what_its_probe_refuses_is_not_imported(site: FakeSite, probe: str, reason: str) -> None:
-    spec = "BackendSpec('Shelf', 'acme_nothing:Shelf', 's', probe='acme_probe:probe')"
-    site.install("acme-shelf", f"@hookimpl\ndef register_backends(): return [{spec}]")
+    spec = "BackendSpec('Vault', 'acme_nothing:Vault', 's', probe='acme_probe:probe')"
+    site.install("acme-vault", f"@hookimpl\ndef register_backends(): return [{spec}]")
     site.module("acme_probe", probe)
     with pytest.raises(PluginBroken, match=f"cannot be used here: {reason}"):
-        load().resolve("backend", "Shelf")
+        load().resolve("backend", "Vault")
 
 
 # Eviction policies.

@@ -103,7 +103,7 @@ class CacheEngine:
 
     # Reading.
 
-    def lookup(  # noqa: PLR0917 - what is wanted, by whom: one fact each
+    def lookup(  # noqa: PLR0917 - one fact each
         self,
         namespace: bytes,
         tokens: bytes,

@@ -69,7 +69,7 @@ class BackgroundEncoder:
 
     def close(self) -> None:
         """End, when the chunks at work are done. To be called before the engine's."""
-        with suppress(ValueError):  # an engine that is closed has forgotten us
+        with suppress(ValueError):  # a closed engine has dropped its listeners
             self._engine.memory_tier.unsubscribe(self)
         self._pool.shutdown(cancel_futures=True)
 

@@ -75,7 +75,7 @@ class Dict(Backend):
             yield BlobRecord(key, meta, len(data))
 
     def usage(self) -> StoreUsage:
-        self._call("stock")
+        self._call("usage")
         held = sum(len(data) for _, data in self.blobs.values())
         return StoreUsage(len(self.blobs), held, self.capacity)
 

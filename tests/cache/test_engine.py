@@ -85,7 +85,7 @@ def statuses(grants: Sequence[Grant]) -> list[str]:
     return [grant.status for grant in grants]
 
 
-class Ledger:
+class Recorder:
     """A listener that writes down what it hears."""
 
     def __init__(self) -> None:
@@ -486,20 +486,20 @@ def test_clearing_forgets_everything_and_keeps_memory_in_use(make_engine: MakeEn
 def test_listeners_hear_of_every_chunk_that_comes_or_goes(make_engine: MakeEngine) -> None:
     engine = make_engine(200)
     store(engine, [1])
-    ledger = Ledger()
-    [known] = engine.memory_tier.subscribe(ledger)
+    recorder = Recorder()
+    [known] = engine.memory_tier.subscribe(recorder)
     assert known == StoredChunk(keys_of([1])[0], NAMESPACE[:16], 1, partial=True)
     allocate(engine, [99])
     store(engine, [2, 2, 2, 2])
     engine.drop_corrupt(keys_of([2, 2, 2, 2])[0])
-    assert ledger.heard == [
+    assert recorder.heard == [
         ("removed", keys_of([1])[0]),
         ("added", keys_of([2, 2, 2, 2])[0]),
         ("removed", keys_of([2, 2, 2, 2])[0]),
     ]
-    engine.memory_tier.unsubscribe(ledger)
+    engine.memory_tier.unsubscribe(recorder)
     store(engine, [3])
-    assert len(ledger.heard) == 3
+    assert len(recorder.heard) == 3
 
 
 def test_a_snapshot_has_what_is_complete(make_engine: MakeEngine) -> None:

@@ -569,7 +569,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
     @precondition(lambda self: self.decodes)
     @rule()
     def decode_next(self) -> None:
-        """A loader's turn; it decodes only what somebody still wants."""
+        """A loader's turn; it decodes only what a reader still wants."""
         chunk, packed, copy = self.decodes.pop(0)
         self.loader.tasks.pop(0)()
         packed.holds -= 1

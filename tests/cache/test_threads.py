@@ -39,7 +39,7 @@ class Stress:
     def run(self, seed: int, ready: Barrier) -> None:
         choose = random.Random(seed)
         steps: list[Callable[[random.Random, str], None]] = [
-            self.store, self.store, self.look_up, self.look_up, self.recode, self.recode,
+            self.store, self.store, self.look_up, self.look_up, self.transcode, self.transcode,
             self.pin, self.clear,
         ]  # fmt: skip
         ready.wait()
@@ -90,7 +90,7 @@ class Stress:
         else:
             self.engine.release(match.lease, None)
 
-    def recode(self, choose: random.Random, _: str) -> None:
+    def transcode(self, choose: random.Random, _: str) -> None:
         keys = self.engine.memory_tier.keys(None, self.prompt(choose))
         for key, _tokens in keys:
             if choose.random() < 0.7:

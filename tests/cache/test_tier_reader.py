@@ -62,7 +62,7 @@ class Opening(Dict):
         return OpenBlob(blob.meta, file)
 
 
-def forgotten(make: MakeCache, store: Dict, tokens: range = MANY, memory: int = 10_000) -> Cache:
+def evicted(make: MakeCache, store: Dict, tokens: range = MANY, memory: int = 10_000) -> Cache:
     """A cache that has them in its store and nowhere else."""
     cache = make(store, memory=memory)
     cache.store(tokens)
@@ -77,14 +77,14 @@ def all_is_closed(cache: Cache, store: Opening) -> None:
 
 def test_what_is_opened_comes_back_and_is_closed(make: MakeCache) -> None:
     store = Opening()
-    cache = forgotten(make, store)
+    cache = evicted(make, store)
     assert cache.hit(MANY) == len(MANY)
     all_is_closed(cache, store)
 
 
 def test_what_is_opened_can_be_encoded_where_it_lies(make: MakeCache) -> None:
     store = Opening()
-    cache = forgotten(make, store)
+    cache = evicted(make, store)
     found = cache.tiers[0].store.read(keys(MANY)[0])
     assert found is not None
     assert [len(piece) for piece in found[1]] == [100]
@@ -93,7 +93,7 @@ def test_what_is_opened_can_be_encoded_where_it_lies(make: MakeCache) -> None:
 
 def test_several_are_on_their_way_at_once_but_not_all(make: MakeCache) -> None:
     store = Opening()
-    cache = forgotten(make, store)
+    cache = evicted(make, store)
     store.read_gate.clear()
     reading = threading.Thread(target=cache.hit, args=(MANY,))
     reading.start()
@@ -110,7 +110,7 @@ def test_several_are_on_their_way_at_once_but_not_all(make: MakeCache) -> None:
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_read_that_fails_is_a_miss_and_the_store_rests(make: MakeCache, after: int) -> None:
     store = Opening()
-    cache = forgotten(make, store)
+    cache = evicted(make, store)
     store.breaks_after = after
     assert cache.hit(MANY) == 0
     assert cache.stat("A_resting") == 1
@@ -122,7 +122,7 @@ def test_a_read_that_fails_is_a_miss_and_the_store_rests(make: MakeCache, after:
 @pytest.mark.parametrize("after", [0, 2])
 def test_what_ends_too_early_is_a_miss_and_removed(make: MakeCache, after: int) -> None:
     store = Opening()
-    cache = forgotten(make, store)
+    cache = evicted(make, store)
     store.ends_after = after
     assert cache.hit(MANY) == 0
     cache.settle()
@@ -134,7 +134,7 @@ def test_what_ends_too_early_is_a_miss_and_removed(make: MakeCache, after: int) 
 @pytest.mark.parametrize("count", [-1, 1_000_000])
 def test_a_count_that_cannot_be_is_a_failure_of_the_store(make: MakeCache, count: int) -> None:
     store = Opening()
-    cache = forgotten(make, store)
+    cache = evicted(make, store)
     store.lies_about = count
     assert cache.hit(MANY) == 0
     assert cache.stat("A_resting") == 1
@@ -143,7 +143,7 @@ def test_a_count_that_cannot_be_is_a_failure_of_the_store(make: MakeCache, count
 
 @pytest.mark.parametrize("store", [Dict, Opening])
 def test_what_follows_a_gap_does_not_come(make: MakeCache, store: type[Dict]) -> None:
-    cache = forgotten(make, store())
+    cache = evicted(make, store())
     del cache.stores[0].blobs[keys(MANY)[2]]
     assert cache.hit(MANY) == 8
     assert cache.stat("chunks") == 2
@@ -154,7 +154,7 @@ def test_what_follows_a_gap_does_not_come(make: MakeCache, store: type[Dict]) ->
 def test_the_first_ones_come_where_memory_has_no_room_for_all(
     make: MakeCache, store: type[Dict]
 ) -> None:
-    cache = forgotten(make, store(), memory=500)
+    cache = evicted(make, store(), memory=500)
     assert cache.hit(MANY) == 20
 
 
@@ -165,7 +165,7 @@ def test_a_slow_store_of_which_something_came_is_not_called_late(make: MakeCache
         def get(self, key: bytes) -> Blob | None:
             return Blob(*self.blobs[key]) if key == keys(MANY)[0] else super().get(key)
 
-    cache = forgotten(make, Slow())
+    cache = evicted(make, Slow())
     cache.stores[0].gate.clear()
     assert cache.hit(MANY, wait_s=0.5) == 4
     assert cache.stat("A_resting") == 0
@@ -173,7 +173,7 @@ def test_a_slow_store_of_which_something_came_is_not_called_late(make: MakeCache
 
 def test_a_lookup_that_gave_up_leaves_nothing_open(make: MakeCache) -> None:
     store = Opening()
-    cache = forgotten(make, store)
+    cache = evicted(make, store)
     store.read_gate.clear()
     assert cache.hit(MANY, wait_s=0.02) == 0
     store.read_gate.set()
@@ -187,7 +187,7 @@ def test_a_file_that_does_not_close_is_told_and_no_more(
     def fail(_: File) -> None:
         raise BackendError("closing failed")
 
-    cache = forgotten(make, Opening())
+    cache = evicted(make, Opening())
     monkeypatch.setattr(File, "close", fail)
     assert cache.hit(MANY) == len(MANY)
     assert "closing failed" in caplog.text

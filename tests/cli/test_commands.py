@@ -80,14 +80,14 @@ def test_a_plugin_may_offer_a_subcommand(site: FakeSite) -> None:
     site.install(
         "acme-command",
         "@hookimpl\ndef register_commands():\n"
-        "    return [CommandSpec('greet', 'acme_greet:greet', 'Greet somebody.')]",
+        "    return [CommandSpec('greet', 'acme_greet:greet', 'Greet a user.')]",
     )
     site.module(
         "acme_greet",
         "import click\n@click.command()\n@click.argument('name')\n"
         "def greet(name): click.echo(f'hello {name}')",
     )
-    assert "Greet somebody." in kit().output
+    assert "Greet a user." in kit().output
     assert kit("greet", "kit").output == "hello kit\n"
 
 
@@ -113,25 +113,25 @@ def test_an_unknown_subcommand_is_a_usage_error() -> None:
 
 def test_plugins_are_listed_with_all_that_is_known(site: FakeSite) -> None:
     site.install(
-        "acme-shelf",
+        "acme-vault",
         "@hookimpl\ndef register_backends():\n"
-        "    return [BackendSpec('Shelf', 'acme_none:Shelf', 's', probe='acme_probe:probe')]",
+        "    return [BackendSpec('Vault', 'acme_none:Vault', 's', probe='acme_probe:probe')]",
         version="3.4",
     )
-    site.module("acme_probe", "def probe(): return 'no shelf here'")
+    site.module("acme_probe", "def probe(): return 'no vault here'")
     site.install("acme-ear", "@hookimpl\ndef cache_opened(info): pass")
     site.install("acme-broken", "1 / 0")
     site.install("acme-late", group="lmcache_kit.v2")
     result = kit("plugins", "--json", LMCACHE_KIT_PLUGINS="-http_api,-cpu_backend")
     rows = {row.pop("name"): row for row in json.loads(result.output)}
-    assert rows.keys() >= {"Shelf", "acme_ear", "acme_broken", "acme_late", "http_api"}
-    assert rows["Shelf"] == {
+    assert rows.keys() >= {"Vault", "acme_ear", "acme_broken", "acme_late", "http_api"}
+    assert rows["Vault"] == {
         "kind": "backend",
         "version": "3.4",
-        "distribution": "acme-shelf",
-        "path": str(site.folder / "acme_shelf.py"),
+        "distribution": "acme-vault",
+        "path": str(site.folder / "acme_vault.py"),
         "state": "unusable",
-        "failure": "no shelf here",
+        "failure": "no vault here",
     }
     assert (rows["acme_ear"]["kind"], rows["acme_ear"]["state"]) == ("hooks", "ready")
     assert rows["http_api"]["state"] == "blocked"

@@ -76,7 +76,7 @@ SOURCES = {
         ],
     )
 }
-"""All of them by name: the core, our plugins, and the example of somebody else's."""
+"""All of them by name: the core, our plugins, and the third-party example."""
 
 PLUGINS = [name for name in SOURCES if name != CORE]
 OURS = [name for name in SOURCES if name != EXAMPLE]

@@ -1,4 +1,4 @@
-"""A backend that somebody else ships, made with what the kit publishes and nothing else."""
+"""A third-party backend, made with what the kit publishes and nothing else."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_backend_takes_less_than_120_lines() -> None:
 
 @pytest.fixture(scope="module")
 def author(environment: Make) -> Environment:
-    """Somebody who has the kit from its wheel."""
+    """A user who has the kit from its wheel."""
     return environment(CORE, EXAMPLE, extras=["testing"])
 
 
@@ -106,7 +106,7 @@ def test_its_types_are_right_against_the_installed_kit(author: Environment, tmp_
 def test_a_wrong_type_would_be_seen(author: Environment, tmp_path: Path) -> None:
     """So the types of the kit are there."""
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("from lmcache_kit.interfaces import Stock\nStock('many', 1)\n")
+    wrong.write_text("from lmcache_kit.interfaces import StoreUsage\nStoreUsage('many', 1)\n")
     python = str(author.folder / "bin" / "python")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={tmp_path}",

@@ -250,7 +250,7 @@ class MakePlace(Protocol):
 
 @pytest.fixture
 def make_place() -> Iterator[MakePlace]:
-    """Each is closed in the end, and must have nothing left that is held for somebody."""
+    """Each is closed in the end, and must have no hold left."""
     made: list[Place] = []
     with contextlib.ExitStack() as places:
 

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 class Bench:
     """Transports that read each other's memory here and now, and the faults they have.
 
-    ``late``: reads come to their deadline after so many regions, and write once ``landing`` is set.
-    ``breaks``: so many links break at their next read. ``closed``: idle links were closed.
+    ``late``: reads reach their deadline after so many regions, and write once ``late_write`` is
+    set. ``breaks``: so many links break at their next read. ``closed``: idle links were closed.
     """
 
     def __init__(self) -> None:
         self.memories: dict[bytes, memoryview] = {}
         self.late: int | None = None
-        self.landing = threading.Event()
+        self.late_write = threading.Event()
         self.settled = threading.Event()
         self.breaks = 0
         self.odd: BaseException | None = None
@@ -68,7 +68,7 @@ class BenchLink(Link):
             yield ReadResult(number)
 
     def _land(self, there: memoryview, rest: list[tuple[int, Region]]) -> None:
-        self.bench.landing.wait()
+        self.bench.late_write.wait()
         for offset, region in rest:
             self._copy(there, offset, region)
         self.bench.settled.set()
@@ -182,7 +182,7 @@ def test_memory_that_bytes_may_still_come_to_is_used_for_nothing_else(
     everything = range(5000, 5000 + 24 * 16)
     goal.store(everything)
     assert goal.hit(everything) == 22 * 16
-    bench.landing.set()
+    bench.late_write.set()
     eventually(lambda: goal.stats()["quarantined_bytes"] == 0)
     assert goal.hit(everything) == 22 * 16
     goal.store(everything)
@@ -202,7 +202,7 @@ def test_a_transport_with_too_much_unsettled_is_not_used_until_it_settles(
     assert transfer is not None
     assert transfer.transport == "tcp"
     assert "not bench: 16384 bytes of transfers" in transfer.description
-    bench.landing.set()
+    bench.late_write.set()
     eventually(lambda: goal.stats()["quarantined_bytes"] == 0)
     transfer = goal.move(source, range(200, 216)).progress.transfer
     assert transfer is not None
@@ -234,7 +234,7 @@ def test_whatever_a_transport_raises_ends_the_move_and_nothing_else(
     source: Place, goal: Place, bench: Bench
 ) -> None:
     source.store(range(16))
-    bench.odd = ZeroDivisionError("of somebody's plugin")
+    bench.odd = ZeroDivisionError("of a third-party plugin")
     outcome = goal.move(source, range(16))
     assert outcome.state == "failed"
     assert "ZeroDivisionError" in outcome.message

@@ -55,7 +55,7 @@ def test_nothing_wrong_is_ever_read_and_nothing_stays_held(
         did["pinned"] += pinned.chunks
         place.engine.memory_tier.unpin(None, None, str(luck.randrange(4)))
 
-    def recode(luck: random.Random, place: Place, _: Place) -> None:
+    def transcode(luck: random.Random, place: Place, _: Place) -> None:
         keys = [key for key, _ in place.engine.memory_tier.keys(None, None)]
         for key in luck.sample(keys, min(3, len(keys))):
             if luck.random() < 0.5:
@@ -65,7 +65,7 @@ def test_nothing_wrong_is_ever_read_and_nothing_stays_held(
             else:
                 did["decoded"] += place.engine.memory_tier.decode(key, "cachegen").status == "done"
 
-    jobs = [store_and_read, move, move, pin, recode]
+    jobs = [store_and_read, move, move, pin, transcode]
     threads = [threading.Thread(target=worker, args=(seed, job)) for seed, job in enumerate(jobs)]
     for thread in threads:
         thread.start()

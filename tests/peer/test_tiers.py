@@ -102,8 +102,8 @@ def test_a_source_whose_memory_stays_full_says_so(make_place: MakePlace, goal: P
     source.engine.memory_tier.clear()
     source.store(range(100, 148))
     source.settle()
-    lease, parcels = source.engine.transfers.lease(list(source.everything()), "a reader")
-    assert len(parcels) == 3
+    lease, descriptors = source.engine.transfers.lease(list(source.everything()), "a reader")
+    assert len(descriptors) == 3
     outcome = goal.move(source, range(48), at="A")
     assert (outcome.state, outcome.tokens) == ("failed", 0)
     assert "memory has no room for what is to be read from A" in outcome.message

@@ -1,4 +1,4 @@
-"""Clients of a cache process that somebody else runs, and of one in their own process."""
+"""Clients of a cache process that a service manager runs, and of one in their own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoded chunks in real cache processes, with a codec that somebody's distribution brings."""
+"""Encoded chunks in real cache processes, with a codec of a third-party distribution."""
 
 from __future__ import annotations
 

@@ -34,8 +34,10 @@ WAIT_S = 240
 
 @dataclass
 class Reader:
-    """Somebody with an environment of his own and one page. ``cwd``: where he is, ``output``: of
-    each command block."""
+    """A reader with an environment and one page.
+
+    ``cwd``: the reader's folder. ``output``: of each command block.
+    """
 
     page: str
     environment: Path

@@ -310,8 +310,8 @@ class CountsFromZeroAgain(Right):
         self.before = self.used()
 
     def usage(self):
-        stock = super().usage()
-        return StoreUsage(stock.entries, max(0, stock.nbytes - self.before), ROOM)
+        usage = super().usage()
+        return StoreUsage(usage.entries, max(0, usage.nbytes - self.before), ROOM)
 
 
 class CountsTheMetaOfWhatIsGone(Right):
@@ -325,9 +325,9 @@ class CountsTheMetaOfWhatIsGone(Right):
         return done
 
     def usage(self):
-        stock = super().usage()
+        usage = super().usage()
         data = sum(each.nbytes for each in super().scan())
-        return StoreUsage(stock.entries, min(data + self.metas, ROOM), ROOM)
+        return StoreUsage(usage.entries, min(data + self.metas, ROOM), ROOM)
 
 
 class PutsBeyondItsRoom(Right):

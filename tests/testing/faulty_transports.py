@@ -154,18 +154,18 @@ class LosesUnderConcurrency(TcpTransport):
     def __init__(self, memory, host):
         super().__init__(memory, host)
         self.memory = memory
-        self.landing = memoryview(bytearray(len(memory)))
-        self.lander = TcpTransport(self.landing, host)
+        self.staging = memoryview(bytearray(len(memory)))
+        self.stager = TcpTransport(self.staging, host)
 
     def connect(self, address, dial, timeout_s):
-        return Landing(self.lander.connect(address, dial, timeout_s), self)
+        return Staging(self.stager.connect(address, dial, timeout_s), self)
 
     def close(self):
-        self.lander.close()
+        self.stager.close()
         super().close()
 
 
-class Landing(Through):
+class Staging(Through):
     def read(self, offer, into, timeout_s):
         at, places = 0, []
         for region in into:
@@ -176,7 +176,7 @@ class Landing(Through):
         for landed in self.link.read(offer, places, timeout_s):
             time.sleep(0.0005)
             place, region = places[landed.number], into[landed.number]
-            self.memory[region.offset : region.offset + region.nbytes] = self.transport.landing[
+            self.memory[region.offset : region.offset + region.nbytes] = self.transport.staging[
                 place.offset : place.offset + place.nbytes
             ]
             yield landed

@@ -1,4 +1,4 @@
-"""vLLM over tiers below memory: a backend that somebody else wrote, and a disk."""
+"""vLLM over tiers below memory: a third-party backend, and a disk."""
 
 from __future__ import annotations
 

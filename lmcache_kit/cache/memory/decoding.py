@@ -71,7 +71,7 @@ class Decoder:
             checksums = self._decode(copy)
         except ValueError as error:
             copy.why, corrupt = str(error), True
-        # A codec is somebody's plugin: whatever it raises, the chunk is not there for this reader.
+        # A codec is third-party code: whatever it raises, the chunk is not there for this reader.
         except Exception as error:
             copy.why = f"{type(error).__name__}: {error}"
             logger.exception("could not decode chunk %s", copy.entry.key.hex())

@@ -66,7 +66,7 @@ class Transcoder:
             why = str(error)
             if isinstance(error, CorruptPayload):
                 self._drop_corrupt(entry, why)
-        # A codec is somebody's plugin: whatever it raises, the chunk stays raw, and that is said.
+        # A codec is third-party code: whatever it raises, the chunk stays raw, and that is said.
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             logger.exception("could not encode chunk %s", key.hex())

@@ -1,6 +1,6 @@
 """Transfers: chunks that leave for another cache, and chunks that come from one.
 
-A chunk that came in is referenced by its mover until the move ends. So there is a copy here before
+The move that brought a chunk in references it until the move ends. So there is a copy here before
 the one at the other end is deleted.
 """
 

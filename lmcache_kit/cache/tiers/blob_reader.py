@@ -36,7 +36,7 @@ class BlobReader:
         try:
             if self._file is not None:
                 self._file.close()
-        # A store is somebody's plugin: what was read is checked, however it ends.
+        # A backend is third-party code: what was read is checked, however it ends.
         except Exception as error:  # noqa: BLE001
             logger.warning("what was read cannot be closed: %r", error)
 

@@ -49,7 +49,7 @@ class CircuitBreaker:
             raise BackendError(f"{self._name} is left alone for a while: {self._why}")
         try:
             result = method(*args, **kwargs)
-        # A store is somebody's plugin: whatever it raises, it has failed, and serving goes on.
+        # A backend is third-party code: whatever it raises, it has failed, and serving goes on.
         except Exception as error:
             self._failed(error)
             if isinstance(error, BackendError):

@@ -92,7 +92,7 @@ def _transcode(
         return Transcoded("failed", str(error))
     except (BackendError, ValueError) as error:
         return Transcoded("failed", str(error))
-    # A codec is somebody's plugin: whatever it raises, the chunk stays as it was, and that is said.
+    # A codec is third-party code: whatever it raises, the chunk stays as it was, and that is said.
     except Exception as error:
         logger.exception("could not transcode chunk %s", entry.key.hex())
         return Transcoded("failed", f"{type(error).__name__}: {error}")

@@ -117,12 +117,12 @@ def test_blobs_outlive_the_store_in_the_order_in_which_they_were_put(
     store.put(keys[1], b"again", views(b"longer than before"))
     expected = [keys[0], *keys[2:], keys[1]]
     assert [found.key for found in store.scan()] == expected
-    stock = store.usage()
+    usage = store.usage()
     store.close()
 
     again = open_store()
     assert [found.key for found in again.scan()] == expected
-    assert again.usage() == stock
+    assert again.usage() == usage
     assert read(again, keys[1]) == (b"again", b"longer than before")
 
 

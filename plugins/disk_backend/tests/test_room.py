@@ -152,7 +152,7 @@ def test_a_disk_that_fails_leaves_what_was_there(
     code: int,
 ) -> None:
     put(store, KEYS[1])
-    before, stock = files(), store.usage()
+    before, usage = files(), store.usage()
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail(code))
         for key in KEYS[:2]:
@@ -161,7 +161,7 @@ def test_a_disk_that_fails_leaves_what_was_there(
             assert str(before[0].parents[1]) in str(refusal.value)
             assert refusal.value.hint
     assert files() == before
-    assert store.usage() == stock
+    assert store.usage() == usage
     assert store.get(KEYS[1]) == (b"meta", KEYS[1][:1] * SIZE)
     assert put(store, KEYS[0])
 
@@ -199,12 +199,12 @@ def test_a_folder_that_cannot_be_changed_is_an_error(
     store: LocalDiskBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, KEYS[0])
-    stock = store.usage()
+    usage = store.usage()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", failing(errno.EROFS))
         with pytest.raises(BackendError, match=r"cannot remove .*Read-only file system"):
             store.remove([KEYS[0]])
-    assert store.usage() == stock
+    assert store.usage() == usage
 
 
 def test_a_real_limit_on_files_is_an_error(store: LocalDiskBackend, files: Files) -> None:

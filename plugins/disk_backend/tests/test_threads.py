@@ -63,14 +63,14 @@ def test_readers_get_whole_blobs_whatever_happens_to_them(
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(work, seed) for seed in range(THREADS)]:
             done.result()
-    stock, paths = store.usage(), files()
-    assert stock.entries == len(paths)
-    assert stock.nbytes == sum(-(-path.stat().st_size // 4096) * 4096 for path in paths)
+    usage, paths = store.usage(), files()
+    assert usage.entries == len(paths)
+    assert usage.nbytes == sum(-(-path.stat().st_size // 4096) * 4096 for path in paths)
     order = [found.key for found in store.scan()]
     store.close()
     again = open_store(5 << 20)
     assert [found.key for found in again.scan()] == order
-    assert again.usage() == stock
+    assert again.usage() == usage
 
 
 def test_closing_while_busy_ends_everything(open_store: OpenStore) -> None:

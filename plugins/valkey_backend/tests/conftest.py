@@ -51,7 +51,7 @@ class Served:
         return False
 
     def client(self, **more: object) -> valkey.Valkey:
-        """Somebody else."""
+        """Another user of the server."""
         return valkey.Valkey(port=self.port, **more)  # type: ignore[arg-type]
 
     def options(self, **more: object) -> ValkeyOptions:
