@@ -1,15 +1,15 @@
-"""The codec cachegen on a real model's KV: bytes, error of the model's predictions, and speed.
+"""The codec cachegen on a real model's KV: size, error of the model's predictions, and speed.
 
-KV is what the model leaves in its cache for five texts of 1536 tokens, coded in chunks of 256. The
-error is measured on the 192 tokens after them: Kullback-Leibler divergence of the predictions, and
-how often the likeliest token stays the same. All sizes are of whole blobs. LMCache's own CacheGen
-codes the same KV in the same run where `make lmcache` has installed it. Speed is CPU time on one
-thread, the best of several, beside memcpy.
+The KV is that of five texts of 1536 tokens, encoded in chunks of 256. The error is measured on the
+192 tokens after them: the Kullback-Leibler divergence of the predictions, and the share of
+positions whose likeliest token stays the same. Sizes are of whole blobs. LMCache's CacheGen encodes
+the same KV in the same run if `make lmcache` has installed LMCache. Speed is the best CPU time of
+several runs on one thread, beside memcpy.
 
     python benchmarks/codec.py [--model FOLDER] [--profile FILE] [--texts 5] [--json] [--picture]
 
-A profile is made, and kept beside the model, when none is given; its texts are others, and of
-other kinds. ``--picture`` draws docs/img/codec_rate_distortion.svg.
+Without ``--profile`` a profile is made from other texts and kept beside the model. ``--picture``
+draws docs/img/codec_rate_distortion.svg.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONTEXT_TOKENS, AHEAD_TOKENS, CHUNK_TOKENS, SHORT_TOKENS = 1536, 192, 256, 12
 
 
 class Row(NamedTuple):
-    """One codec: bits a value and ratio over all texts, error, and the ratio of short chunks."""
+    """Results of one codec: bits per value, ratio, error, ratio of short chunks, MB/s."""
 
     name: str
     bits: float
@@ -58,10 +58,10 @@ class Row(NamedTuple):
 
 
 def held_out_texts() -> list[str]:
-    """Prose about software, a header in C, a licence: nothing that default_texts() has."""
+    """Return texts that are not in default_texts(): prose about software, C headers, a licence."""
 
     def readme(*names: str) -> str:
-        return "".join(str(importlib.metadata.metadata(name).get_payload()) for name in names)
+        return "".join(str(importlib.metadata.metadata(name).json["description"]) for name in names)
 
     include = Path(sysconfig.get_path("include"))
     headers = "".join(path.read_text() for path in sorted(include.glob("*object.h")))
@@ -80,7 +80,7 @@ def held_out_texts() -> list[str]:
 
 
 class Model:
-    """A causal model, and its KV as ``[layers, 2, tokens, heads, width]`` in bfloat16 bits."""
+    """A causal model; its KV is ``[layers, 2, tokens, heads, width]`` in bfloat16 bits."""
 
     def __init__(self, folder: str) -> None:
         torch.set_num_threads(1)
@@ -114,7 +114,7 @@ class Model:
 
 
 class Bench:
-    """Texts, their KV, and what the model predicts from it."""
+    """Texts, their KV, and the model's predictions from the exact KV."""
 
     def __init__(self, folder: str, count: int) -> None:
         self.model = Model(folder)
@@ -129,7 +129,7 @@ class Bench:
         self.rope = Rope(width, float(base))
 
     def error(self, decoded: np.ndarray) -> tuple[float, float]:
-        """Mean divergence in nats, and the share of positions whose likeliest token stays."""
+        """Return the mean divergence in nats, and the share of unchanged likeliest tokens."""
         divergences, agreements = [], []
         for ids, kv, wanted in zip(self.ids, decoded, self.wanted, strict=True):
             got = self.model.predictions(ids, kv)
@@ -138,7 +138,7 @@ class Bench:
         return float(np.mean(divergences)), float(np.mean(agreements))
 
     def chunks(self, size: int, stride: int) -> list[tuple[int, int, ChunkInfo, bytes]]:
-        """Text, start, description and payload."""
+        """Return number of the text, start, description and payload of each chunk."""
         found = []
         for number, kv in enumerate(self.kv):
             for start in range(0, CONTEXT_TOKENS, stride):
@@ -149,11 +149,11 @@ class Bench:
 
     def run(self, name: str, codec: CacheGenCodec) -> Row:
         decoded = np.empty_like(self.kv)
-        raw = packed = 0
+        raw = encoded = 0
         for number, start, chunk, payload in self.chunks(CHUNK_TOKENS, CHUNK_TOKENS):
             blob, out = codec.encode(payload, chunk), bytearray(len(payload))
             codec.decode(blob, chunk, out)
-            raw, packed = raw + len(payload), packed + len(blob)
+            raw, encoded = raw + len(payload), encoded + len(blob)
             part = decoded[number, :, :, start : start + CHUNK_TOKENS]
             part[:] = np.frombuffer(out, np.uint16).reshape(part.shape)
         if codec.options.level == 0 and not np.array_equal(decoded, self.kv):
@@ -162,10 +162,12 @@ class Bench:
         short_bytes = sum(len(codec.encode(payload, chunk)) for _, _, chunk, payload in short)
         short_ratio = sum(len(payload) for *_, payload in short) / short_bytes
         speed = self.speed(codec)
-        return Row(name, 16 * packed / raw, raw / packed, *self.error(decoded), short_ratio, *speed)
+        return Row(
+            name, 16 * encoded / raw, raw / encoded, *self.error(decoded), short_ratio, *speed
+        )
 
     def speed(self, codec: CacheGenCodec) -> tuple[float, float]:
-        """MB/s of KV each way, without the first chunk of a sequence."""
+        """Return MB/s of KV for encode and decode, of a chunk that is not the first."""
         _, _, chunk, payload = self.chunks(CHUNK_TOKENS, CHUNK_TOKENS)[1]
         view, out = memoryview(bytearray(payload)), bytearray(len(payload))
         blob = codec.encode(view, chunk)
@@ -193,7 +195,7 @@ class Bench:
 
 
 def best(work: Callable[[], object], rounds: int = 25) -> float:
-    """Seconds of CPU time of this thread."""
+    """Return the lowest CPU time of this thread, in seconds."""
     times = []
     for _ in range(rounds):
         begin = time.thread_time()
@@ -214,7 +216,7 @@ def profile_of(folder: str, given: str | None) -> Profile:
 
 
 def warm_up_seconds() -> float:
-    """Of this process; with what earlier ones compiled, if there were any."""
+    """Return the CPU time of warm_up(), which uses compiled code of earlier runs."""
     begin = time.process_time()
     CacheGenCodec().warm_up()
     return time.process_time() - begin
@@ -270,7 +272,7 @@ def line(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--profile", help="default: <model>.lkcp, made if there is none")
+    parser.add_argument("--profile", help="default: <model>.lkcp, made if missing")
     parser.add_argument("--texts", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--picture", action="store_true")

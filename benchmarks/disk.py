@@ -1,14 +1,14 @@
-"""The backend LocalDiskBackend beside plain files and memcpy, and what decided how it does it.
+"""LocalDiskBackend beside plain files and memcpy, and the alternatives that its design rejects.
 
-Per round, in random order: memcpy, what a plain program would do, the backend, and the ways that
-it does not take. What is read is copied to another buffer, as the cache process does. Cold: the
-files were flushed and put out of the page cache. Ratios are of medians; in brackets, the range of
-the rounds' own ratios.
+Each round measures, in random order: memcpy, plain reads and writes, the backend, and other ways to
+read and write. Reads copy to another buffer, as the cache process does. "Cold" means that the files
+were flushed and dropped from the page cache. Ratios are of medians; brackets hold the range of the
+rounds' own ratios.
 
     python benchmarks/disk.py [--folder /var/tmp] [--rounds 11] [--sustained-gib 0] [--blobs 10000]
 
-``--sustained-gib``: also writes so much in one go, by each of three ways. ``--blobs``: how many
-small ones lie there when starting is measured.
+``--sustained-gib``: size of one long write, measured in three ways. ``--blobs``: number of small
+blobs in the store whose start is measured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Times = dict[str, list[float]]
 
 
 class Bench:
-    """``count`` pieces of ``size`` bytes in memory, as many buffers for them, and as many files."""
+    """``count`` sources of ``size`` bytes in memory, as many targets, and as many files."""
 
     def __init__(self, folder: Path, count: int, size: int) -> None:
         self.total = count * size
@@ -85,7 +85,7 @@ class Bench:
         )
 
     def clear(self) -> None:
-        """No files, and nothing that waits to be written."""
+        """Delete all files, and wait for pending writes of the system."""
         for path in self.paths:
             path.unlink(missing_ok=True)
         self.store.remove(self.keys)
@@ -138,12 +138,12 @@ class Bench:
 
 
 def shuffled(works: dict[str, Callable[[], None]]) -> list[tuple[str, Callable[[], None]]]:
-    """In random order: what comes first finds another disk than what comes last."""
+    """Return the work in random order, for the state of the disk changes during a round."""
     return random.sample(list(works.items()), len(works))
 
 
 def pieces(count: int, size: int) -> Iterator[memoryview]:
-    """Shared memory, like that of the cache process."""
+    """Return slices of shared memory like that of the cache process."""
     fd = os.memfd_create("bench")
     os.ftruncate(fd, count * size)
     memory = memoryview(mmap.mmap(fd, count * size))
@@ -167,16 +167,16 @@ def write_file(
 def show(name: str, bench: Bench) -> None:
     print(f"\n{name}")
     for what, times in sorted(bench.times.items()):
-        anchor = "memcpy"
+        baseline = "memcpy"
         if what.startswith(("put", "plain write,")):
-            anchor = "plain write"
+            baseline = "plain write"
         elif what.startswith(("get", "plain read,")):
-            anchor = f"plain read, {what.rsplit(' ', 1)[1]}"
-        ratios = sorted(base / own for base, own in zip(bench.times[anchor], times, strict=True))
-        ratio = median(bench.times[anchor]) / median(times)
+            baseline = f"plain read, {what.rsplit(' ', 1)[1]}"
+        ratios = sorted(base / own for base, own in zip(bench.times[baseline], times, strict=True))
+        ratio = median(bench.times[baseline]) / median(times)
         print(
             f"  {what:34} {median(times) * 1e3:7.1f} ms {bench.total / median(times) / 1e9:6.2f} "
-            f"GB/s   {ratio:.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}] of {anchor}"
+            f"GB/s   {ratio:.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}] of {baseline}"
         )
 
 

@@ -1,10 +1,10 @@
-"""What encoding chunks in place costs, and what a lookup waits for their decoding.
+"""The cost of encoding chunks in place, and of a lookup that has to decode them.
 
     python benchmarks/encoded_chunks.py [--method cachegen] [--chunks 24] [--rounds 5]
 
 Chunks of 256 tokens in the shape of SmolLM2-135M (30 layers, 3 x 64, bfloat16), filled with noise
-around a mean per channel: a codec does better on real KV. Encoding includes the check that what
-was written can be decoded. Nothing of vLLM takes part.
+around a mean per channel; a codec does better on real KV. Encoding includes a check that the blob
+can be decoded. vLLM is not needed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lmcache_kit.layout import KVLayout
 from lmcache_kit.plugins import Plugins
 from lmcache_kit.service.codecs import Codecs
 
-SPACE = bytes(32)
+DIGEST = bytes(32)
 CHUNK = 256
-FORM = RankLayout(KVLayout("bfloat16", 30, 3, 64), Rope(64, 100_000.0))
+RANK_LAYOUT = RankLayout(KVLayout("bfloat16", 30, 3, 64), Rope(64, 100_000.0))
 
 
 def payload(random: np.random.Generator) -> bytes:
-    layout = FORM.layout
+    layout = RANK_LAYOUT.layout
     shape = (layout.layers, 2, CHUNK, layout.kv_heads, layout.head_dim)
     means = random.normal(size=(layout.layers, 2, 1, layout.kv_heads, layout.head_dim))
     values = (random.normal(size=shape) + 2 * means).astype(np.float32)
@@ -44,13 +44,13 @@ def payload(random: np.random.Generator) -> bytes:
 def store(engine: CacheEngine, memory: LocalCPUBackend, chunks: int) -> bytes:
     random = np.random.default_rng(0)
     tokens = pack_tokens(range(chunks * CHUNK))
-    nbytes = FORM.layout.payload_bytes(CHUNK)
+    nbytes = RANK_LAYOUT.layout.payload_bytes(CHUNK)
     items = [
         StoreItem(link.parent, tokens[link.start * 4 : link.end * 4], nbytes, link.start)
-        for link in chain(SPACE, tokens, CHUNK)
+        for link in chain(DIGEST, tokens, CHUNK)
     ]
     written = []
-    for grant in engine.allocate(SPACE, 0, 1, CHUNK, items, "bench", FORM):
+    for grant in engine.allocate(DIGEST, 0, 1, CHUNK, items, "bench", RANK_LAYOUT):
         data = payload(random)
         memory.view(Region(grant.offset, nbytes))[:] = data
         written.append((grant.ticket, xxh3_64_intdigest(data)))
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     codec = Codecs(Plugins.load()).get(options.method)
-    nbytes = options.chunks * FORM.layout.payload_bytes(CHUNK)
+    nbytes = options.chunks * RANK_LAYOUT.layout.payload_bytes(CHUNK)
     memory = LocalCPUBackend(2 * nbytes)
     engine = CacheEngine(memory, LRU(), location="bench")
     tokens = store(engine, memory, options.chunks)
@@ -81,7 +81,7 @@ def main() -> None:
     times = []
     for _ in range(options.rounds):
         start = time.perf_counter()
-        match = engine.lookup(SPACE, tokens, CHUNK, 1, "bench", 60)
+        match = engine.lookup(DIGEST, tokens, CHUNK, 1, "bench", 60)
         times.append(time.perf_counter() - start)
         assert len(match.chunks) == options.chunks
         engine.release(match.lease, None)

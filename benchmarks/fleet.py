@@ -1,4 +1,4 @@
-"""A controller and cache processes, as the benchmarks of moves start them: real programs."""
+"""Start a controller and cache processes as programs, for the benchmarks of moves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lmcache_kit.process.client import CacheClient
 from lmcache_kit.service.launch import open_client
 
 BIN = Path(sys.executable).parent
-PLACE = "LocalCPUBackend"
+LOCATION = "LocalCPUBackend"
 WAIT_S = 60.0
 BATCH = 16
 LLAMA = KVLayout("bfloat16", layers=32, kv_heads=8, head_dim=128)
@@ -35,16 +35,16 @@ SMOLLM2 = KVLayout("bfloat16", layers=30, kv_heads=3, head_dim=64)
 
 
 def until(holds: Callable[[], object], what: str, pause_s: float = 0.02) -> None:
-    """Wait until it holds."""
+    """Wait until the condition holds; raise TimeoutError after ``WAIT_S``."""
     deadline = time.monotonic() + WAIT_S
     while not holds():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {WAIT_S:g} s: {what}")
+            raise TimeoutError(f"timed out after {WAIT_S:g} s: {what}")
         time.sleep(pause_s)
 
 
 class Program:
-    """A program that runs; ``first`` is the line that it says it is ready with."""
+    """A running program; ``first`` is the line that it prints when it is ready."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         with log.open("ab") as output:
@@ -75,7 +75,7 @@ class Program:
 
 
 class Controller:
-    """A controller, asked over one connection that is kept."""
+    """A controller, and one connection to its REST frontend."""
 
     def __init__(self, folder: Path) -> None:
         command = ["lmcache_controller", "--host", "127.0.0.1", "--port", "0"]
@@ -104,13 +104,13 @@ class Controller:
         infos = self.ask("/query_worker_info", {"instance_id": "all"})["worker_infos"]
         return any(info["instance_id"] == name and info["alive"] for info in infos)
 
-    def move(self, source: str, goal: str, tokens: Sequence[int], **more: Any) -> str:
-        """Have a move begun; its event."""
-        body = {"old_position": [source, PLACE], "new_position": [goal, PLACE]}
+    def move(self, source: str, destination: str, tokens: Sequence[int], **more: Any) -> str:
+        """Request a move; return its event ID."""
+        body = {"old_position": [source, LOCATION], "new_position": [destination, LOCATION]}
         return str(self.ask("/move", {**body, "tokens": list(tokens), **more})["event_id"])
 
     def ended(self, event_id: str, pause_s: float = 0.005) -> dict[str, Any]:
-        """Wait for the end of an event, which must be a good one."""
+        """Wait for the end of an operation; raise RuntimeError unless it succeeded."""
         found: dict[str, Any] = {}
 
         def over() -> bool:
@@ -119,12 +119,12 @@ class Controller:
 
         until(over, event_id, pause_s)
         if found["state"] != "done":
-            raise RuntimeError(f"a move ended so: {found}")
+            raise RuntimeError(f"an operation failed: {found}")
         return found
 
     def clear(self, name: str, tokens: Sequence[int]) -> None:
-        """Have an instance forget these."""
-        body = {"instance_id": name, "location": PLACE, "tokens": list(tokens)}
+        """Delete the chunks of these tokens from an instance."""
+        body = {"instance_id": name, "location": LOCATION, "tokens": list(tokens)}
         self.ended(self.ask("/clear", body)["event_id"])
 
     def end(self) -> None:
@@ -133,20 +133,20 @@ class Controller:
 
 
 class Instance:
-    """A cache process, and a worker of it that stores what ``base`` says."""
+    """A cache process, and a worker that stores KV of one namespace in it."""
 
     def __init__(
-        self, folder: Path, controller: Controller, name: str, base: Namespace, **keys: Any
+        self, folder: Path, controller: Controller, name: str, namespace: Namespace, **keys: Any
     ) -> None:
-        self.name, self.base = name, base
-        said = settings(folder, controller, name, **keys)
-        self.config = KitConfig(**said)
+        self.name, self.namespace = name, namespace
+        values = settings(folder, controller, name, **keys)
+        self.config = KitConfig(**values)
         file = folder / f"{name}.yaml"
-        file.write_text(json.dumps(said))
+        file.write_text(json.dumps(values))
         self._program = Program(
             ["lmcache-kit", "cache-server", "--config", str(file)], folder / f"{name}.log"
         )
-        self.client = worker(self.config, base)
+        self.client = worker(self.config, namespace)
         until(lambda: controller.registered(name), f"{name} registers")
 
     @property
@@ -159,7 +159,7 @@ class Instance:
 
 
 class Fleet:
-    """All of them; they end with it."""
+    """A controller and instances; the context manager ends all of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -178,14 +178,14 @@ class Fleet:
     ) -> None:
         self._ending.close()
 
-    def instance(self, name: str, base: Namespace, **keys: Any) -> Instance:
-        made = Instance(self.folder, self.controller, name, base, **keys)
+    def instance(self, name: str, namespace: Namespace, **keys: Any) -> Instance:
+        made = Instance(self.folder, self.controller, name, namespace, **keys)
         self._ending.callback(made.end)
         return made
 
 
 def settings(folder: Path, controller: Controller, name: str, **keys: Any) -> dict[str, Any]:
-    """The keys of an instance that takes part in moves."""
+    """Return the configuration of an instance that takes part in moves."""
     return {
         "max_local_cpu_size": 0.25,
         "enable_controller": True,
@@ -200,29 +200,33 @@ def settings(folder: Path, controller: Controller, name: str, **keys: Any) -> di
     }
 
 
-def worker(config: KitConfig, base: Namespace) -> CacheClient:
-    """A client that stores."""
+def worker(config: KitConfig, namespace: Namespace) -> CacheClient:
+    """Return a client that can store."""
     return open_client(
-        config, role="worker", namespace=base, form=RankLayout(base.layout), wait_ready=True
+        config,
+        role="worker",
+        namespace=namespace,
+        form=RankLayout(namespace.layout),
+        wait_ready=True,
     )
 
 
-def store(client: CacheClient, base: Namespace, tokens: Sequence[int]) -> int:
-    """Store as a connector does, in batches; bytes that are there then."""
+def store(client: CacheClient, namespace: Namespace, tokens: Sequence[int]) -> int:
+    """Store in batches, as a connector does; return the number of bytes."""
     packed = pack_tokens(tokens)
-    links = list(chain(base.digest, packed, base.chunk_size))
+    links = list(chain(namespace.digest, packed, namespace.chunk_size))
     total = 0
     for start in range(0, len(links), BATCH):
         items = [
             StoreItem(
                 link.parent,
                 packed[link.start * 4 : link.end * 4],
-                base.layout.payload_bytes(link.end - link.start),
+                namespace.layout.payload_bytes(link.end - link.start),
                 link.start,
             )
             for link in links[start : start + BATCH]
         ]
-        grants = client.allocate(base.digest, base.chunk_size, items)
+        grants = client.allocate(namespace.digest, namespace.chunk_size, items)
         memory = client.memory(grants.incarnation)
         assert memory is not None
         written = []
@@ -237,6 +241,6 @@ def store(client: CacheClient, base: Namespace, tokens: Sequence[int]) -> int:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor seconds that a process has used."""
+    """Return the CPU time of a process, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,10 +1,10 @@
 """Lookup of a long chain in the controller's index, in process, with many keys and instances.
 
-One instance of many, the last, holds the whole chain; every instance holds other keys. Everything
-goes through the real messages: encoded, decoded, handled by the registry. Shown are the medians of
-a whole lookup, of its parts, of the same with fewer instances and with as many dead ones, the
-memory of the index per key, and how many keys it takes in per second. LMCache's own registry is
-asked in the same run where `make lmcache` has installed it.
+The last of many instances holds the whole chain; every instance holds other keys as well. All keys
+arrive in encoded messages that the registry decodes and handles. Printed are medians of a lookup
+and of its parts, with all instances, with half of them dead and with fewer of them, the memory of
+the index per key, and the keys that it ingests per second. LMCache's registry is measured in the
+same run if `make lmcache` has installed LMCache.
 
     python benchmarks/lookup.py [--keys 1000000] [--instances 1000] [--chunks 128] [--json]
 """
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lmcache_baseline
+from msgspec import structs
 
 from lmcache_kit.controller.commands import Commands
 from lmcache_kit.controller.instances import Instances, pack
@@ -41,9 +42,9 @@ BYTES_PER_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def median_us(work: Callable[[], object], seconds: float = 0.5) -> float:
-    """Of single calls, over about that long."""
+    """Return the median duration of a call, over about ``seconds`` and at least nine calls."""
     work()
-    spent = []
+    spent: list[float] = []
     ends = time.perf_counter() + seconds
     while (begun := time.perf_counter()) < ends or len(spent) < 9:
         work()
@@ -57,8 +58,8 @@ def memory_bytes() -> int:
         return int(statm.read().split()[1]) * BYTES_PER_PAGE
 
 
-class World:
-    """A registry with ``instances``, filled by messages; the last one holds the chain."""
+class Fleet:
+    """A registry with a number of instances, filled by messages."""
 
     def __init__(self, namespace: Namespace, instances: int) -> None:
         self.registry = Registry()
@@ -67,7 +68,7 @@ class World:
         self.names = [f"instance{number:05}" for number in range(instances)]
         self._seqs = dict.fromkeys(self.names, 0)
         for number, name in enumerate(self.names):
-            said = Register(
+            registration = Register(
                 instance_id=name,
                 incarnation=number.to_bytes(16, "big"),
                 started=1.0,
@@ -77,7 +78,7 @@ class World:
                 workers=(),
                 namespaces=(namespace,),
             )
-            self.registry.handle(name, said)
+            self.registry.handle(name, registration)
 
     def put(self, name: str, blob: bytes) -> None:
         for start in range(0, len(blob), BATCH_KEYS * 16):
@@ -88,52 +89,51 @@ class World:
             self.registry.handle(name, decode_from_agent(encode(batch)))
 
     def die(self, names: list[str]) -> None:
-        """Their heartbeats stop, as far as the index can tell."""
+        """Hide instances from lookups, as the registry does when heartbeats stop."""
         for name in names:
             for replica in self.registry.find(name).replicas.values():
                 self.registry.index.hide(replica.holder)
 
 
-def measure_fill(keys: int, instances: int) -> tuple[World, Namespace, dict[str, float]]:
-    """Ingest and memory, with random keys spread evenly."""
+def measure_fill(keys: int, instances: int) -> tuple[Fleet, Namespace, dict[str, float]]:
+    """Measure ingest and memory with random keys, spread evenly over the instances."""
     namespace = Namespace("some/model", LAYOUT, chunk_size=256)
-    world = World(namespace, instances)
+    fleet = Fleet(namespace, instances)
     share = keys // instances
-    blobs = [random.randbytes(16 * share) for _ in world.names]
+    blobs = [random.randbytes(16 * share) for _ in fleet.names]
     before = memory_bytes()
     begun = time.perf_counter()
-    for name, blob in zip(world.names, blobs, strict=True):
-        world.put(name, blob)
+    for name, blob in zip(fleet.names, blobs, strict=True):
+        fleet.put(name, blob)
     spent = time.perf_counter() - begun
     figures = {
-        "keys": len(world.registry.index),
+        "keys": len(fleet.registry.index),
         "index_bytes_per_key": round((memory_bytes() - before) / (share * instances), 1),
         "ingest_keys_per_s": round(share * instances / spent),
     }
-    return world, namespace, figures
+    return fleet, namespace, figures
 
 
-def measure_lookup(world: World, chunk_size: int, chunks: int) -> dict[str, Any]:
-    """One lookup and its parts; the chain is put in first."""
+def measure_lookup(fleet: Fleet, chunk_size: int, chunks: int) -> dict[str, Any]:
+    """Add a chain to the last instance; measure its lookup and the parts of it."""
     namespace = Namespace(f"model{chunk_size}", LAYOUT, chunk_size)
-    last = world.names[-1]
-    said = world.registry.find(last).said
-    fields = {name: getattr(said, name) for name in said.__struct_fields__}
-    world.registry.handle(last, Register(**{**fields, "namespaces": (namespace,)}))
+    last = fleet.names[-1]
+    registration = fleet.registry.find(last).registration
+    fleet.registry.handle(last, structs.replace(registration, namespaces=(namespace,)))
     tokens = [random.randrange(128_000) for _ in range(chunk_size * chunks)]
     packed = pack(tokens)
     keys = [chunk.key for chunk in chain(namespace.digest, packed, chunk_size)]
-    world.put(last, b"".join(keys))
-    index, digest = world.registry.index, namespace.digest
+    fleet.put(last, b"".join(keys))
+    index, digest = fleet.registry.index, namespace.digest
     plain = LookupQuery(tokens, model=namespace.model)
     quick = LookupQuery(array("I", tokens), model=namespace.model)
-    (found,) = world.instances.lookup(plain).instances
+    (found,) = fleet.instances.lookup(plain).instances
     assert (found.instance_id, found.best.tokens) == (last, len(tokens))
     return {
         "chunk_tokens": chunk_size,
         "tokens": len(tokens),
-        "lookup_us": median_us(lambda: world.instances.lookup(plain)),
-        "lookup_of_array_us": median_us(lambda: world.instances.lookup(quick)),
+        "lookup_us": median_us(lambda: fleet.instances.lookup(plain)),
+        "lookup_of_array_us": median_us(lambda: fleet.instances.lookup(quick)),
         "pack_list_us": median_us(lambda: pack(tokens)),
         "match_us": median_us(lambda: match(index, digest, packed, chunk_size, -1)),
         "hash_us": median_us(lambda: [None for _ in chain(digest, packed, chunk_size)]),
@@ -142,7 +142,7 @@ def measure_lookup(world: World, chunk_size: int, chunks: int) -> dict[str, Any]
 
 
 def measure_sweep(keys: int) -> dict[str, float]:
-    """How long a dead holder of many keys takes, and the longest single step of it."""
+    """Measure how long the removal of a holder of many keys takes, and its longest step."""
     index = KeyIndex()
     holder = index.open(Owner("a", "LocalCPUBackend"))
     blob = random.randbytes(16 * keys)
@@ -166,22 +166,24 @@ def measure_sweep(keys: int) -> dict[str, float]:
 
 
 def measure_cold(keys: int, instances: int, chunks: int) -> dict[str, Any]:
-    """A world of its own, for one lookup."""
-    world, _, _ = measure_fill(keys, instances)
-    return {"instances": instances, **measure_lookup(world, 256, chunks)}
+    """Measure one lookup in a new registry."""
+    fleet, _, _ = measure_fill(keys, instances)
+    return {"instances": instances, **measure_lookup(fleet, 256, chunks)}
 
 
 def run(keys: int, instances: int, chunks: int) -> dict[str, Any]:
     random.seed(1)
-    world, _, filled = measure_fill(keys, instances)
+    fleet, _, filled = measure_fill(keys, instances)
     results: dict[str, Any] = {"instances": instances, "chunks": chunks, **filled}
-    results["lookups"] = [measure_lookup(world, size, chunks) for size in (16, 256)]
-    world.die(world.names[: instances // 2])
-    results["half_of_them_dead"] = [measure_lookup(world, size, chunks) for size in (16, 256)]
-    del world
+    results["lookups"] = [measure_lookup(fleet, size, chunks) for size in (16, 256)]
+    fleet.die(fleet.names[: instances // 2])
+    results["half_of_the_instances_dead"] = [
+        measure_lookup(fleet, size, chunks) for size in (16, 256)
+    ]
+    del fleet
     counts = (1, max(1, instances // 100), max(1, instances // 10))
     results["fewer_instances"] = [measure_cold(keys, count, chunks) for count in counts]
-    results["a_holder_of_all_keys_dies"] = measure_sweep(keys)
+    results["removal_of_a_holder_of_all_keys"] = measure_sweep(keys)
     return results
 
 
@@ -199,17 +201,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keys", type=int, default=1_000_000)
     parser.add_argument("--instances", type=int, default=1000)
-    parser.add_argument("--chunks", type=int, default=128, help="of the chain that is looked up")
+    parser.add_argument("--chunks", type=int, default=128, help="length of the chain")
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    results = run(asked.keys, asked.instances, asked.chunks)
-    if not asked.json:
+    options = parser.parse_args()
+    results = run(options.keys, options.instances, options.chunks)
+    if not options.json:
         show(results)
-    theirs = lmcache_baseline.measure("lookup", asked.instances, asked.keys, asked.chunks)
-    if theirs and not asked.json:
-        show({"lmcache": theirs})
-    if asked.json:
-        json.dump({**results, "lmcache": theirs}, sys.stdout, indent=2)
+    lmcache = lmcache_baseline.measure("lookup", options.instances, options.keys, options.chunks)
+    if lmcache and not options.json:
+        show({"lmcache": lmcache})
+    if options.json:
+        json.dump({**results, "lmcache": lmcache}, sys.stdout, indent=2)
 
 
 if __name__ == "__main__":

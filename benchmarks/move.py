@@ -2,21 +2,21 @@
 
 Three parts, which may be chosen by name:
 
-``bytes``: two processes, one of which lends what the other one takes: 8 x 32 MiB (chunks of 256
-tokens of an 8B Llama), 32 x 5.6 MiB (SmolLM2-135M) and 270 KiB (12 tokens of it). Timed are the
-transport alone (``link``; ``nixl+xxh3``: with a second thread that hashes what has landed, as
-whoever verifies has to) and whole moves (``move``: handshake, loan, read, verification of every
-byte, commit, giving back) over a link that is there already; beside them memcpy, one NIXL READ of
-one list of descriptors (``raw nixl``), and sendall and recv_into over one connection (``sockets``).
-Every way is gone once a round, in random order, into memory that was touched before. A ratio is of
-medians; its range is that of the rounds' ratios.
+``bytes``: a source and a destination process, which read 8 x 32 MiB (chunks of 256 tokens of an 8B
+Llama), 32 x 5.6 MiB (SmolLM2-135M) and 270 KiB (12 tokens of it). ``link`` is the transport alone;
+``nixl+xxh3`` adds a second thread that hashes each region as soon as it has arrived, as a verifying
+reader must. ``move`` is a whole move over an open link: handshake, lease, read, verification of
+every byte, commit, release of the lease. The baselines are memcpy, one NIXL READ of one list of
+descriptors (``raw nixl``), and sendall and recv_into over one connection (``sockets``). Each round
+measures every way once, in random order, into memory that was touched before. A ratio is of
+medians; its range is that of the rounds' own ratios.
 
-``small``: 12 tokens through real programs: a controller, asked over HTTP, and two cache processes.
-By the event's own times: from when it was created, or taken on by its destination, to its end. A
-``copy`` leaves its source as it is, ``copy at once`` the same where something else changed in the
-destination just before, and a ``move`` waits for the controller's index and has its source forget.
+``small``: 12 tokens through real programs: a controller, reached by REST, and two cache processes.
+The times are those of the operation: from its creation, or from its start at the destination, to
+its end. ``copy`` leaves the source as it is. ``copy at once`` is the same shortly after another
+change at the destination. ``move`` waits for the controller's index and deletes at the source.
 
-``idle``: the share of a core that cache processes use while nothing happens, after those moves.
+``idle``: the share of a core that idle cache processes use after those moves.
 
     python benchmarks/move.py [PART ...] [--rounds 25] [--seconds 10] [--json]
 """
@@ -35,19 +35,19 @@ from pathlib import Path
 from typing import Any
 
 from fleet import SMOLLM2, Fleet, Instance, cpu_s, store, until
-from two_caches import PAYLOADS, Taker, channels
+from two_caches import PAYLOADS, Destination, channels
 
 from lmcache_kit.keys import Namespace
 
 PARTS = ("bytes", "small", "idle")
-BASE = Namespace("bench/smollm2", SMOLLM2, 256)
+NAMESPACE = Namespace("bench/smollm2", SMOLLM2, 256)
 TOKENS = range(12)
-AGAINST = {"nixl": "raw nixl", "tcp": "sockets"}
+BASELINES = {"nixl": "raw nixl", "tcp": "sockets"}
 KINDS = ("copy", "copy at once", "move")
 CALM_S = 0.05
-"""So long that nothing is on its way to the controller any more."""
+"""After this pause all changes have reached the controller."""
 SMALL_ROUNDS = 8
-"""Times as many rounds for what is over in a moment."""
+"""Factor on the number of rounds for the smallest payload."""
 
 
 def load() -> list[float]:
@@ -55,7 +55,7 @@ def load() -> list[float]:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> dict[str, float]:
-    """Median, and the ends."""
+    """Return median, minimum and maximum."""
     return {
         "median": round(statistics.median(values), digits),
         "min": round(min(values), digits),
@@ -66,11 +66,13 @@ def spread(values: Sequence[float], digits: int = 2) -> dict[str, float]:
 # bytes
 
 
-def measure_bytes(taker: Taker, number: int, rounds: int, chosen: random.Random) -> dict[str, Any]:
-    """One payload, every way."""
+def measure_bytes(
+    destination: Destination, number: int, rounds: int, chosen: random.Random
+) -> dict[str, Any]:
+    """Measure every way for one payload."""
     payload = PAYLOADS[number]
     total = sum(payload.sizes)
-    ways = taker.ways(number)
+    ways = destination.ways(number)
     before = load()
     for _ in range(2):
         for way in ways.values():
@@ -92,18 +94,20 @@ def measure_bytes(taker: Taker, number: int, rounds: int, chosen: random.Random)
             for name, times in spent.items()
         },
     }
-    for channel, anchor in AGAINST.items():
+    for channel, baseline in BASELINES.items():
         for name in (f"{channel} link", f"{channel}+xxh3", f"{channel} move"):
-            if name in spent and anchor in spent:
-                result["ways"][name]["of_anchor"] = against(anchor, spent[anchor], spent[name])
+            if name in spent and baseline in spent:
+                result["ways"][name]["of_baseline"] = ratio_to(
+                    baseline, spent[baseline], spent[name]
+                )
     return result
 
 
-def against(anchor: str, bare: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """As a share of the anchor's speed."""
+def ratio_to(baseline: str, bare: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """Return the speed as a share of the baseline's."""
     pairs = sorted(a / b for a, b in zip(bare, ours, strict=True))
     return {
-        "anchor": anchor,
+        "baseline": baseline,
         "ratio": round(statistics.median(bare) / statistics.median(ours), 2),
         "quartiles": [round(each, 2) for each in statistics.quantiles(pairs)[::2]],
         "range": [round(pairs[0], 2), round(pairs[-1], 2)],
@@ -115,9 +119,9 @@ def show_bytes(result: dict[str, Any]) -> None:
     for name, way in result["ways"].items():
         line = "  {:10} {median:9.3f} ms [{min:.3f} .. {max:.3f}]".format(name, **way["ms"])
         line += f"  {way['gb_s']:6.2f} GB/s"
-        if ratio := way.get("of_anchor"):
+        if ratio := way.get("of_baseline"):
             line += (
-                f"  {ratio['ratio']:.2f} of {ratio['anchor']}, quartiles {ratio['quartiles']}, "
+                f"  {ratio['ratio']:.2f} of {ratio['baseline']}, quartiles {ratio['quartiles']}, "
                 f"range {ratio['range']}"
             )
         print(line, flush=True)
@@ -129,21 +133,21 @@ def show_bytes(result: dict[str, Any]) -> None:
 def measure_small(
     fleet: Fleet, channel: str, pair: tuple[Instance, Instance], rounds: int
 ) -> dict[str, Any]:
-    """12 tokens there and back by moves, and there by copies."""
+    """Copy 12 tokens from one instance to the other; move them there and back."""
     controller = fleet.controller
-    source, goal = pair
-    store(source.client, BASE, TOKENS)
-    until(lambda: _knows(fleet, source), "the index knows what is stored")
+    source, destination = pair
+    store(source.client, NAMESPACE, TOKENS)
+    until(lambda: _is_indexed(fleet, source), "the index holds the stored chunks")
     before = load()
     result: dict[str, Any] = {"channel": channel, "rounds": rounds}
-    asked: list[float] = []
+    get_event: list[float] = []
     for kind in KINDS:
         created, started, reading, posted = [], [], [], []
         for number in range(rounds + 2):
             if kind != "copy at once":
                 time.sleep(CALM_S)
             begun = time.perf_counter()
-            event_id = controller.move(source.name, goal.name, TOKENS, copy=kind != "move")
+            event_id = controller.move(source.name, destination.name, TOKENS, copy=kind != "move")
             spent = time.perf_counter() - begun
             event = controller.ended(event_id)
             transfer = event["progress"][0]["transfer"]
@@ -154,24 +158,24 @@ def measure_small(
                 started.append((event["ended"] - event["started"]) * 1e3)
                 reading.append(transfer["seconds"] * 1e3)
             if kind != "move":
-                controller.clear(goal.name, TOKENS)
+                controller.clear(destination.name, TOKENS)
             else:
-                source, goal = goal, source
+                source, destination = destination, source
             begun = time.perf_counter()
             controller.ask(f"/events/{event_id}")
-            asked.append((time.perf_counter() - begun) * 1e3)
+            get_event.append((time.perf_counter() - begun) * 1e3)
         result[kind] = {
             "created_to_ended_ms": spread(created),
-            "taken_on_to_ended_ms": spread(started),
-            "bytes_under_way_ms": spread(reading, 3),
-            "post_answered_ms": spread(posted),
+            "started_to_ended_ms": spread(started),
+            "transfer_ms": spread(reading, 3),
+            "post_ms": spread(posted),
         }
-    result["get_event_ms"] = spread(asked)
+    result["get_event_ms"] = spread(get_event)
     result["load"] = [before, load()]
     return result
 
 
-def _knows(fleet: Fleet, instance: Instance) -> bool:
+def _is_indexed(fleet: Fleet, instance: Instance) -> bool:
     held = fleet.controller.ask("/lookup", {"tokens": list(TOKENS)})["layout_info"]
     return instance.name in held
 
@@ -190,7 +194,7 @@ def show_small(result: dict[str, Any]) -> None:
 
 
 def measure_idle(instances: Sequence[Instance], seconds: float) -> dict[str, Any]:
-    """Percent of a core, by process."""
+    """Return the share of a core by process, in percent."""
     before = [cpu_s(instance.pid) for instance in instances]
     begun = time.perf_counter()
     time.sleep(seconds)
@@ -215,23 +219,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
     show = not options.json
     if "bytes" in options.parts:
-        taker = Taker()
+        destination = Destination()
         results["bytes"] = []
         try:
             for number, payload in enumerate(PAYLOADS):
                 rounds = options.rounds * (1 if len(payload.sizes) > 1 else SMALL_ROUNDS)
-                results["bytes"].append(measure_bytes(taker, number, rounds, random.Random(number)))
+                results["bytes"].append(
+                    measure_bytes(destination, number, rounds, random.Random(number))
+                )
                 if show:
                     show_bytes(results["bytes"][-1])
         finally:
-            taker.close()
+            destination.close()
     if not {"small", "idle"} & set(options.parts):
         return results
     with tempfile.TemporaryDirectory(prefix="lk-") as folder, Fleet(Path(folder)) as fleet:
         pairs = {
             name: (
-                fleet.instance(f"{name}-a", BASE, transfer_channel=name),
-                fleet.instance(f"{name}-b", BASE, transfer_channel=name),
+                fleet.instance(f"{name}-a", NAMESPACE, transfer_channel=name),
+                fleet.instance(f"{name}-b", NAMESPACE, transfer_channel=name),
             )
             for name in channels()
         }
@@ -242,10 +248,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if show and "small" in options.parts:
                 show_small(results["small"][-1])
         if "idle" in options.parts:
-            bare = fleet.instance("no moves", BASE, enable_p2p=False)
+            bare = fleet.instance("no moves", NAMESPACE, enable_p2p=False)
             time.sleep(1)
-            everyone = [*(each for pair in pairs.values() for each in pair), bare]
-            results["idle"] = measure_idle(everyone, options.seconds)
+            instances = [*(each for pair in pairs.values() for each in pair), bare]
+            results["idle"] = measure_idle(instances, options.seconds)
             if show:
                 show_idle(results["idle"])
     return results
@@ -255,14 +261,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="bytes, small or idle; all")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="bytes, small or idle (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of being idle")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of part idle")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     options.parts = options.parts or list(PARTS)
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     results = run(options)
     if options.json:
         print(json.dumps(results, indent=2))

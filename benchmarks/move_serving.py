@@ -1,12 +1,11 @@
-"""Time to first token while KV moves away from the cache of the vLLM that is asked.
+"""Time to first token of a vLLM while KV is moved away from its cache.
 
-vLLM runs in this process, with the kit's connector and a cache process that it spawned; that holds
-a gigabyte more, of another model, which moves (``copy``) to a second cache process, by order of a
-controller. Requests follow one another: some while nothing moves, then as many as begin while a
-move is under way, and so on in turn; for each transport by itself. Asked are prompts that the
-cache holds (``hit``) and short ones that it does not (``miss``). vLLM has one thread
-(OMP_NUM_THREADS=1); what is copied and verified needs a core, too. The destination forgets what
-came after every move. vLLM's own prefix caching is off.
+vLLM runs in this process, with the kit's connector, and spawns a cache process. The cache also
+holds a gigabyte of KV of another model, which a controller moves (``copy``) to a second cache
+process. Requests run one after another: some without a move, then as many as start during a move,
+in turn, for each transport. A prompt is either in the cache (``hit``) or short and not in the cache
+(``miss``). vLLM has one thread (OMP_NUM_THREADS=1); copying and verifying need a core as well. The
+destination deletes its copy after every move. vLLM's own prefix caching is off.
 
     python benchmarks/move_serving.py [--model DIR] [--gib 1] [--rounds 12] [--json]
 """
@@ -37,15 +36,15 @@ KINDS = ("hit", "miss")
 WARM_UPS = 2
 
 
-class Asked(NamedTuple):
-    """A request: when it began, on the wall clock, and how long its first token took."""
+class Request(NamedTuple):
+    """A request: its start in seconds since the epoch, and its time to first token."""
 
     begun: float
     seconds: float
 
 
 class Serving:
-    """vLLM with the connector."""
+    """A vLLM with the connector in this process."""
 
     def __init__(self, options: argparse.Namespace, keys: dict[str, Any]) -> None:
         from vllm import LLM, SamplingParams
@@ -60,24 +59,24 @@ class Serving:
             kv_transfer_config=KVTransferConfig(
                 kv_connector="LMCacheKitConnector",
                 kv_role="kv_both",
-                kv_connector_extra_config={f"lmcache.{key}": said for key, said in keys.items()},
+                kv_connector_extra_config={f"lmcache.{key}": value for key, value in keys.items()},
             ),
         )
         self._first_token = SamplingParams(max_tokens=1, temperature=0)
         self._random = random.Random(0)
-        self._held = self._prompt(options.hit_tokens)
+        self._cached_prompt = self._prompt(options.hit_tokens)
         self._miss_tokens = options.miss_tokens
-        self._generate(self._held)
+        self._generate(self._cached_prompt)
 
-    def ask(self, kind: str) -> Asked:
-        """A prompt that the cache holds, or one that it does not."""
+    def send(self, kind: str) -> Request:
+        """Send a prompt that is in the cache, or one that is not."""
         hit = kind == "hit"
-        prompt = self._held if hit else self._prompt(self._miss_tokens)
+        prompt = self._cached_prompt if hit else self._prompt(self._miss_tokens)
         begun, clock = time.time(), time.perf_counter()
         cached = self._generate(prompt)
         spent = time.perf_counter() - clock
         assert cached == (len(prompt) - 1 if hit else 0), (kind, cached)
-        return Asked(begun, spent)
+        return Request(begun, spent)
 
     def _generate(self, prompt: list[int]) -> int:
         (output,) = self._llm.generate(
@@ -90,7 +89,7 @@ class Serving:
 
 
 class Alternation:
-    """Requests without and with a move, in turn."""
+    """Requests without and during a move, in turn."""
 
     def __init__(self, fleet: Fleet, serving: Serving, source: str, tokens: range) -> None:
         self._controller = fleet.controller
@@ -99,7 +98,7 @@ class Alternation:
         self._tokens = tokens
 
     def measure(self, channel: str, kind: str, rounds: int) -> dict[str, Any]:
-        """One kind of requests beside moves by one transport."""
+        """Measure one kind of requests and moves by one transport."""
         before = _load()
         quiet, moving, moves, shares = [], [], [], []
         for number in range(rounds + WARM_UPS):
@@ -111,12 +110,14 @@ class Alternation:
             quiet += alone
             moving += beside
             moves.append(event["ended"] - event["started"])
-            shares += [min(1.0, (event["ended"] - asked.begun) / asked.seconds) for asked in beside]
-        times = [[asked.seconds for asked in some] for some in (quiet, moving)]
+            shares += [
+                min(1.0, (event["ended"] - request.begun) / request.seconds) for request in beside
+            ]
+        times = [[request.seconds for request in some] for some in (quiet, moving)]
         without, beside_move = (statistics.median(some) for some in times)
         return {
             "channel": channel,
-            "asked": kind,
+            "requests_of": kind,
             "rounds": rounds,
             "requests": [len(some) for some in times],
             "without_ms": _spread(times[0]),
@@ -127,16 +128,18 @@ class Alternation:
             "load": [before, _load()],
         }
 
-    def _round(self, channel: str, kind: str) -> tuple[list[Asked], list[Asked], dict[str, Any]]:
-        goal = f"goal-{channel}"
-        alone = [self._serving.ask(kind) for _ in range(3)][1:]
-        event_id = self._controller.move(self._source, goal, self._tokens, copy=True)
+    def _round(
+        self, channel: str, kind: str
+    ) -> tuple[list[Request], list[Request], dict[str, Any]]:
+        destination = f"destination-{channel}"
+        alone = [self._serving.send(kind) for _ in range(3)][1:]
+        event_id = self._controller.move(self._source, destination, self._tokens, copy=True)
         beside = []
         while self._controller.ask(f"/events/{event_id}")["state"] == "running":
-            beside.append(self._serving.ask(kind))
+            beside.append(self._serving.send(kind))
         event = self._controller.ended(event_id)
-        self._controller.clear(goal, self._tokens)
-        return alone, [asked for asked in beside if asked.begun < event["ended"]], event
+        self._controller.clear(destination, self._tokens)
+        return alone, [request for request in beside if request.begun < event["ended"]], event
 
 
 def _load() -> list[float]:
@@ -162,7 +165,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         keys["transfer_channel"] = "auto"
         for channel in channels():
             fleet.instance(
-                f"goal-{channel}", BIG, max_local_cpu_size=size, transfer_channel=channel
+                f"destination-{channel}", BIG, max_local_cpu_size=size, transfer_channel=channel
             )
         serving = Serving(options, keys)
         until(lambda: fleet.controller.registered(name), "vLLM's cache process registers")
@@ -173,7 +176,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 lambda: (
                     name in fleet.controller.ask("/lookup", {"tokens": list(tokens)})["layout_info"]
                 ),
-                "the index knows what is stored",
+                "the index holds the stored chunks",
             )
             alternation = Alternation(fleet, serving, name, tokens)
             results: dict[str, Any] = {
@@ -195,11 +198,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def show(case: dict[str, Any]) -> None:
     without, moving, moves = case["without_ms"], case["while_moving_ms"], case["move_ms"]
     print(
-        f"{case['channel']:5} {case['asked']:5} {without['median']:7} ms "
+        f"{case['channel']:5} {case['requests_of']:5} {without['median']:7} ms "
         f"[{without['min']} .. {without['max']}] alone, {moving['median']:7} ms "
         f"[{moving['min']} .. {moving['max']}] while {moves['median']} ms of move: "
         f"{case['ratio']} ({case['requests']} requests, {case['moving_part_of_requests']} of each "
-        f"beside the move; load {case['load']})",
+        f"during the move; load {case['load']})",
         flush=True,
     )
 
@@ -209,7 +212,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=ttft.MODEL)
-    parser.add_argument("--gib", type=float, default=1.0, help="what moves")
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the moved KV")
     parser.add_argument("--hit-tokens", type=int, default=1500)
     parser.add_argument("--miss-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=12)

@@ -1,4 +1,4 @@
-"""The picture of benchmarks/codec.py, as SVG."""
+"""Draw the results of benchmarks/codec.py as SVG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SKIPPED = ("zstd",)
 
 
 def draw(rows: list[dict[str, Any]]) -> str:
-    """Ratio to the right, divergence upwards on a logarithmic axis: better is right and down."""
+    """Draw the ratio on the x axis and the divergence on a logarithmic y axis."""
     return "\n".join(_parts(rows)) + "\n"
 
 

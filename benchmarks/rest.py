@@ -1,10 +1,10 @@
 """POST /lookup over REST beside a bare aiohttp application, in one run on one machine.
 
-Both answer the same constant reply, so this is the cost of the frontend without the index: the
+Both return the same constant reply, so the cost of the frontend is measured without the index. The
 bare application has one handler, which decodes the body with ``json.loads`` and encodes the reply.
-Server and clients are processes of their own; short rounds alternate between the two. The
-processor time of the server per request hardly depends on the load of the machine. Ends with an
-error where it is more than 1.3 times that of the bare handler.
+Servers and clients run in two processes; short rounds alternate between the servers. The server's
+CPU time per request hardly depends on the load of the machine. The exit status is an error if it
+is more than 1.3 times that of the bare handler.
 
     python benchmarks/rest.py [--seconds 0.5] [--rounds 15] [--json]
 """
@@ -25,12 +25,12 @@ TOKENS = (12, 2048)
 CLIENTS = (1, 16)
 HELD = {"lmcache_default_instance": ["LocalCPUBackend", 12]}
 LIMIT = 1.3
-"""How many times the processor time of the bare handler a request may take."""
+"""Largest accepted ratio of CPU time per request to the bare handler."""
 REPLY = {"event_id": "0" * 32, **HELD, "layout_info": HELD}
 
 
 def serve(pipe: Connection) -> None:
-    """Run both servers on one loop; send their ports, stop when told to."""
+    """Run both servers on one event loop; send their ports, and stop on request."""
     asyncio.run(_serve(pipe))
 
 
@@ -74,7 +74,7 @@ async def _serve(pipe: Connection) -> None:
 
 
 async def load(port: int, body: bytes, clients: int, seconds: float) -> list[float]:
-    """Seconds each request took, over connections that are kept."""
+    """Send requests over persistent connections; return the seconds of each."""
     head = b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
     request = head % len(body) + body
     spent: list[float] = []
@@ -97,7 +97,7 @@ async def load(port: int, body: bytes, clients: int, seconds: float) -> list[flo
 
 
 class Round(NamedTuple):
-    """Requests per second, median milliseconds, and the server's CPU microseconds a request."""
+    """Requests per second, median milliseconds, and the server's CPU microseconds per request."""
 
     rps: float
     p50_ms: float
@@ -105,7 +105,7 @@ class Round(NamedTuple):
 
 
 def one_round(pipe: Connection, port: int, body: bytes, clients: int, seconds: float) -> Round:
-    """Load one of the servers for a while."""
+    """Load one of the servers for ``seconds``."""
     pipe.send("cpu")
     cpu, begun = pipe.recv(), time.perf_counter()
     spent = asyncio.run(load(port, body, clients, seconds))
@@ -123,8 +123,10 @@ def measure(
     seconds: float,
     rounds: int,
 ) -> dict[str, float]:
-    """Compare the servers in rounds that alternate. A ratio is the median of those of all rounds,
-    so that both of its sides saw the same load of the machine."""
+    """Compare the servers in alternating rounds.
+
+    A ratio is the median of the rounds' ratios, so both sides saw the same load of the machine.
+    """
     body = json.dumps({"tokens": [(i * 7919) % 128_000 for i in range(tokens)]}).encode()
     pairs: list[tuple[Round, Round]] = []
     for number in range(rounds):
@@ -150,31 +152,31 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a round")
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     server = context.Process(target=serve, args=(there,))
     server.start()
-    there.close()  # so that a server that fails to start ends this, too
+    there.close()  # so that recv() fails if the server does not start
     rows = []
     try:
         ports = here.recv()
         for tokens in TOKENS:
             for clients in CLIENTS:
-                rows.append(measure(here, ports, tokens, clients, asked.seconds, asked.rounds))
-                if not asked.json:
+                rows.append(measure(here, ports, tokens, clients, options.seconds, options.rounds))
+                if not options.json:
                     print("  ".join(f"{key}={value}" for key, value in rows[-1].items()))
         here.send("stop")
     finally:
         server.join(10)
-    if asked.json:
+    if options.json:
         json.dump({"limit": LIMIT, "rows": rows}, sys.stdout, indent=2)
     worst = max(row["cpu_ratio"] for row in rows)
     if worst > LIMIT:
-        sys.exit(f"{worst} times the processor time of the bare handler; allowed: {LIMIT}")
+        sys.exit(f"{worst} times the CPU time of the bare handler; the limit is {LIMIT}")
 
 
 if __name__ == "__main__":

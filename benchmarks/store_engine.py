@@ -1,4 +1,4 @@
-"""What the engine itself costs: lookup, allocate and commit in process, without any bytes.
+"""The cost of the cache engine itself: lookup, allocate and commit, without any bytes.
 
     python benchmarks/store_engine.py [--capacity-gib 5] [--rounds 200]
 
@@ -20,7 +20,7 @@ from lmcache_kit.cache.index.policies import LRU
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.keys import chain, pack_tokens
 
-SPACE = bytes(32)
+DIGEST = bytes(32)
 CHUNK = 256
 BATCH = 32
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def prompt(chunks: int) -> bytes:
 def items_of(tokens: bytes, sizes: Sequence[int]) -> list[StoreItem]:
     return [
         StoreItem(link.parent, tokens[link.start * 4 : link.end * 4], random.choice(sizes))
-        for link in chain(SPACE, tokens, CHUNK)
+        for link in chain(DIGEST, tokens, CHUNK)
     ]
 
 
@@ -43,7 +43,7 @@ def store(engine: CacheEngine, sizes: Sequence[int], rounds: int, chunks: int = 
     for _ in range(rounds):
         items = items_of(prompt(chunks), sizes)
         start = time.perf_counter()
-        grants = engine.allocate(SPACE, 0, 1, CHUNK, items, "bench")
+        grants = engine.allocate(DIGEST, 0, 1, CHUNK, items, "bench")
         allocating.append((time.perf_counter() - start) * 1e3)
         written = [(grant.ticket, 0) for grant in grants]
         start = time.perf_counter()
@@ -69,12 +69,12 @@ def main() -> None:
     print(f"into full memory, 1 MiB each      {store(engine, [MIB], options.rounds)}")
 
     tokens = prompt(128)
-    grants = engine.allocate(SPACE, 0, 1, CHUNK, items_of(tokens, [MIB]), "bench")
+    grants = engine.allocate(DIGEST, 0, 1, CHUNK, items_of(tokens, [MIB]), "bench")
     engine.commit([(grant.ticket, 0) for grant in grants], "bench")
     looking: list[float] = []
     for _ in range(options.rounds):
         start = time.perf_counter()
-        match = engine.lookup(SPACE, tokens, CHUNK, 1, "bench")
+        match = engine.lookup(DIGEST, tokens, CHUNK, 1, "bench")
         engine.release(match.lease, 0)
         looking.append((time.perf_counter() - start) * 1e3)
         assert len(match.chunks) == 128

@@ -1,10 +1,10 @@
-"""Tiers below memory: what they cost a lookup that memory can answer, and how fast chunks go down
-to a disk and come back, beside plain files and memcpy.
+"""Lower tiers: their cost for a hit in memory, and the speed of offload and promotion.
 
-Per round, in random order of the two caches: the same chunks are stored, looked up in memory,
-written to the disk, forgotten and looked up again. Files are in the page cache, so it is the way
-that is measured, not the disk. Ratios are of medians; in brackets, the range of the rounds' own.
-LMCache's local disk does the same in the same run where `make lmcache` has installed it.
+The baselines are plain files and memcpy. Each round runs these steps with a disk below memory and
+without, in random order: store chunks, look them up in memory, offload them, delete them from
+memory, and look them up again. Files are in the page cache, so the path is measured and not the
+disk. Ratios are of medians; brackets hold the range of the rounds' own ratios. LMCache's local disk
+is measured in the same run if `make lmcache` has installed LMCache.
 
     python benchmarks/tiers.py [--folder /var/tmp] [--rounds 11] [--chunks 32] [--chunk-mib 5.6]
 """
@@ -36,7 +36,7 @@ from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import chain, pack_tokens
 
 MIB = 1 << 20
-SPACE = bytes(32)
+DIGEST = bytes(32)
 CHUNK = 256
 WAIT_S = 120.0
 
@@ -46,7 +46,7 @@ def no_codec(name: str) -> Codec:
 
 
 class Cache:
-    """With a disk below it, or without."""
+    """A memory tier with a disk tier below it, or without."""
 
     def __init__(self, chunks: int, nbytes: int, folder: Path | None) -> None:
         self.nbytes = nbytes
@@ -60,13 +60,13 @@ class Cache:
         self.tokens = pack_tokens(range(chunks * CHUNK))
         self.items = [
             StoreItem(link.parent, self.tokens[link.start * 4 : link.end * 4], nbytes, link.start)
-            for link in chain(SPACE, self.tokens, CHUNK)
+            for link in chain(DIGEST, self.tokens, CHUNK)
         ]
         self.payload = os.urandom(nbytes)
         self.checksum = xxh3_64_intdigest(self.payload)
 
     def store(self) -> float:
-        grants = self.engine.allocate(SPACE, 0, 1, CHUNK, self.items, "worker")
+        grants = self.engine.allocate(DIGEST, 0, 1, CHUNK, self.items, "worker")
         for grant in grants:
             self.memory.view(Region(grant.offset, self.nbytes))[:] = self.payload
         begun = time.perf_counter()
@@ -81,16 +81,16 @@ class Cache:
 
     def look_up(self) -> float:
         begun = time.perf_counter()
-        match = self.engine.lookup(SPACE, self.tokens, CHUNK, 1, "scheduler", WAIT_S)
+        match = self.engine.lookup(DIGEST, self.tokens, CHUNK, 1, "scheduler", WAIT_S)
         spent = time.perf_counter() - begun
         assert len(match.chunks) == len(self.items)
         self.engine.release(match.lease, None)
         return spent
 
-    def forget(self) -> None:
+    def clear_memory(self) -> None:
         self.engine.memory_tier.clear()
 
-    def forget_all(self) -> None:
+    def clear(self) -> None:
         self.engine.memory_tier.clear()
         if self.tier is not None:
             self.tier.clear()
@@ -102,7 +102,7 @@ class Cache:
 
 
 def plain(folder: Path, source: memoryview, target: memoryview, nbytes: int) -> tuple[float, float]:
-    """Write files and read them, with nothing else."""
+    """Return the seconds of writing plain files and of reading them."""
     paths = [folder / f"plain-{at}" for at in range(0, len(source), nbytes)]
     begun = time.perf_counter()
     for number, path in enumerate(paths):
@@ -125,41 +125,45 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--chunk-mib", type=float, default=5.6)
-    asked = parser.parse_args()
-    nbytes = int(asked.chunk_mib * MIB) // 4096 * 4096
-    total = asked.chunks * nbytes
+    options = parser.parse_args()
+    nbytes = int(options.chunk_mib * MIB) // 4096 * 4096
+    total = options.chunks * nbytes
     times: dict[str, list[float]] = {}
 
     def note(name: str, seconds: float) -> None:
         times.setdefault(name, []).append(seconds)
 
-    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        alone = Cache(asked.chunks, nbytes, None)
-        tiered = Cache(asked.chunks, nbytes, folder / "kv")
-        # Aligned to pages, as the cache's memory is: the kernel copies three times as fast then.
+        alone = Cache(options.chunks, nbytes, None)
+        tiered = Cache(options.chunks, nbytes, folder / "kv")
+        # The cache's memory is aligned to pages; the kernel copies such memory three times as fast.
         source, target = (memoryview(mmap.mmap(-1, total)) for _ in range(2))
         source[:] = (os.urandom(MIB) * (total // MIB + 1))[:total]
-        for round_ in range(asked.rounds + 1):
+        for round_ in range(options.rounds + 1):
             begun = time.perf_counter()
             target[:] = source
             seen = {"memcpy": time.perf_counter() - begun}
             seen["plain write"], seen["plain read"] = plain(folder, source, target, nbytes)
-            for cache, who in random.sample([(alone, "without"), (tiered, "with")], 2):
+            for cache, which in random.sample([(alone, "without"), (tiered, "with")], 2):
                 committed = cache.store()
-                seen["write"] = committed + cache.flush() if who == "with" else seen.get("write", 0)
-                seen[f"hit {who}"] = min(cache.look_up() for _ in range(20))
-                if who == "with":
-                    cache.forget()
+                seen["write"] = (
+                    committed + cache.flush() if which == "with" else seen.get("write", 0)
+                )
+                seen[f"hit {which}"] = min(cache.look_up() for _ in range(20))
+                if which == "with":
+                    cache.clear_memory()
                     seen["promote"] = cache.look_up()
-                cache.forget_all()
-            if round_:  # the first one touches memory and files for the first time
+                cache.clear()
+            if round_:  # the first round touches memory and files for the first time
                 for what, seconds in seen.items():
                     note(what, seconds)
         alone.close()
         tiered.close()
         (folder / "lmcache").mkdir()
-        theirs = lmcache_baseline.measure("disk", folder / "lmcache", asked.chunks, asked.rounds)
+        lmcache = lmcache_baseline.measure(
+            "disk", folder / "lmcache", options.chunks, options.rounds
+        )
 
     def ratio(one: str, other: str) -> str:
         own = sorted(a / b for a, b in zip(times[other], times[one], strict=True))
@@ -169,28 +173,27 @@ def main() -> None:
     def speed(what: str) -> str:
         return f"{total / median(times[what]) / 1e9:.2f} GB/s"
 
-    us = {who: median(times[f"hit {who}"]) * 1e6 for who in ("without", "with")}
+    us = {which: median(times[f"hit {which}"]) * 1e6 for which in ("without", "with")}
     rows = {
         "memcpy": speed("memcpy"),
         "plain write": speed("plain write"),
         "plain read": speed("plain read"),
-        "to the tier": f"{speed('write')}, of a plain write {ratio('write', 'plain write')}",
-        "back into memory": (
-            f"{speed('promote')}, of a plain read {ratio('promote', 'plain read')}"
-        ),
-        "a hit in memory": f"{us['without']:.0f} us without tiers, {us['with']:.0f} us with, "
+        "offload": f"{speed('write')}, of a plain write {ratio('write', 'plain write')}",
+        "promotion": (f"{speed('promote')}, of a plain read {ratio('promote', 'plain read')}"),
+        "hit in memory": f"{us['without']:.0f} us without tiers, {us['with']:.0f} us with, "
         f"{ratio('hit without', 'hit with')}",
     }
-    if theirs:
+    if lmcache:
         ours = {way: total / median(times[way]) / 1e9 for way in ("write", "promote")}
-        rows["LMCache, to disk"] = (
-            f"{theirs['down_gb_s']:.2f} GB/s, ours {ours['write'] / theirs['down_gb_s']:.2f} of it"
+        rows["LMCache, offload"] = (
+            f"{lmcache['down_gb_s']:.2f} GB/s, "
+            f"the kit {ours['write'] / lmcache['down_gb_s']:.2f} of it"
         )
-        rows["LMCache, back"] = (
-            f"{theirs['back_gb_s']:.2f} GB/s, "
-            f"ours {ours['promote'] / theirs['back_gb_s']:.2f} of it"
+        rows["LMCache, promotion"] = (
+            f"{lmcache['back_gb_s']:.2f} GB/s, "
+            f"the kit {ours['promote'] / lmcache['back_gb_s']:.2f} of it"
         )
-    print(f"{asked.chunks} x {nbytes / MIB:.1f} MiB, {asked.rounds} rounds")
+    print(f"{options.chunks} x {nbytes / MIB:.1f} MiB, {options.rounds} rounds")
     for what, seen_ in rows.items():
         print(f"{what:18} {seen_}")
 

@@ -1,9 +1,9 @@
 """Time to first token in vLLM: without the kit, with it on a miss, and with it on a hit.
 
-One engine in this process serves all three; for the runs without, the connector is taken out of
-vLLM's scheduler and model runner. Runs alternate, each with a prompt of its own, and the median of
-the pairs' ratios counts, of wall time and, for machines that others use too, of this process's
-processor time. vLLM's own prefix caching is off.
+One engine in this process serves all three. For the runs without the kit, the connector is taken
+out of vLLM's scheduler and model runner. Runs alternate, each with a prompt of its own. Results are
+medians of the pairs' ratios: of wall time, and of this process's CPU time, which depends less on
+the load of the machine. vLLM's own prefix caching is off.
 
     python benchmarks/ttft.py [--model DIR] [--tokens 1500] [--pairs 9] [--dtype bfloat16] [--json]
 """
@@ -33,6 +33,8 @@ SETTINGS = {
 
 
 class Bench:
+    """An engine whose connector can be taken out and put back."""
+
     def __init__(self, options: argparse.Namespace, folder: str) -> None:
         from vllm import LLM, SamplingParams
         from vllm.config import KVTransferConfig
@@ -65,7 +67,7 @@ class Bench:
         return [self.random.randrange(100, 40_000) for _ in range(self.tokens)]
 
     def ttft_s(self, prompt: list[int], *, kit: bool) -> tuple[float, float, int]:
-        """Seconds to the first token, processor seconds, and tokens that came from a cache."""
+        """Return seconds to the first token, CPU seconds, and the number of cached tokens."""
         both = self.both if kit else (None, None)
         self.scheduler.connector, self.state._KV_CONNECTOR_AGENT = both
         begun, begun_cpu = time.perf_counter(), time.process_time()
@@ -87,8 +89,8 @@ def run(options: argparse.Namespace, folder: str) -> dict[str, object]:
         prompt = bench.prompt()
         spent, cpu = {}, {}
         for kit in order:
-            asked = prompt if kit else bench.prompt()
-            spent[kit], cpu[kit], cached = bench.ttft_s(asked, kit=kit)
+            tokens = prompt if kit else bench.prompt()
+            spent[kit], cpu[kit], cached = bench.ttft_s(tokens, kit=kit)
             assert not cached
         hit_s, _, cached = bench.ttft_s(prompt, kit=True)
         assert cached == options.tokens - 1

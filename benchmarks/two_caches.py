@@ -1,7 +1,7 @@
-"""Two caches in two processes, without controller: one lends, the other one, here, takes.
+"""Two caches in two processes, without a controller: a source, and a destination in this process.
 
-:class:`Taker` has ways to bring the same bytes here: the kit's transports and moves, and what they
-are held against, which is as bare as it can be.
+:class:`Destination` reads the same bytes in several ways: by the kit's transports, by whole moves,
+and by the bare baselines that both are compared with.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
-from fleet import LLAMA, PLACE, SMOLLM2
+from fleet import LLAMA, LOCATION, SMOLLM2
 from lmcache_kit_cpu_backend.backend import LocalCPUBackend
-from lmcache_kit_nixl_transport import environment, library
+from lmcache_kit_nixl_transport import library, ucx_environment
 from lmcache_kit_nixl_transport.probe import why_not
 from xxhash import xxh3_64_intdigest
 
@@ -44,22 +44,22 @@ from lmcache_kit.protocol.capability import Capability
 
 HOST = "127.0.0.1"
 CHUNK = 256
-LENDER_BYTES = 512 << 20
-TAKER_BYTES = 2304 << 20
-"""An eighth of it, the most that a move takes at a time, is 256 MiB and more."""
+SOURCE_BYTES = 512 << 20
+DESTINATION_BYTES = 2304 << 20
+"""A move reserves at most an eighth at a time, which is more than 256 MiB."""
 WAIT_S = 60.0
 
 
 class Payload(NamedTuple):
-    """What is moved: ``tokens`` of ``base``, in chunks of 256 tokens."""
+    """KV to move: ``tokens`` of ``namespace``, in chunks of 256 tokens."""
 
     name: str
-    base: Namespace
+    namespace: Namespace
     tokens: Sequence[int]
 
     @property
     def sizes(self) -> list[int]:
-        layout, count = self.base.layout, len(self.tokens)
+        layout, count = self.namespace.layout, len(self.tokens)
         return [layout.payload_bytes(min(CHUNK, count - at)) for at in range(0, count, CHUNK)]
 
 
@@ -72,9 +72,11 @@ PAYLOADS = (
 )
 
 
-class Lender(NamedTuple):
-    """What who takes must know of who lends. ``offers`` and ``regions`` are of the payloads in
-    turn; ``slab`` is where the memory begins."""
+class SourceInfo(NamedTuple):
+    """Everything that the destination must know of the source.
+
+    ``offers`` and ``regions`` have one item per payload. ``slab`` is the address of the memory.
+    """
 
     key: bytes
     incarnation: bytes
@@ -89,15 +91,15 @@ class Lender(NamedTuple):
 
 
 class _Cache:
-    """Memory, engine, and what peers need."""
+    """A memory tier, its engine, and the namespaces that moves look up."""
 
     def __init__(self, nbytes: int) -> None:
         self.incarnation = secrets.token_bytes(16)
         self.memory = LocalCPUBackend(nbytes)
-        self.engine = CacheEngine(self.memory, LRU(), location=PLACE)
+        self.engine = CacheEngine(self.memory, LRU(), location=LOCATION)
         self.namespaces = NamespaceRegistry()
-        for base in (_LLAMA, _SMOLLM2):
-            self.namespaces.register(base)
+        for namespace in (_LLAMA, _SMOLLM2):
+            self.namespaces.register(namespace)
         self.plugins = Plugins.load()
         self.slab = ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self.memory.memory))
 
@@ -118,27 +120,29 @@ class _Cache:
         return made
 
     def moves(self, peer: PeerService) -> MoveExecutor:
-        """The moves that this peer takes part in."""
+        """Return the executor of the moves in which this peer is the destination."""
         return MoveExecutor(MoveContext(self.engine, self.namespaces, lambda *_: True, peer.access))
 
     def nixl(self) -> Any:
-        """An agent of NIXL's own, that knows this memory."""
-        with environment.loopback_only(HOST):
+        """Return an agent of NIXL itself, with this memory registered."""
+        with ucx_environment.loopback_only(HOST):
             agent = library.new_agent(library.load(), secrets.token_hex(16), ("UCX",), 1000)
         agent.register_memory([(self.slab, len(self.memory.memory), 0, "")], "DRAM")
         return agent
 
     def store(self, payload: Payload) -> list[Region]:
-        """Random bytes; where they lie."""
+        """Store random bytes; return their regions."""
         packed = pack_tokens(payload.tokens)
         items = [
             StoreItem(link.parent, packed[link.start * 4 : link.end * 4], nbytes, link.start)
             for link, nbytes in zip(
-                chain(payload.base.digest, packed, CHUNK), payload.sizes, strict=True
+                chain(payload.namespace.digest, packed, CHUNK), payload.sizes, strict=True
             )
         ]
-        form = RankLayout(payload.base.layout)
-        grants = self.engine.allocate(payload.base.digest, 0, 1, CHUNK, items, "bench", form)
+        rank_layout = RankLayout(payload.namespace.layout)
+        grants = self.engine.allocate(
+            payload.namespace.digest, 0, 1, CHUNK, items, "bench", rank_layout
+        )
         regions = [Region(g.offset, item.nbytes) for g, item in zip(grants, items, strict=True)]
         written = []
         for grant, region in zip(grants, regions, strict=True):
@@ -154,21 +158,21 @@ def _no_codec(name: str) -> Codec:
 
 
 def _transport(peer: PeerService, name: str) -> Transport:
-    """The one that the peer's moves go by: another one would have another progress thread."""
+    """Return the transport of the peer's own moves; a second one would add a progress thread."""
     found = peer._transports.get(name)
     if isinstance(found, str):
         raise RuntimeError(f"transport {name}: {found}")
     return found
 
 
-# Who lends.
+# The source.
 
 
-def lend(pipe: Connection) -> None:
-    """Be the process that lends, until the pipe ends."""
-    cache = _Cache(LENDER_BYTES)
+def run_source(pipe: Connection) -> None:
+    """Serve the payloads from this process until the pipe is closed."""
+    cache = _Cache(SOURCE_BYTES)
     regions = [cache.store(payload) for payload in PAYLOADS]
-    peer = cache.peer("lender", "auto")
+    peer = cache.peer("source", "auto")
     names = channels()
     transports = {name: _transport(peer, name) for name in names}
     listener = Listener(HOST, 0, transports["tcp"].serve)
@@ -176,14 +180,14 @@ def lend(pipe: Connection) -> None:
     plain = socket.create_server((HOST, 0))
     threading.Thread(target=_send_plainly, args=(plain, cache, regions), daemon=True).start()
     agent = cache.nixl() if "nixl" in names else None
-    offered = [[ReadableRegion(region, 0) for region in some] for some in regions]
+    readable = [[ReadableRegion(region, 0) for region in group] for group in regions]
     pipe.send(
-        Lender(
+        SourceInfo(
             peer.key,
             cache.incarnation,
             peer.url,
             {name: each.address() for name, each in transports.items()},
-            {name: [each.offer(some) for some in offered] for name, each in transports.items()},
+            {name: [each.offer(group) for group in readable] for name, each in transports.items()},
             regions,
             listener.url,
             plain.getsockname()[1],
@@ -200,21 +204,21 @@ def _send_plainly(server: socket.socket, cache: _Cache, regions: Sequence[list[R
     connection, _ = server.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     memory = cache.memory.memory
-    while asked := connection.recv(1):
-        for region in regions[asked[0]]:
+    while request := connection.recv(1):
+        for region in regions[request[0]]:
             connection.sendall(memory[region.offset : region.offset + region.nbytes])
 
 
 def channels() -> list[str]:
-    """Transports that can be had here."""
+    """Return the names of the transports that work on this machine."""
     return ["tcp"] if why_not() else ["nixl", "tcp"]
 
 
-# Who takes.
+# The destination.
 
 
 class MoveListener:
-    """Waits for the end of a move, and notes its time."""
+    """Record when a move ends, and how."""
 
     def __init__(self) -> None:
         self.ended_at = 0.0
@@ -232,37 +236,41 @@ class MoveListener:
         self.over.set()
 
 
-class Taker:
-    """Starts who lends, and brings payloads here. All memory was touched before."""
+class Destination:
+    """Start the source, and read payloads from it. All memory is touched before it is timed."""
 
     def __init__(self) -> None:
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=lend, args=(theirs,))
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=run_source, args=(theirs,)
+        )
         self._process.start()
         theirs.close()
         self._pipe = ours
-        self._cache = _Cache(TAKER_BYTES)
+        self._cache = _Cache(DESTINATION_BYTES)
         self.channels = channels()
         if not ours.poll(WAIT_S):
-            raise TimeoutError("who lends did not start")
-        self.lender: Lender = ours.recv()
-        self._into = [self._room(payload) for payload in PAYLOADS]
-        self._peers = {name: self._cache.peer(f"taker-{name}", name) for name in self.channels}
+            raise TimeoutError("the source did not start")
+        self.source: SourceInfo = ours.recv()
+        self._into = [self._allocate(payload) for payload in PAYLOADS]
+        self._peers = {
+            name: self._cache.peer(f"destination-{name}", name) for name in self.channels
+        }
         self._moves = {name: self._cache.moves(peer) for name, peer in self._peers.items()}
         self._links = {name: self._connect(name) for name in self.channels}
-        self._plain = socket.create_connection((HOST, self.lender.socket_port))
+        self._plain = socket.create_connection((HOST, self.source.socket_port))
         self._plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._hashing = ThreadPoolExecutor(1)
         self._agent: Any = None
         self._peer = ""
         if "nixl" in self.channels:
             self._agent = self._cache.nixl()
-            said = self._agent.add_remote_agent(self.lender.nixl_metadata)
-            self._peer = said.decode() if isinstance(said, bytes) else said
+            name = self._agent.add_remote_agent(self.source.nixl_metadata)
+            self._peer = name.decode() if isinstance(name, bytes) else name
         self._copies = [np.ones(sum(payload.sizes), np.uint8) for payload in PAYLOADS]
 
     def ways(self, number: int) -> dict[str, Callable[[], float]]:
-        """Each brings payload ``number`` here once; the seconds that took."""
+        """Return functions that read payload ``number`` once and return the seconds it took."""
         found: dict[str, Callable[[], float]] = {
             "memcpy": lambda: _timed(lambda: self._memcpy(number)),
             "xxh3": lambda: _timed(lambda: self._hash(number)),
@@ -277,20 +285,20 @@ class Taker:
         return found
 
     def move(self, name: str, number: int) -> tuple[float, float]:
-        """A whole move, and the part of it in which bytes were under way."""
-        lender, payload = self.lender, PAYLOADS[number]
+        """Return the seconds of a whole move, and those of its transfer."""
+        source, payload = self.source, PAYLOADS[number]
         operation_id, listener = secrets.token_hex(16), MoveListener()
         request = Move(
-            location=PLACE,
+            location=LOCATION,
             tokens=pack_tokens(payload.tokens),
-            model=payload.base.model,
-            source="lender",
-            source_location=PLACE,
+            model=payload.namespace.model,
+            source="source",
+            source_location=LOCATION,
             copy=True,
         )
-        signature = Capability.of(request, operation_id, f"taker-{name}").sign(lender.key)
+        signature = Capability.of(request, operation_id, f"destination-{name}").sign(source.key)
         fields = {field: getattr(request, field) for field in request.__struct_fields__}
-        peer = Peer(operation_id, lender.url, lender.incarnation, signature)
+        peer = Peer(operation_id, source.url, source.incarnation, signature)
 
         begun = time.perf_counter()
         self._moves[name].start(
@@ -300,7 +308,7 @@ class Taker:
         status = listener.status
         transfer = status.progress.transfer
         if status.state != "done" or not transfer or transfer.transport != name:
-            raise RuntimeError(f"a move by {name} ended so: {status}")
+            raise RuntimeError(f"a move by {name} failed: {status}")
         assert status.tokens == len(payload.tokens)
         self._cache.engine.memory_tier.clear()
         return listener.ended_at - begun, transfer.seconds
@@ -319,8 +327,8 @@ class Taker:
         if self._process.is_alive():
             self._process.kill()
 
-    def _room(self, payload: Payload) -> list[Region]:
-        """Memory for the ways that are no moves; touched."""
+    def _allocate(self, payload: Payload) -> list[Region]:
+        """Return touched memory for the ways that are not moves."""
         found = []
         for nbytes in payload.sizes:
             region = self._cache.memory.allocate(nbytes)
@@ -333,8 +341,8 @@ class Taker:
     def _connect(self, name: str) -> Link:
         transport = _transport(self._peers[name], name)
         return transport.connect(
-            self.lender.addresses[name],
-            lambda left_s: _blocking(dial(self.lender.tcp_port, left_s)),
+            self.source.addresses[name],
+            lambda left_s: _blocking(dial(self.source.tcp_port, left_s)),
             WAIT_S,
         )
 
@@ -348,7 +356,7 @@ class Taker:
             at += region.nbytes
 
     def _hash(self, number: int) -> None:
-        """One pass over bytes that are here, on one thread: what verifying them costs alone."""
+        """Hash bytes in memory on one thread: the cost of verification alone."""
         for region in self._into[number]:
             with self._cache.memory.view(region) as view:
                 xxh3_64_intdigest(view)
@@ -362,9 +370,9 @@ class Taker:
                     rest = rest[self._plain.recv_into(rest) :]
 
     def _raw_nixl(self, number: int) -> None:
-        agent, here, there = self._agent, self._cache.slab, self.lender.slab
+        agent, here, there = self._agent, self._cache.slab, self.source.slab
         local = [(here + at, nbytes, 0) for at, nbytes in self._into[number]]
-        remote = [(there + at, nbytes, 0) for at, nbytes in self.lender.regions[number]]
+        remote = [(there + at, nbytes, 0) for at, nbytes in self.source.regions[number]]
         handle = agent.initialize_xfer(
             "READ",
             agent.get_xfer_descs(local, "DRAM"),
@@ -379,15 +387,15 @@ class Taker:
 
     def _read(self, name: str, number: int) -> None:
         into = self._into[number]
-        landed = list(self._links[name].read(self.lender.offers[name][number], into, WAIT_S))
-        assert len(landed) == len(into)
+        results = list(self._links[name].read(self.source.offers[name][number], into, WAIT_S))
+        assert len(results) == len(into)
 
     def _read_and_hash(self, name: str, number: int) -> None:
-        """Hashed by a second thread as it lands, and nothing else of what a move does."""
+        """Read, and hash each region on a second thread as soon as it is complete."""
         into, memory = self._into[number], self._cache.memory.memory
         hashed: list[Future[int]] = []
-        for landed in self._links[name].read(self.lender.offers[name][number], into, WAIT_S):
-            at, nbytes = into[landed.number]
+        for result in self._links[name].read(self.source.offers[name][number], into, WAIT_S):
+            at, nbytes = into[result.number]
             hashed.append(self._hashing.submit(xxh3_64_intdigest, memory[at : at + nbytes]))
         for each in hashed:
             each.result()

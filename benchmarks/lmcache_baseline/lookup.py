@@ -65,4 +65,4 @@ async def main(instances: int, keys: int, chunks: int) -> None:
 
 if __name__ == "__main__":
     asyncio.run(main(*map(int, sys.argv[1:4])))
-    os._exit(0)  # its threads do not end by themselves
+    os._exit(0)  # LMCache leaves threads running

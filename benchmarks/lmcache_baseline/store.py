@@ -1,6 +1,6 @@
 """LMCache's CPU backend: store and retrieve of one prompt's KV from paged CPU tensors.
 
-Uses its portable layout and its own copy code for CPU tensors, one thread.
+Uses LMCache's portable layout and copy code for CPU tensors, on one thread.
 Usage: store.py LAYERS KV_HEADS HEAD_DIM TOKENS
 """
 
@@ -72,7 +72,7 @@ def main(layers: int, heads: int, width: int, tokens: int) -> None:
     prompt = torch.randint(0, 100_000, (tokens,)).tolist()
     stored_s, retrieved_s = [], []
     for number in range(ROUNDS + 1):
-        engine.memory_tier.clear()
+        engine.clear()
         begin = time.perf_counter()
         engine.store(prompt, slot_mapping=slots)
         if number:
@@ -91,4 +91,4 @@ def main(layers: int, heads: int, width: int, tokens: int) -> None:
 
 if __name__ == "__main__":
     main(*map(int, sys.argv[1:5]))
-    os._exit(0)  # its threads do not end by themselves
+    os._exit(0)  # LMCache leaves threads running
