@@ -86,9 +86,9 @@ class Model:
         torch.set_num_threads(1)
         self.folder = folder
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self._half = _load(folder, torch.bfloat16)
         # Predictions in float32, so that rounding in the model does not hide the codec's error.
-        self._full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._full = _load(folder, torch.float32)
 
     def tokens(self, text: str) -> torch.Tensor:
         ids = self._tokenizer(text, return_tensors="pt").input_ids
@@ -101,7 +101,8 @@ class Model:
             cache = self._half(ids[:, :CONTEXT_TOKENS], use_cache=True).past_key_values
         pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
         words = torch.stack(pairs).transpose(2, 3).contiguous().view(torch.int16)
-        return words.numpy().view(np.uint16)
+        bits: np.ndarray = words.numpy().view(np.uint16)
+        return bits
 
     def predictions(self, ids: torch.Tensor, kv: np.ndarray) -> torch.Tensor:
         values = torch.from_numpy(kv.view(np.int16)).view(torch.bfloat16).float().transpose(2, 3)
@@ -111,6 +112,11 @@ class Model:
         with torch.no_grad():
             logits = self._full(ids[:, CONTEXT_TOKENS:], past_key_values=cache).logits[0]
         return torch.log_softmax(logits, -1)
+
+
+def _load(folder: str, dtype: torch.dtype) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
 
 
 class Bench:
@@ -233,7 +239,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     profile = profile_of(arguments.model, arguments.profile)
     bench = Bench(arguments.model, arguments.texts)
     rows = []
-    for name, options, profiles in [
+    cases: list[tuple[str, dict[str, Any], list[Profile]]] = [
         ("level 0, lossless", {"level": 0}, []),
         ("level 1, near-lossless", {"level": 1}, []),
         ("level 2, default", {"level": 2}, []),
@@ -242,7 +248,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ("level 1, profile", {"level": 1}, [profile]),
         ("level 2, profile", {"level": 2}, [profile]),
         ("level 3, profile", {"level": 3}, [profile]),
-    ]:
+    ]
+    for name, options, profiles in cases:
         codec = CacheGenCodec(CacheGenOptions(**options), profiles=profiles)
         rows.append(bench.run(name, codec))
         print(line(rows[-1]), file=sys.stderr, flush=True)
