@@ -1,8 +1,7 @@
-"""The main jobs in one go: real vLLM stores its KV in the kit; a controller finds, pins,
-compresses it over REST, and moves it from one vLLM to another.
+"""Show the kit at work: a vLLM stores KV; a controller looks it up, pins, compresses and moves it.
 
-Runs the commands of these walk-throughs one after another, shows each of them so that it can
-be repeated by hand, and ends everything that it started.
+Runs the commands of the walk-throughs one after another, prints each so that it can be repeated by
+hand, and ends all programs that it started.
 """
 
 from __future__ import annotations
@@ -21,18 +20,21 @@ VLLM_FLAGS = (
     "--no-enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager",
     "--dtype", "float32",
 )  # fmt: skip
-"""All that is cached is the kit's; vLLM says how much. Not compiled, and in float32, it starts in
-half the time and computes prompts in a fraction where a CPU has no instructions for bfloat16."""
+"""Only the kit caches, and vLLM counts the cached tokens. Without compilation vLLM starts in half
+the time; float32 is many times faster than bfloat16 on a CPU without instructions for the latter."""
 LINGER = {"LMCACHE_CACHE_LINGER_S": "2"}
 PORTS = {
     "--vllm-port": (8000, "port of vLLM"),
     "--vllm-port-2": (8001, "port of the second vLLM"),
     "--port": (9000, "port of the controller"),
-    "--monitor-port": (9001, "its monitor port"),
-    "--pull-port": (8300, "the first of its two monitor ports for moves"),
-    "--reply-port": (8400, "the second one"),
-    "--p2p-port": (8200, "port by which others move KV from the first vLLM's cache"),
-    "--p2p-port-2": (8202, "the same of the second vLLM"),
+    "--monitor-port": (9001, "monitor port of the controller"),
+    "--pull-port": (
+        8300,
+        "first of the controller's two monitor ports for moves",
+    ),
+    "--reply-port": (8400, "second of the controller's two monitor ports for moves"),
+    "--p2p-port": (8200, "port for moves from the first vLLM's cache"),
+    "--p2p-port-2": (8202, "port for moves from the second vLLM's cache"),
 }
 
 
@@ -43,7 +45,7 @@ def main() -> int:
             show.require_free({flag: getattr(options, _attribute(flag)) for flag in PORTS})
             return _run(options)
     except KeyboardInterrupt:
-        console.print("\nInterrupted; everything that the demo started has been ended.")
+        console.print("\nInterrupted; all programs of the demo have been ended.")
         return 130
     except stack.StackError as error:
         console.print(f"[bold red]error:[/] {error}", markup=True)
@@ -53,8 +55,7 @@ def main() -> int:
 def _run(options: argparse.Namespace) -> int:
     logs = Path(tempfile.mkdtemp(prefix="lmcache-kit-demo-"))
     console.print(
-        f"Commands are shown as you would type them in {stack.ROOT} with .venv/bin on PATH.\n"
-        f"[dim]Logs: {logs}[/]"
+        f"Run the commands below in {stack.ROOT} with .venv/bin on PATH.\n[dim]Logs: {logs}[/]"
     )
     parts = {"lookup": _one_vllm, "move": _two_vllms}
     for name in [options.only] if options.only else parts:
@@ -63,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _one_vllm(options: argparse.Namespace, logs: Path) -> None:
-    """Lookup, pin, compress and decompress."""
+    """Show lookup, pin, compress and decompress on one vLLM."""
     controller = stack.controller(
         logs / "controller.log", port=options.port, monitor_port=options.monitor_port
     )
@@ -93,17 +94,17 @@ def _one_vllm(options: argparse.Namespace, logs: Path) -> None:
 
 
 def _two_vllms(options: argparse.Namespace, logs: Path) -> None:
-    """Move."""
+    """Show a move from one vLLM to another."""
     monitor = {"pull": options.pull_port, "reply": options.reply_port}
     controller = stack.controller(
         logs / "controller-2.log", port=options.port, monitor_ports=monitor
     )
-    vllms = [_mover(options, logs, number) for number in (1, 2)]
+    vllms = [_vllm_with_moves(options, logs, number) for number in (1, 2)]
     url = f"http://localhost:{options.port}"
     one = Instance("lmcache_instance_1", f"http://localhost:{options.vllm_port}")
     two = Instance("lmcache_instance_2", f"http://localhost:{options.vllm_port_2}")
     try:
-        show.step("Start two vLLMs that may give KV to each other, and a controller")
+        show.step("Start a controller and two vLLMs with moves between their caches")
         ready = [(vllm, f"{each.url}/health") for vllm, each in zip(vllms, (one, two), strict=True)]
         show.start((controller, f"{url}/healthz"), *ready)
         tokens = walkthroughs.lookup(url, one)
@@ -113,9 +114,11 @@ def _two_vllms(options: argparse.Namespace, logs: Path) -> None:
         show.stop((*vllms, controller))
 
 
-def _mover(options: argparse.Namespace, logs: Path, number: int) -> stack.Program:
-    """vLLM number 1 or 2. ``UCX_TLS=rc`` asks for InfiniBand; where there is none, KV goes
-    another way."""
+def _vllm_with_moves(options: argparse.Namespace, logs: Path, number: int) -> stack.Program:
+    """Return vLLM number 1 or 2.
+
+    ``UCX_TLS=rc`` requests InfiniBand; without it, moves use another transport.
+    """
     first = number == 1
     settings = {"UCX_TLS": "rc", "CUDA_VISIBLE_DEVICES": str(number - 1), **LINGER}
     peer_port = options.p2p_port if first else options.p2p_port_2
@@ -144,7 +147,9 @@ def _options() -> argparse.Namespace:
     for flag, (port, what) in PORTS.items():
         parser.add_argument(flag, type=int, default=port, metavar="N", help=f"{what} ({port})")
     parser.add_argument(
-        "--only", choices=["lookup", "move"], help="the first half, with one vLLM, or the second"
+        "--only",
+        choices=["lookup", "move"],
+        help="only the first half (one vLLM) or the second (two)",
     )
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""A virtual environment that ``make`` creates, and the pip in it.
+"""Create a virtual environment, and run pip and Python in it.
 
 Runs with the standard library alone, before anything is installed.
 """
@@ -46,7 +46,7 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def create(self) -> None:
-        """Create the environment with the interpreter that runs this."""
+        """Create the environment with the running interpreter."""
         try:
             venv.create(self.folder, with_pip=True)
         except (subprocess.CalledProcessError, OSError) as error:
@@ -54,11 +54,11 @@ class Environment:
             raise SetupError(f"cannot create {self.folder}: {error}\n{hint}") from error
 
     def pip(self, *arguments: str) -> None:
-        """Run pip without a word, or raise CommandFailed with all that pip printed."""
+        """Run pip quietly. Raises CommandFailed with the output of pip."""
         self.run("-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
 
     def run(self, *arguments: str) -> None:
-        """Run the interpreter in the repository's root; print nothing."""
+        """Run the interpreter in the repository's root, without output."""
         command = [str(self.python), *arguments]
         done = subprocess.run(
             command,
@@ -77,7 +77,7 @@ class Environment:
         return versions
 
     def requires(self, distribution: str, *, without: tuple[str, ...]) -> list[str]:
-        """Return what an installed distribution requires, but for extras and the names given."""
+        """Return the requirements of a distribution, without those of extras and in ``without``."""
         lines: list[str] = self._ask(_REQUIRES, distribution) or []
         return [line for line in lines if "extra ==" not in line and _name(line) not in without]
 

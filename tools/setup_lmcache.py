@@ -1,6 +1,6 @@
-"""Create the environment in which the benchmarks run LMCache.
+"""Create the virtual environment in which the benchmarks run LMCache.
 
-LMCache's wheel is installed on top of the kit's own environment, which provides torch and vLLM.
+LMCache's wheel is installed on top of the kit's environment, which provides torch and vLLM.
 
 Usage: setup_lmcache.py KIT_ENVIRONMENT LMCACHE_ENVIRONMENT
 """
@@ -22,7 +22,7 @@ PACKAGES = (
     "redis",
     "sortedcontainers",
 )
-"""LMCache, and the part of its requirements that it imports at start."""
+"""LMCache, and those of its requirements that it imports at start."""
 
 
 def main() -> None:

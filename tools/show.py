@@ -1,4 +1,4 @@
-"""Shows what a walk-through does as it does it: commands that one could type, answers, progress."""
+"""Print the steps of a walk-through: commands, replies and progress."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def step(title: str) -> None:
+    """Print the title of a step."""
     console.print(f"\n[bold]{title}[/]")
 
 
 def start(*ready_urls: tuple[stack.Program, str]) -> None:
-    """Start programs side by side; each is ready when its URL answers."""
+    """Start programs at the same time; each is ready when its URL answers."""
     for program, _ in ready_urls:
         console.print(f"[cyan]$ {program.shown()}[/]", markup=True)
         program.start()
@@ -33,7 +34,7 @@ def start(*ready_urls: tuple[stack.Program, str]) -> None:
 
 
 def curl(url: str, body: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Send it as curl would, POST if there is a body, and show both request and answer."""
+    """Send a GET, or a POST if there is a body; print the curl command and the reply."""
     command = f"curl {url}"
     if body is not None:
         text = shlex.quote(json.dumps(body))
@@ -45,8 +46,7 @@ def curl(url: str, body: Mapping[str, object] | None = None) -> dict[str, object
 
 
 def ended(url: str, answer: Mapping[str, object]) -> str:
-    """Wait for the end of the operation that the controller at ``url`` answered with; the URL of
-    its event."""
+    """Wait until the operation in a controller's answer has ended; return its event's URL."""
     event = f"{url}/events/{answer['event_id']}"
     deadline = time.monotonic() + OPERATION_TIMEOUT_S
     while stack.get(event)["state"] in OPEN_STATES and time.monotonic() < deadline:
@@ -55,13 +55,13 @@ def ended(url: str, answer: Mapping[str, object]) -> str:
 
 
 def expect(answer: Mapping[str, object], key: str, value: object) -> None:
-    """Raises StackError when the walk-through does not show what it should."""
+    """Raise StackError unless the answer has this value."""
     if answer.get(key) != value:
         raise stack.StackError(f"expected {key} to be {value}, not {answer.get(key)}")
 
 
 def stop(programs: Sequence[stack.Program]) -> None:
-    """End them, and say so. Who does not want to wait interrupts it, and nothing stays either."""
+    """Stop the programs, and print so. An interrupt kills them at once."""
     try:
         for program in programs:
             if program.process is not None:
@@ -73,7 +73,7 @@ def stop(programs: Sequence[stack.Program]) -> None:
 
 
 def require_free(flags: Mapping[str, int]) -> None:
-    """Raises StackError when a port is taken; names the flag that chooses another one."""
+    """Raise StackError if a port is in use; name the flag that selects another port."""
     for flag, port in flags.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,7 +81,7 @@ def require_free(flags: Mapping[str, int]) -> None:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 raise stack.StackError(
-                    f"port {port} is taken; end what uses it, or choose another: "
+                    f"port {port} is in use; end the program that uses it, or choose another: "
                     f'make demo ARGS="{flag} N"'
                 ) from None
 

@@ -1,6 +1,6 @@
-"""Starts the programs of a walk-through, waits for them with progress, and ends them.
+"""Start the programs of a walk-through, wait for them with progress, and end them.
 
-The demo and the tests of ``vllm serve`` share it.
+Shared by the demo and the tests of ``vllm serve``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 SERVED_NAME = "meta-llama/Llama-3.1-8B-Instruct"
-"""Any name will do; this one is what walk-throughs written for LMCache send."""
+"""The name in requests of walk-throughs written for LMCache; the model itself is another."""
 
 VLLM_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -37,12 +37,12 @@ STOP_TIMEOUT_S = 30.0
 
 
 class StackError(Exception):
-    """A program did not start, or ended when it should not have."""
+    """A program did not start, or ended too early."""
 
 
 @dataclass
 class Program:
-    """One program of the walk-through, in a process group of its own, its output in a file."""
+    """A program in a process group of its own, with its output in a file."""
 
     name: str
     command: list[str]
@@ -51,7 +51,7 @@ class Program:
     process: subprocess.Popen[bytes] | None = None
 
     def shown(self) -> str:
-        """The command as one would type it."""
+        """Return the command as typed in a shell."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
         words = [Path(self.command[0]).name, *self.command[1:]]
         shown = " ".join([*settings, *(shlex.quote(word) for word in words)])
@@ -85,7 +85,7 @@ class Program:
         timeout_s: float,
         progress: Callable[[float, str], None] = lambda elapsed_s, line: None,
     ) -> None:
-        """Poll ``ready``. Raises StackError when the program ends first, or time runs out."""
+        """Poll ``ready``. Raises StackError if the program ends first, or after ``timeout_s``."""
         begin = time.monotonic()
         while not ready():
             elapsed_s = time.monotonic() - begin
@@ -100,7 +100,7 @@ class Program:
             time.sleep(0.25)
 
     def stop(self) -> int | None:
-        """SIGTERM, then SIGKILL for the whole group; returns the exit code."""
+        """Send SIGTERM, then SIGKILL to the whole group; return the exit code."""
         if self.process is None:
             return None
         if self.running:
@@ -111,7 +111,7 @@ class Program:
         return self.process.returncode
 
     def kill(self) -> None:
-        """SIGKILL for whatever is left of the process group."""
+        """Send SIGKILL to the remaining processes of the group."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -126,7 +126,7 @@ class Program:
 
 
 def program(name: str) -> str:
-    """Path of a console script of the interpreter's own environment."""
+    """Return the path of a console script beside the running interpreter."""
     path = Path(sys.executable).parent / name
     if not path.exists():
         raise StackError(f"{path} does not exist. Run `make setup` first")
@@ -143,8 +143,10 @@ def vllm_server(
     more: tuple[str, ...] = (),
     name: str = "vllm",
 ) -> Program:
-    """``vllm serve`` as the walk-throughs have it; ``more`` are further flags, ``environment``
-    comes before what they set."""
+    """Return ``vllm serve`` as in the walk-throughs.
+
+    ``more`` are further flags; ``environment`` overrides the variables set here.
+    """
     transfer = json.dumps({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"})
     command = [
         program("vllm"), "serve", str(model),
@@ -170,8 +172,10 @@ def controller(
     monitor_port: int = 9001,
     monitor_ports: Mapping[str, int] | None = None,
 ) -> Program:
-    """``lmcache_controller`` as the walk-throughs have it; the one of moves has two
-    ``monitor_ports``, ``pull`` and ``reply``, instead of one."""
+    """Return ``lmcache_controller`` as in the walk-throughs.
+
+    For moves it has two ``monitor_ports``, ``pull`` and ``reply``, instead of one.
+    """
     command = [program("lmcache_controller"), "--host", "localhost", "--port", str(port)]
     if monitor_ports is None:
         command += ["--monitor-port", str(monitor_port)]
@@ -181,7 +185,7 @@ def controller(
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of the URL gives status 200."""
+    """Return whether a GET of the URL has status 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310 - our own loopback URL
             return int(reply.status) == 200
@@ -190,7 +194,7 @@ def answers(url: str) -> bool:
 
 
 def post(url: str, body: Mapping[str, object], *, timeout_s: float = 300) -> dict[str, Any]:
-    """POST JSON and read JSON."""
+    """Send JSON by POST; return the JSON reply."""
     request = urllib.request.Request(  # noqa: S310 - our own loopback URL
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -200,7 +204,7 @@ def post(url: str, body: Mapping[str, object], *, timeout_s: float = 300) -> dic
 
 
 def get(url: str) -> dict[str, Any]:
-    """GET and read JSON."""
+    """Send a GET; return the JSON reply."""
     with urllib.request.urlopen(url, timeout=30) as reply:  # noqa: S310 - our own loopback URL
         answer: dict[str, Any] = json.load(reply)
         return answer
@@ -208,7 +212,7 @@ def get(url: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a streamed completion told: ``ttft_s`` is the time to its first token."""
+    """The result of a streamed completion; ``ttft_s`` is its time to first token."""
 
     text: str
     ttft_s: float
@@ -217,7 +221,7 @@ class Completion:
 
 
 def stream_completion(base_url: str, prompt: str, *, max_tokens: int = 10) -> Completion:
-    """Greedy completion; ``cached_tokens`` is vLLM's own count."""
+    """Request a greedy completion; ``cached_tokens`` is vLLM's own count."""
     body = {
         "model": SERVED_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
         "stream": True, "stream_options": {"include_usage": True},
@@ -240,7 +244,7 @@ def stream_completion(base_url: str, prompt: str, *, max_tokens: int = 10) -> Co
 
 
 def metric(base_url: str, name: str) -> float:
-    """Sum of a Prometheus metric over its labels."""
+    """Return the sum of a Prometheus metric over its labels."""
     with urllib.request.urlopen(f"{base_url}/metrics", timeout=10) as reply:  # noqa: S310
         lines = reply.read().decode().splitlines()
     values = [
@@ -251,7 +255,7 @@ def metric(base_url: str, name: str) -> float:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that ``finally`` blocks end what was started."""
+    """Turn SIGTERM into KeyboardInterrupt, so that ``finally`` blocks end the programs."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

