@@ -21,7 +21,7 @@ VLLM_FLAGS = (
     "--dtype", "float32",
 )  # fmt: skip
 """Only the kit caches, and vLLM counts the cached tokens. Without compilation vLLM starts in half
-the time; float32 is many times faster than bfloat16 on a CPU without instructions for the latter."""
+the time; float32 is many times faster than bfloat16 on a CPU that has no instructions for it."""
 LINGER = {"LMCACHE_CACHE_LINGER_S": "2"}
 PORTS = {
     "--vllm-port": (8000, "port of vLLM"),
