@@ -17,12 +17,13 @@ import enum
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lmcache_kit.agent.location_feed import LocationFeed
+from lmcache_kit.agent.metrics import AGENT
 from lmcache_kit.agent.operations import OperationRunner
 from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol.control import (
@@ -100,7 +101,7 @@ class ControllerClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocked = False
-        self.counts: Counter[str] = Counter()
+        self.counts = AGENT.counters()
         self.feeds = {feed.location: feed for feed in feeds}
         self._identity = identity
         self._runner = runner or OperationRunner(None, clock=clock)

@@ -23,7 +23,7 @@ AGENT = MetricSet(
         gauge("registered", "", "1 while the controller has accepted the registration."),
         counter("registrations_total", "messages", "Registrations that were accepted."),
         gauge("rejected", "", "1 while another incarnation has the instance."),
-        counter("rejections_total", "messages", "Refusals by the controller."),
+        counter("rejected_total", "messages", "Refusals by the controller."),
         counter("resyncs_total", "messages", "Requests of the controller for missing changes."),
         gauge("seq", "", "Sequence number of the latest change, summed over locations."),
         counter("snapshots_total", "", "Snapshots sent."),

@@ -221,9 +221,8 @@ class CacheEngine:
         return self.memory_tier.expire()
 
     def stats(self) -> dict[str, float]:
-        """Return counters, whose names end in ``_total``, and gauges."""
-        tiers = self.lower_tiers.stats() if self.lower_tiers else {}
-        return {**self.memory_tier.stats(), **tiers}
+        """Return the metrics of the memory tier; those of others are in :attr:`lower_tiers`."""
+        return self.memory_tier.stats()
 
     def close(self) -> None:
         """Drop all chunks and close the backend, when what is being decoded has ended. Safe to

@@ -67,8 +67,12 @@ def _show_status(config: KitConfig, *, as_json: bool) -> None:
         "incarnation": stats.incarnation,
     }
     if as_json:
-        print_json({**about, "values": dict(sorted(stats.values.items()))})
+        print_json({**about, "values": stats.values, "lower_tiers": stats.lower_tiers})
         return
-    rows = [(name, str(value)) for name, value in about.items()]
-    rows += [(name, f"{value:.12g}") for name, value in sorted(stats.values.items())]
-    print_table(("what", "value"), rows)
+    rows = [(name, "", str(value)) for name, value in about.items()]
+    rows += [
+        (name, location, f"{value:.12g}")
+        for location, values in {"": stats.values, **stats.lower_tiers}.items()
+        for name, value in sorted(values.items())
+    ]
+    print_table(("name", "location", "value"), rows)

@@ -15,9 +15,11 @@ import zmq.asyncio
 
 from lmcache_kit.controller.commands import Commands
 from lmcache_kit.controller.instances import Instances
+from lmcache_kit.controller.metrics import CONTROLLER
 from lmcache_kit.controller.operations import Operations
 from lmcache_kit.controller.registry import Connection, Registry
 from lmcache_kit.errors import ConfigError, ProtocolError
+from lmcache_kit.metrics import MetricSet
 from lmcache_kit.protocol.address import bind_url
 from lmcache_kit.protocol.control import (
     MAX_FRAME_BYTES,
@@ -112,6 +114,11 @@ class Controller:
         if self._context is not None:
             self._context.term()
         self._tasks, self._sockets, self._context, self._authenticator = [], [], None, None
+
+    @property
+    def metrics(self) -> MetricSet:
+        """Declarations of what :meth:`counters` returns."""
+        return CONTROLLER
 
     def counters(self) -> Mapping[str, float]:
         """Return counters since the start, and gauges of the present."""

@@ -69,7 +69,7 @@ CONTROLLER = MetricSet(
         counter("operations_failed_total", "operations", "Operations that did nothing."),
         counter("operations_partial_total", "operations", "Operations that did a part."),
         counter("operations_total", "operations", "Operations begun."),
-        counter("processes_forgotten_total", "", "Incarnations dropped after a long silence."),
+        counter("processes_dropped_total", "", "Incarnations dropped after a long silence."),
         counter("processes_lost_total", "", "Incarnations that missed three heartbeats."),
         counter(
             "reconnections_total",
@@ -79,11 +79,15 @@ CONTROLLER = MetricSet(
         counter("registrations_refused_total", "messages", "Registrations refused."),
         counter("registrations_total", "messages", "Registrations accepted."),
         counter(
-            "requests_repeated_total",
-            "operations",
-            "Operation requests sent again because no answer had come.",
+            "operation_messages_resent_total",
+            "messages",
+            "Messages of operations sent again because no answer had come.",
         ),
-        counter("results_late_total", "messages", "Ends that came after the operation had ended."),
+        counter(
+            "operation_ends_late_total",
+            "messages",
+            "Ends that came after the operation had ended.",
+        ),
         counter("results_unasked_total", "messages", "Answers to questions that were not asked."),
         counter("resyncs_total", "messages", "Requests for missing changes or a snapshot."),
         counter(

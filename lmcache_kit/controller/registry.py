@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TypeAlias
 
 from lmcache_kit.controller.key_index import KeyIndex, Owner
+from lmcache_kit.controller.metrics import CONTROLLER
 from lmcache_kit.controller.replica import Replica
 from lmcache_kit.errors import NoWorker, ProtocolError, UnknownName
 from lmcache_kit.keys import Namespace
@@ -53,42 +54,6 @@ MAX_LOCATIONS = 8
 MAX_WORKERS = 1024
 MAX_NAME = 256
 _SOON = "One that runs registers within seconds"
-COUNTERS = (
-    "batches_repeated_total",
-    "batches_total",
-    "commands_late_total",
-    "confirmations_total",
-    "connections_refused_total",
-    "digest_mismatches_total",
-    "fenced_total",
-    "gaps_total",
-    "goodbyes_total",
-    "keys_added_total",
-    "keys_removed_total",
-    "lookup_hit_tokens_total",
-    "lookup_hits_total",
-    "lookup_tokens_total",
-    "lookups_total",
-    "messages_failed_total",
-    "messages_malformed_total",
-    "messages_total",
-    "messages_unregistered_total",
-    "operation_ends_late_total",
-    "operation_messages_resent_total",
-    "operations_total",
-    "processes_dropped_total",
-    "processes_lost_total",
-    "reconnections_total",
-    "registrations_refused_total",
-    "registrations_total",
-    "results_unasked_total",
-    "resyncs_total",
-    "snapshot_parts_late_total",
-    "snapshots_broken_total",
-    "snapshots_total",
-)
-"""All counters, so that each is shown as 0 before it first counts."""
-
 HEARTBEAT_RANGE_S = (0.05, 60.0)
 
 
@@ -137,7 +102,7 @@ class Registry:
         max_processes: int = MAX_PROCESSES,
     ) -> None:
         self.index = KeyIndex()
-        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.counts = CONTROLLER.counters()
         self._clock = clock
         self._wall = wall
         self._drop_after_s = drop_after_s

@@ -15,6 +15,7 @@ from lmcache_kit.interfaces.backend import (
     Data,
     OpenBlob,
     Readable,
+    ReportsMetrics,
     StoreUsage,
 )
 from lmcache_kit.interfaces.cache import CacheInfo
@@ -58,6 +59,7 @@ __all__ = [
     "Readable",
     "ReadableRegion",
     "Region",
+    "ReportsMetrics",
     "Rope",
     "RouteHandler",
     "ServesRoutes",

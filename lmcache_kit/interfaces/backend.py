@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -61,6 +61,15 @@ class StoreUsage(msgspec.Struct, frozen=True):
     entries: int
     nbytes: int
     capacity_bytes: int | None = None
+
+
+@runtime_checkable
+class ReportsMetrics(Protocol):
+    """What a backend may also be: it reports the metrics that its declaration has."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return the values of the declared metrics by name, without waiting for the store."""
+        ...
 
 
 class Backend(ABC):

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from lmcache_kit.interfaces.operations import OperationRequest, OperationStatus, PinInfo
+from lmcache_kit.metrics import MetricSet
 
 
 class LookupQuery(msgspec.Struct, frozen=True):
@@ -198,8 +199,11 @@ class ControllerAPI(Protocol):
     @property
     def operations(self) -> OperationsAPI: ...
 
+    @property
+    def metrics(self) -> MetricSet: ...
+
     def counters(self) -> Mapping[str, float]:
-        """Return metrics by name: names ending in ``_total`` only grow, all others are gauges."""
+        """Return the values of ``metrics``, by name."""
         ...
 
 

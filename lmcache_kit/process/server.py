@@ -155,7 +155,7 @@ class CacheServer:
         )
 
     def stats(self) -> Stats:
-        """Return the figures of the engine and of the server."""
+        """Return the metrics of the engine, its tiers and the server."""
         return Stats(
             instance_id=self.instance_id,
             incarnation=self.incarnation,
@@ -167,6 +167,7 @@ class CacheServer:
                 **self.more_stats(),
                 "clients": len(self._clients),
             },
+            lower_tiers=self.engine.lower_tiers.stats() if self.engine.lower_tiers else {},
         )
 
     def opened(self, connection: _Connection) -> bool:

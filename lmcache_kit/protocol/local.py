@@ -148,13 +148,18 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats_answer"):
-    """Figures: gauges, and counters whose names end in ``_total``."""
+    """Metrics by name: gauges, and counters whose names end in ``_total``.
+
+    ``values`` are those of the cache process and of its memory tier at ``location``;
+    ``lower_tiers`` has those of each tier below, by location.
+    """
 
     instance_id: str
     incarnation: str
     pid: int
     location: str
     values: dict[str, float]
+    lower_tiers: dict[str, dict[str, float]]
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

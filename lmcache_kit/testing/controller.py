@@ -18,6 +18,7 @@ from lmcache_kit.interfaces.frontend import (
     WorkerInfo,
 )
 from lmcache_kit.interfaces.operations import OperationRequest, Progress
+from lmcache_kit.metrics import MetricSet, counter
 
 INSTANCE, LOCATION, LOOKUP, OPERATION = "here", "LocalCPUBackend", "lookup-1", "event-1"
 
@@ -38,6 +39,11 @@ class FakeController:
         self.open.set()
         self.instances = FakeInstances(self)
         self.operations = FakeOperations(self)
+        self.metrics = MetricSet(
+            "controller",
+            "controller_",
+            (counter("lookups_total", "requests", "Lookups answered."),),
+        )
 
     def counters(self) -> Mapping[str, float]:
         self.note("counters")

@@ -153,8 +153,9 @@ class Cache:
         """As if all of it had been evicted."""
         self.engine.memory_tier.clear()
 
-    def stat(self, name: str) -> float:
-        return self.engine.stats()[name]
+    def stat(self, name: str, location: str = "") -> float:
+        """Return a metric of the memory tier, or of the tier at ``location``."""
+        return self.below.stats()[location][name] if location else self.engine.stats()[name]
 
     def close(self) -> None:
         self.below.close()

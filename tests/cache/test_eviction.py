@@ -57,5 +57,5 @@ def test_each_location_gets_a_policy_of_its_own() -> None:
     assert make_eviction_policy("LRU") is not make_eviction_policy("LRU")
 
 
-def test_a_name_of_somebody_else_is_left_to_them() -> None:
+def test_a_name_of_another_plugin_is_left_to_that_plugin() -> None:
     assert make_eviction_policy("ARC") is None

@@ -113,8 +113,8 @@ def test_a_read_that_fails_is_a_miss_and_the_store_rests(make: MakeCache, after:
     cache = evicted(make, store)
     store.breaks_after = after
     assert cache.hit(MANY) == 0
-    assert cache.stat("A_resting") == 1
-    assert cache.stat("A_chunks") == len(keys(MANY)), "nothing is known to be wrong with them"
+    assert cache.stat("resting", "A") == 1
+    assert cache.stat("chunks", "A") == len(keys(MANY)), "nothing is known to be wrong with them"
     assert cache.stat("pending") == cache.stat("allocated_bytes") == 0
     all_is_closed(cache, store)
 
@@ -127,7 +127,7 @@ def test_what_ends_too_early_is_a_miss_and_removed(make: MakeCache, after: int) 
     assert cache.hit(MANY) == 0
     cache.settle()
     assert keys(MANY)[0] not in store.blobs
-    assert cache.stat("A_resting") == 0
+    assert cache.stat("resting", "A") == 0
     all_is_closed(cache, store)
 
 
@@ -137,7 +137,7 @@ def test_a_count_that_cannot_be_is_a_failure_of_the_store(make: MakeCache, count
     cache = evicted(make, store)
     store.lies_about = count
     assert cache.hit(MANY) == 0
-    assert cache.stat("A_resting") == 1
+    assert cache.stat("resting", "A") == 1
     all_is_closed(cache, store)
 
 
@@ -168,7 +168,7 @@ def test_a_slow_store_of_which_something_came_is_not_called_late(make: MakeCache
     cache = evicted(make, Slow())
     cache.stores[0].gate.clear()
     assert cache.hit(MANY, wait_s=0.5) == 4
-    assert cache.stat("A_resting") == 0
+    assert cache.stat("resting", "A") == 0
 
 
 def test_a_lookup_that_gave_up_leaves_nothing_open(make: MakeCache) -> None:

@@ -206,7 +206,7 @@ def test_only_what_is_behind_no_gap_has_arrived(make_engine: MakeEngine) -> None
     assert goal.memory_tier.references.findable("move", keys(range(12))) == []
 
 
-def test_what_is_pinned_followed_or_moving_is_not_forgotten(make_engine: MakeEngine) -> None:
+def test_what_is_pinned_followed_or_moving_is_not_deleted(make_engine: MakeEngine) -> None:
     engine = make_engine()
     store(engine, range(8))
     store(engine, range(100, 108))
@@ -287,7 +287,7 @@ def test_a_descriptor_that_is_not_what_it_says_is_not_taken(
     assert reservation.status == "granted"
 
 
-def test_a_namespace_of_another_shape_here_takes_no_parcel(make_engine: MakeEngine) -> None:
+def test_a_namespace_of_another_shape_here_takes_no_chunk(make_engine: MakeEngine) -> None:
     goal = make_engine()
     store(goal, range(4))
     spaces = {NAMESPACE: NamespaceInfo(NAMESPACE, 8, 1, ())}

@@ -65,7 +65,7 @@ def test_doctor_says_why_a_transport_does_not_start_here() -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("os.abort()", "it ended the process that tried it (exit code -6)"),
+        ("os.abort()", "it ended the process that probed it (exit code -6)"),
         ("raise ValueError('of mine')", "ValueError: of mine"),
         ("return 5", "5 is no Transport"),
     ],

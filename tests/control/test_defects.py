@@ -187,7 +187,7 @@ def test_3_stop_does_not_wait_for_a_dead_worker(
     controller.run(stop_meanwhile())
 
 
-def test_4_a_killed_worker_is_hidden_and_later_forgotten(
+def test_4_a_killed_worker_is_hidden_and_later_dropped(
     start_process: StartProcess, start_controller: StartController
 ) -> None:
     controller = start_controller(registry=Registry(drop_after_s=1.0))

@@ -197,7 +197,7 @@ def test_a_key_file_that_is_not_there_is_named(tmp_path: Path, keys: Keys) -> No
         lambda text: re.sub(rb'secret-key = ".....', b'secret-key = "', text).decode(),
     ],
 )
-def test_a_spoilt_key_file_is_named_and_not_shown(
+def test_a_damaged_key_file_is_named_and_not_shown(
     keys: Keys, spoil: Callable[[bytes], str]
 ) -> None:
     file = keys.folder / "workers" / "known.key_secret"
@@ -229,7 +229,7 @@ def test_a_pair_of_two_halves_is_refused(keys: Keys) -> None:
         WorkerKeys.load(keys.folder / "controller.key", file)
 
 
-def test_a_spoilt_key_of_one_worker_is_named(keys: Keys) -> None:
+def test_a_damaged_key_of_one_worker_is_named(keys: Keys) -> None:
     (keys.folder / "workers" / "bad.key").write_text("x")
     with pytest.raises(ConfigError, match=r"--curve: .*bad\.key is not a key file"):
         keys.of_controller()

@@ -159,7 +159,7 @@ def make_bench(make_place: MakePlace, bench: Bench) -> MakePlace:
     return make
 
 
-def test_a_transport_of_somebody_else_moves_kv(source: Place, goal: Place) -> None:
+def test_a_third_party_transport_moves_kv(source: Place, goal: Place) -> None:
     source.store(range(40))
     outcome = goal.move(source, range(40))
     assert (outcome.state, outcome.tokens) == ("done", 40)

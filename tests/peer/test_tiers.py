@@ -235,7 +235,7 @@ def test_a_copy_keeps_both(within: Within) -> None:
     assert len(within.place.at("A")) == len(within.place.at(PLACE)) == 3
 
 
-def test_nothing_is_forgotten_that_the_controller_does_not_know_elsewhere(within: Within) -> None:
+def test_nothing_is_deleted_that_the_controller_does_not_know_elsewhere(within: Within) -> None:
     within.place.confirms = False
     outcome = within.move("A", PLACE)
     assert "did not confirm it in time, so the source keeps all" in outcome.message

@@ -113,7 +113,7 @@ def test_the_controller_learns_of_workers_and_of_what_they_store(
     assert worker.stats().values["agent_registered"] == 1
 
 
-def test_a_killed_cache_process_is_forgotten_and_its_successor_known(
+def test_a_killed_cache_process_is_dropped_and_its_successor_known(
     worker: CacheClient, controller: RunningController, eventually: Eventually
 ) -> None:
     store(worker, TOKENS[:4])

@@ -73,7 +73,7 @@ def hit(client: CacheClient, tokens: bytes) -> int:
 
 
 def written(client: CacheClient) -> float:
-    return client.stats().values[f"{LOCATION}_written_chunks_total"]
+    return client.stats().lower_tiers[LOCATION]["written_chunks_total"]
 
 
 def test_what_is_on_disk_is_found_after_the_process_was_killed(
@@ -103,7 +103,7 @@ def test_kills_at_any_moment_leave_only_what_is_right(
         eventually(lambda: client.connected and client.incarnation != before)  # noqa: B023
         for tokens in prompts:
             assert hit(client, tokens) % CHUNK == 0
-    assert client.stats().values[f"{LOCATION}_corrupt_total"] == 0
+    assert client.stats().lower_tiers[LOCATION]["corrupt_total"] == 0
 
 
 def test_a_process_that_ends_writes_what_waits_first(

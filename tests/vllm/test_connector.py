@@ -75,7 +75,7 @@ def test_what_happens_to_the_cache_process_is_logged_as_vllm_logs() -> None:
     assert lines.getvalue() == "INFO of ours: connected\n"
 
 
-def test_a_logger_that_somebody_configured_stays_so() -> None:
+def test_a_logger_that_the_user_configured_stays_so() -> None:
     from lmcache_kit.vllm.connector import copy_log_handlers
 
     theirs, ours = logging.Logger("theirs", logging.INFO), logging.Logger("ours", logging.ERROR)

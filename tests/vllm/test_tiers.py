@@ -98,8 +98,8 @@ class Served:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def stat(self, name: str) -> float:
-        return self.client.stats().values[name]
+    def stat(self, name: str, location: str) -> float:
+        return self.client.stats().lower_tiers[location][name]
 
     def close(self) -> None:
         self.client.close()
@@ -129,12 +129,12 @@ def test_a_third_partys_backend_serves_vllm_after_the_cache_process_was_killed(
     tokens = prompt(200, seed=501)
     assert served(tokens) == {"tokens": reference(tokens), "cached": 0}
     eventually(lambda: served.client.connected)
-    eventually(lambda: served.stat("SQLiteBackend_written_chunks_total") == 5)
-    eventually(lambda: served.stat("LocalDiskBackend_written_chunks_total") == 5)
+    eventually(lambda: served.stat("written_chunks_total", "SQLiteBackend") == 5)
+    eventually(lambda: served.stat("written_chunks_total", "LocalDiskBackend") == 5)
     before = served.client.incarnation
     os.kill(served.client.stats().pid, signal.SIGKILL)
     eventually(lambda: served.client.connected and served.client.incarnation != before)
-    eventually(lambda: served.stat("SQLiteBackend_chunks") == 5)
+    eventually(lambda: served.stat("chunks", "SQLiteBackend") == 5)
     assert served(tokens) == {"tokens": reference(tokens), "cached": 199}
-    assert served.stat("SQLiteBackend_read_chunks_total") == 5
-    assert served.stat("LocalDiskBackend_read_chunks_total") == 0
+    assert served.stat("read_chunks_total", "SQLiteBackend") == 5
+    assert served.stat("read_chunks_total", "LocalDiskBackend") == 0

@@ -15,7 +15,7 @@ from lmcache_kit.config.load import declarations
 from lmcache_kit.config.model import ALIASES, KitConfig
 from lmcache_kit.plugins import Offer, Plugins
 from lmcache_kit.specs import KINDS
-from tools.docs import commands, keys, rest, source
+from tools.docs import commands, keys, metrics, rest, source
 from tools.docs.rest import kind_of
 from tools.docs.source import prose, table
 
@@ -26,6 +26,7 @@ def pages() -> dict[str, str]:
         **source.pages(),
         **commands.page(),
         **rest.page(),
+        **metrics.page(),
         "reference/configuration.md": _configuration(),
         "reference/options.md": _options(),
         source.ERRORS: _errors(),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from lmcache_kit.cache.index.chunk_index import ChunkIndex
 from lmcache_kit.cache.index.holds import Leases, Pins, References
+from lmcache_kit.metrics import MetricSet
 
 IndexT_co = TypeVar("IndexT_co", bound=ChunkIndex, covariant=True)
 
@@ -25,7 +26,7 @@ class TierState(Generic[IndexT_co]):
         location: str,
         index: IndexT_co,
         *,
-        counters: Iterable[str],
+        metrics: MetricSet,
         pin_budget_bytes: int,
         clock: Callable[[], float],
         lease_ttl_s: float = 120.0,
@@ -35,7 +36,7 @@ class TierState(Generic[IndexT_co]):
         self.clock = clock
         self.lease_ttl_s = lease_ttl_s
         self.lock = threading.RLock()
-        self.counters: Counter[str] = Counter(dict.fromkeys(counters, 0))
+        self.counters: Counter[str] = metrics.counters()
         self.leases = Leases(index, lease_ttl_s, clock)
         self.pins = Pins(index, pin_budget_bytes, clock)
         self.references = References(index, self.lock)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 
-from lmcache_kit.cache.counters import COUNTERS
 from lmcache_kit.cache.index.entries import NamespaceState, RankLayout
 from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.memory.decoding import Decoder
@@ -13,6 +12,7 @@ from lmcache_kit.cache.memory.memory_index import MemoryIndex
 from lmcache_kit.cache.memory.pending_stores import PendingStores
 from lmcache_kit.cache.memory.transcoding import Transcoder
 from lmcache_kit.cache.memory.transfers import Transfers
+from lmcache_kit.cache.metrics import MEMORY
 from lmcache_kit.cache.records import Grant, StoreItem, Transcoded
 from lmcache_kit.cache.tier import Tier
 from lmcache_kit.interfaces import EvictionPolicy, MemoryBackend
@@ -37,7 +37,7 @@ class MemoryTier(Tier):
         state: TierState[MemoryIndex] = TierState(
             location,
             index,
-            counters=COUNTERS,
+            metrics=MEMORY,
             pin_budget_bytes=int(index.capacity_bytes * max_pinned_share),
             clock=clock,
             lease_ttl_s=lease_ttl_s,

@@ -75,13 +75,9 @@ class LowerTiers:
         for tier in self._tiers:
             tier.expire()
 
-    def stats(self) -> dict[str, float]:
-        """Return the figures of each tier, by its location."""
-        return {
-            f"{tier.location}_{name}": value
-            for tier in self._tiers
-            for name, value in tier.stats().items()
-        }
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of each tier, by its location."""
+        return {tier.location: tier.stats() for tier in self._tiers}
 
     def close(self) -> None:
         """Close before the engine does. Safe to call twice."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from lmcache_kit.cache.counters import TIER_COUNTERS
 from lmcache_kit.cache.descriptors import DeleteResult
 from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.memory.transfers import GetCodec
+from lmcache_kit.cache.metrics import LOWER_TIER
 from lmcache_kit.cache.records import Selected, Transcoded
 from lmcache_kit.cache.tier import Tier
 from lmcache_kit.cache.tiers.blob_store import BlobStore
@@ -19,9 +20,11 @@ from lmcache_kit.cache.tiers.serial_executor import SerialExecutor
 from lmcache_kit.cache.tiers.store_index import StoreIndex
 from lmcache_kit.cache.tiers.transcoding import decode_stored, encode_stored
 from lmcache_kit.errors import BackendError
-from lmcache_kit.interfaces import Backend, EvictionPolicy
+from lmcache_kit.interfaces import Backend, EvictionPolicy, ReportsMetrics
 from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import ChunkKey
+
+logger = logging.getLogger(__name__)
 
 
 class StoreTier(Tier):
@@ -40,7 +43,7 @@ class StoreTier(Tier):
         state: TierState[StoreIndex] = TierState(
             location,
             StoreIndex(policy),
-            counters=TIER_COUNTERS,
+            metrics=LOWER_TIER,
             pin_budget_bytes=sys.maxsize,
             clock=clock,
         )
@@ -54,6 +57,7 @@ class StoreTier(Tier):
         self.store = BlobStore(backend, state, breaker)
         self._store_index = state.index
         self._get_codec = get_codec
+        self._reporter = backend if isinstance(backend, ReportsMetrics) else None
 
     @property
     def executor(self) -> SerialExecutor:
@@ -75,9 +79,11 @@ class StoreTier(Tier):
         self.store.retry()
 
     def stats(self) -> dict[str, float]:
-        """Return counters, whose names end in ``_total``, and gauges."""
+        """Return the metrics of the tier, and those that its backend reports."""
+        reported = self._reported()
         with self._lock:
             return {
+                **reported,
                 **self._counters,
                 "chunks": len(self._index.entries),
                 "stored_bytes": self._store_index.nbytes,
@@ -87,6 +93,14 @@ class StoreTier(Tier):
                 "passed_over_total": self.executor.passed_over,
                 "resting": float(self.store.resting),
             }
+
+    def _reported(self) -> dict[str, float]:
+        try:
+            return dict(self._reporter.metrics()) if self._reporter else {}
+        # A backend is third-party code: its metrics are left out, and the tier goes on.
+        except Exception as error:  # noqa: BLE001
+            logger.warning("%s does not report its metrics: %r", self.location, error)
+            return {}
 
     # What operators ask for. Each of these may wait for the store.
 

@@ -116,7 +116,7 @@ def test_a_path_inside_a_file_is_refused(open_store: OpenStore, tmp_path: Path) 
         open_store(path=tmp_path / "file" / "store")
 
 
-def test_a_folder_of_somebody_else_is_refused(
+def test_a_folder_of_another_user_is_refused(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_store().close()

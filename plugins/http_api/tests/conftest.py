@@ -25,6 +25,7 @@ from lmcache_kit.interfaces.frontend import (
     WorkerInfo,
 )
 from lmcache_kit.interfaces.operations import OperationRequest, Progress
+from lmcache_kit.metrics import MetricSet, counter, gauge
 
 TAKEN = OperationInfo(
     "running",
@@ -71,6 +72,12 @@ class FakeController:
         self.known: list[OperationInfo] = []
         self.pinned = PinList(())
         self.pin_queries: list[tuple[str | None, str | None]] = []
+
+    metrics = MetricSet(
+        "controller",
+        "controller_",
+        (counter("lookups_total", "requests", "Lookups."), gauge("keys", "keys", "Keys.")),
+    )
 
     @property
     def instances(self) -> FakeController:

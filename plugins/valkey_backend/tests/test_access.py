@@ -92,7 +92,7 @@ def test_a_database_of_its_own_holds_the_blobs(serve: Serve, open_backend: Open)
         put(open_backend(server.options(url=f"{url}/3")))
 
 
-def test_a_replica_that_may_not_be_written_says_whom_to_name(
+def test_a_replica_that_may_not_be_written_says_which_server_to_name(
     serve: Serve, open_backend: Open
 ) -> None:
     server = serve("--replicaof", "127.0.0.1", "1", "--replica-serve-stale-data", "yes")

@@ -47,7 +47,7 @@ def test_tls_works_with_the_authority_that_is_named(
     assert got(backend) == b"x" * 3_000_000
 
 
-def test_a_certificate_of_somebody_else_is_refused(
+def test_a_certificate_of_another_authority_is_refused(
     server: Served, open_backend: Open, authority: trustme.CA, tmp_path: Path
 ) -> None:
     port = front_of(server, trustme.CA())

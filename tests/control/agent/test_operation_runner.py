@@ -299,7 +299,7 @@ def test_more_operations_than_can_be_kept_are_refused(
     assert kinds == [OperationStarted, OperationStarted, OperationRejected]
 
 
-def test_an_end_that_nobody_ever_acknowledges_is_forgotten(process: CacheProcess) -> None:
+def test_an_end_that_nobody_ever_acknowledges_is_dropped(process: CacheProcess) -> None:
     process.executor.at_once = DONE
     process.runner.handle(START)
     process.turn()

@@ -103,7 +103,7 @@ def test_goodbye_removes_at_once(holding: World) -> None:
         holding.registry.find("a")
 
 
-def test_the_long_silent_are_forgotten_and_their_memory_taken_back(holding: World) -> None:
+def test_the_long_silent_are_dropped_and_their_memory_taken_back(holding: World) -> None:
     holding.clock.now += 119
     holding.registry.expire()
     assert holding.registry.processes()
@@ -115,7 +115,7 @@ def test_the_long_silent_are_forgotten_and_their_memory_taken_back(holding: Worl
     assert (len(holding.registry.index), holding.registry.index.holders) == (0, 0)
 
 
-def test_a_later_life_takes_over_and_the_earlier_one_is_told_by_whom(holding: World) -> None:
+def test_a_later_life_takes_over_and_the_earlier_one_is_told_by_which(holding: World) -> None:
     assert holding.register("c2", life=2) == Registered((("ram", 0),))
     assert ("c1", Fenced("host2")) in holding.sent
     assert holding.holds() == 0
@@ -159,7 +159,7 @@ def test_a_connection_speaks_for_one_instance(holding: World) -> None:
     assert holding.holds() == 0
 
 
-def test_there_is_no_room_for_one_more_unless_somebody_is_silent() -> None:
+def test_there_is_no_room_for_one_more_unless_another_is_silent() -> None:
     world = World(max_processes=2)
     world.register("c1", "a")
     world.register("c2", "b")

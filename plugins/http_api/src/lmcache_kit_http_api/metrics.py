@@ -10,28 +10,41 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from lmcache_kit.interfaces.frontend import ControllerAPI
+from lmcache_kit.metrics import MetricSet, MetricSpec, counter
 from lmcache_kit_http_api.handlers import Document
 from lmcache_kit_http_api.routes import Route
 
+_PREFIX = "lmcache_kit_"
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 
 
-class _ControllerCounters(Collector):
+_REQUESTS = counter(
+    "requests_total", "requests", "Requests answered.", ("method", "route", "status")
+)
+_SECONDS = MetricSpec(
+    "request_seconds",
+    "histogram",
+    "seconds",
+    "Time from the head of a request to its reply.",
+    ("route",),
+)
+HTTP = MetricSet("frontend http", "http_", (_REQUESTS, _SECONDS))
+
+
+class _ControllerMetrics(Collector):
     def __init__(self, controller: ControllerAPI) -> None:
         self._controller = controller
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: names are known only when asked for."""
+        """Nothing: values are known only when they are collected."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        for name, value in sorted(self._controller.counters().items()):
-            full = "lmcache_kit_controller_" + name
-            shown = f"Controller: {name.removesuffix('_total').replace('_', ' ')}."
-            if name.endswith("_total"):
-                yield CounterMetricFamily(full, shown, value=value)
-            else:
-                yield GaugeMetricFamily(full, shown, value=value)
+        declared = self._controller.metrics
+        for sample in declared.samples(self._controller.counters()):
+            name = f"{_PREFIX}{declared.prefix}{sample.spec.name}"
+            family = CounterMetricFamily if sample.spec.kind == "counter" else GaugeMetricFamily
+            yield family(name, sample.spec.help, value=sample.value)
 
 
 class HttpMetrics:
@@ -39,17 +52,17 @@ class HttpMetrics:
 
     def __init__(self, controller: ControllerAPI) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_ControllerCounters(controller))
+        self._registry.register(_ControllerMetrics(controller))
         self._requests = Counter(
-            "lmcache_kit_http_requests",
-            "REST requests answered.",
-            ["method", "route", "status"],
+            f"{_PREFIX}{HTTP.prefix}{_REQUESTS.name}",
+            _REQUESTS.help,
+            _REQUESTS.labels,
             registry=self._registry,
         )
         self._seconds = Histogram(
-            "lmcache_kit_http_request_seconds",
-            "Time from a request's head to its reply.",
-            ["route"],
+            f"{_PREFIX}{HTTP.prefix}{_SECONDS.name}",
+            _SECONDS.help,
+            _SECONDS.labels,
             buckets=_BUCKETS,
             registry=self._registry,
         )
