@@ -269,6 +269,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     options.parts = options.parts or list(PARTS)
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2, for quartiles")
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     results = run(options)
