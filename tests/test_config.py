@@ -493,7 +493,7 @@ def test_a_plugin_brings_a_key_of_its_own(site: FakeSite) -> None:
     with pytest.raises(ConfigError, match=r"acme_shelves: '0' \(LMCACHE_ACME_SHELVES\): .*greater"):
         from_environ(LMCACHE_ACME_SHELVES="0")
     with pytest.raises(ConfigError, match="Did you mean 'acme_shelves'"):
-        from_extra(acme_vaults=1)
+        from_extra(acme_shelve=1)
     (found,) = (each for each in declarations(Plugins.load()) if each.name == "acme_shelves")
     assert (found.help, found.plugin) == ("Shelves.", "Vault")
 

@@ -102,7 +102,7 @@ def describe(event: Event) -> str:
 
 
 def describe_transfer(transfer: Transfer | None, *, described: bool = False) -> str:
-    """``270.0 KiB by nixl (CMA on one host), 1.2 GB/s``; empty before anything has come."""
+    """``270.0 KiB by NIXL (CMA on one host), 1.2 GB/s``; empty before anything has come."""
     if transfer is None or not transfer.bytes:
         return ""
     details = f" ({transfer.description})" if described and transfer.description else ""
