@@ -268,7 +268,7 @@ def test_the_cache_process_dies_between_a_lookup_and_its_load(
     tokens = prompt(200, seed=28)
     engine.one(tokens)
     client = engine.worker_client
-    load, pid = engine.worker.load, client.stats().pid
+    load, pid = engine.worker.start_load_kv, client.stats().pid
 
     def dies_first(step: object) -> None:
         if step.loads:  # type: ignore[attr-defined]
@@ -277,7 +277,7 @@ def test_the_cache_process_dies_between_a_lookup_and_its_load(
             monkeypatch.setattr(client, "memory", lambda incarnation: None)
         load(step)
 
-    monkeypatch.setattr(engine.worker, "load", dies_first)
+    monkeypatch.setattr(engine.worker, "start_load_kv", dies_first)
     assert engine.one(tokens).tokens == reference(tokens)
     monkeypatch.undo()
     eventually(lambda: client.connected)
