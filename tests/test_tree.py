@@ -42,7 +42,16 @@ FLOORS = (
 """Rooms of the core, the lowest first. A module imports from its own room and from lower floors."""
 
 BESIDE = {
-    "testing": {"errors", "layout", "keys", "metrics", "interfaces", "specs", "hookspecs", "plugins"},
+    "testing": {
+        "errors",
+        "layout",
+        "keys",
+        "metrics",
+        "interfaces",
+        "specs",
+        "hookspecs",
+        "plugins",
+    },
     "scaffold": {"errors", "specs", "hookspecs", "plugins"},
     "_pytest_plugin": {"testing"},
 }

@@ -48,7 +48,7 @@ def test_its_figures_can_be_read_while_it_runs(config: Path) -> None:
     assert (figures["instance_id"], figures["pid"]) == ("one", server.pid)
     assert figures["location"] == "LocalCPUBackend"
     assert 0 < figures["values"]["capacity_bytes"] <= 0.01 * 1024**3
-    assert lines[0].split() == ["what", "value"]
+    assert lines[0].split() == ["name", "location", "value"]
     assert any(line.split() == ["chunks", "0"] for line in lines)
 
 

@@ -115,7 +115,12 @@ def start_agent() -> Iterator[StartAgent]:
             namespaces = options.pop("namespaces", (NAMESPACE,))
             options.setdefault("incarnation", secrets.token_bytes(16))
             options.setdefault("heartbeat_s", 0.1)
-            agent = Agent([engine, *below], url=url, instance_id=instance_id, **options)
+            agent = Agent(
+                [getattr(engine, "memory_tier", engine), *below],
+                url=url,
+                instance_id=instance_id,
+                **options,
+            )
             for rank in ranks:
                 agent.register_worker(rank)
             for namespace in namespaces:

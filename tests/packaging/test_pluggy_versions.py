@@ -26,6 +26,7 @@ def test_plugins_load_and_fail_alike(environment: Make, wanted: str) -> None:
     configuration = made.folder / "pytest.ini"
     configuration.write_text(
         "[pytest]\naddopts = --import-mode=importlib -p no:cacheprovider\nfilterwarnings = error\n"
+        f"pythonpath = {ROOT}\n"
     )
     ran = made.run("python", "-m", "pytest", "-q", "-c", str(configuration), TESTS)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -75,7 +75,7 @@ async def engine(rest: Rest) -> AsyncIterator[CacheEngine]:
     """A cache whose agent has been started, with one worker."""
     engine = CacheEngine(backend.LocalCPUBackend(1 << 20), LRU(), location="LocalCPUBackend")
     agent = Agent(
-        [engine],
+        [engine.memory_tier],
         url=rest.monitor.removeprefix("tcp://"),
         instance_id=INSTANCE,
         incarnation=INCARNATION,

@@ -28,11 +28,7 @@ CREATE TABLE IF NOT EXISTS blobs (
 
 
 class SQLiteBackend(Backend):
-    """Blobs in one SQLite file, which one process has open at a time.
-
-    Writes are transactions in a write-ahead log, so a process may be killed at any time. All
-    threads share one connection under a lock. Usage is counted in pages of the file.
-    """
+    """Blobs in one SQLite file, open in one process, written by transactions, under one lock."""
 
     def __init__(self, options: SQLiteOptions | None = None) -> None:
         """Open or create the file. Raises BackendError."""
