@@ -17,7 +17,7 @@ def main() -> None:
     engine = FakeTier()
     engine.store(chunks_of(TOKENS))
     agent = Agent(
-        [engine.memory_tier],
+        [engine],
         url=url,
         instance_id=instance_id,
         incarnation=secrets.token_bytes(16),
