@@ -296,7 +296,7 @@ class Count(BaseModel):
     workers: int
 
 async def count(controller, request):
-    return Count(workers=len(controller.workers()))
+    return Count(workers=len(controller.instances.workers()))
 """
 
 
