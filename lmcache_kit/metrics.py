@@ -43,11 +43,10 @@ class MetricSpec:
 
 
 class Sample(NamedTuple):
-    """The value of a metric at one time, for one combination of labels."""
+    """The value of a metric at one time."""
 
     spec: MetricSpec
     value: float
-    labels: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +74,10 @@ class MetricSet:
         """Return all counters of this set, at zero."""
         return Counter({spec.name: 0 for spec in self.specs if spec.kind == "counter"})
 
-    def samples(
-        self, values: Mapping[str, float], labels: Mapping[str, str] | None = None
-    ) -> Iterable[Sample]:
+    def samples(self, values: Mapping[str, float]) -> Iterable[Sample]:
         """Yield a sample for each of ``values``. Raises KeyError for an undeclared name."""
         for name, value in values.items():
-            yield Sample(self.by_name[name], value, labels or {})
+            yield Sample(self.by_name[name], value)
 
 
 def counter(name: str, unit: Unit, help: str, labels: tuple[str, ...] = ()) -> MetricSpec:

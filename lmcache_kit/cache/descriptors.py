@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from lmcache_kit.cache.index.entries import RankLayout
+from lmcache_kit.cache.index.entries import (
+    Entry,
+    NamespaceState,
+    Payload,
+    RankLayout,
+    big_endian,
+)
 from lmcache_kit.cache.records import Extent
 from lmcache_kit.interfaces.codec import ChunkInfo, Codec
 from lmcache_kit.interfaces.memory import Region
@@ -71,6 +77,11 @@ class ChunkDescriptor(NamedTuple):
             and all(extent.nbytes > 0 for extent in self.extents)
             and self.key == chunk_key(info.digest, self.parent, self.tokens)
         )
+
+    def new_entry(self, namespace: NamespaceState, payload: Payload, since: float) -> Entry:
+        """Return an entry for this chunk, which is in no index yet."""
+        sort_key = big_endian(self.tokens)
+        return Entry(self.key, self.parent, namespace, sort_key, self.start, payload, since)
 
 
 class Reservation(NamedTuple):

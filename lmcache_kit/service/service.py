@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 import lmcache_kit
+from lmcache_kit.agent.metrics import AGENT
 from lmcache_kit.errors import CacheUnavailable
 from lmcache_kit.process import paths
 
@@ -262,7 +263,7 @@ class CacheService:
 
     def _more_stats(self) -> dict[str, float]:
         stats = self._agent.stats() if self._agent else {}
-        more = {f"agent_{name}": value for name, value in stats.items()}
+        more = {f"{AGENT.prefix}{name}": value for name, value in stats.items()}
         for part in (self._encoder, self._peer):
             more |= part.stats() if part else {}
         return more

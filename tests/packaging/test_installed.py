@@ -222,12 +222,12 @@ class Life:
 
 CONFIGURED = {
     "lmcache-kit-cachegen": "store_codec: cachegen",
-    "lmcache-kit-disk-backend": "local_disk: {folder}/disk",
+    "lmcache-kit-disk-backend": "local_disk: {folder}/disk\nmax_local_disk_size: 0.01",
     EXAMPLE: "tiers: [SQLiteBackend]\n"
     "backend_options: {{SQLiteBackend: {{path: {folder}/kv.sqlite, max_size_gib: 0.01}}}}",
 }
 """What a configuration says that asks for a plugin."""
-SIZES = "max_local_cpu_size: 0.01\nmax_local_disk_size: 0.01\ncache_socket: {folder}/c.sock\n"
+SIZES = "max_local_cpu_size: 0.01\ncache_socket: {folder}/c.sock\n"
 
 
 @pytest.fixture(scope="module")

@@ -196,16 +196,7 @@ class Transfers:
             given = descriptor.encoding
             encoding = ResolvedEncoding(given.method, given.version, codec, given.chunks)
         payload = Payload(regions, encoding, ref_count=1)
-        sort_key = big_endian(descriptor.tokens)
-        entry = Entry(
-            descriptor.key,
-            descriptor.parent,
-            namespace,
-            sort_key,
-            descriptor.start,
-            payload,
-            self._clock(),
-        )
+        entry = descriptor.new_entry(namespace, payload, self._clock())
         entry.claimed = set(range(namespace.world_size))
         entry.checksums = {rank: each.checksum for rank, each in enumerate(descriptor.extents)}
         self._index.put(entry)

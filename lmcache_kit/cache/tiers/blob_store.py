@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from lmcache_kit.cache.descriptors import ChunkDescriptor, Encoding, NamespaceInfo
-from lmcache_kit.cache.index.entries import Entry, big_endian
+from lmcache_kit.cache.index.entries import Entry
 from lmcache_kit.cache.index.eviction_order import eviction_order
 from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.records import OVER_PIN_BUDGET, Query, Transcoded
@@ -267,16 +267,7 @@ class BlobStore:
             self._index.attach_payload(entry, payload)
             return
         namespace = self._index.namespace_of(info)
-        sort_key = big_endian(descriptor.tokens)
-        entry = Entry(
-            descriptor.key,
-            descriptor.parent,
-            namespace,
-            sort_key,
-            descriptor.start,
-            payload,
-            self._clock(),
-        )
+        entry = descriptor.new_entry(namespace, payload, self._clock())
         self._index.put(entry)
         self._index.complete(entry)
         if len(self._index.entries) > self.max_entries:
