@@ -53,7 +53,7 @@ def test_a_second_one_cannot_open_the_file(
 
 
 def test_what_is_no_database_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "kv.sqlite").write_bytes(b"not a database" * 100)
+    (tmp_path / "kv.sqlite").write_bytes(b"a letter to a reader" * 100)
     with pytest.raises(BackendError, match="file is not a database"):
         SQLiteBackend(options(tmp_path))
     assert (tmp_path / "kv.sqlite").read_bytes().startswith(b"a letter")
