@@ -3,13 +3,11 @@ its own, and a clean environment."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in ("CI", "BUILD_NUMBER"):  # with these, pytest works for hours at the whole
         os.environ.pop(name, None)  # difference of two times a megabyte, when a test fails
     os.environ.update(VLLM_SETTINGS)
-    # torch imports setuptools, which cannot take the place of distutils once numba is there; and
-    # tests of codecs import numba as they are collected.
-    with suppress(ImportError):
-        importlib.import_module("setuptools")
     runtime_dir = tempfile.mkdtemp(prefix="kit-")
     config.stash[_RUNTIME_DIR] = runtime_dir
     os.environ["XDG_RUNTIME_DIR"] = runtime_dir

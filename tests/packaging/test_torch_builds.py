@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import distribution
 from pathlib import Path
 from threading import Thread
 
-import pip
 import pytest
 
 from tools import setup_env, torch_builds
@@ -99,7 +99,8 @@ def created(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp("setup") / "env")
     venv.create(environment.folder, with_pip=False, symlinks=True)
     [site] = environment.folder.glob("lib/python3*/site-packages")
-    ours = Path(pip.__file__).parent
+    # Without importing pip: that keeps setuptools, and so torch, from being imported later.
+    ours = Path(str(distribution("pip").locate_file("pip")))
     (site / ours.name).symlink_to(ours)
     return environment
 

@@ -59,7 +59,7 @@ def test_a_server_that_is_gone_is_a_miss_and_costs_the_next_lookup_nothing(
     one.settle()
     with server.frozen():
         assert other.hit(TOKENS) == 0
-        assert other.tiers[0].resting
+        assert other.tiers[0].store.resting
         failures = other.tiers[0].stats()["failures_total"]
         assert other.hit(TOKENS) == 0
         other.store(range(1000, 1100))
@@ -82,7 +82,7 @@ def test_a_cache_starts_without_its_server_and_uses_it_once_it_is_there(
     assert one.hit(TOKENS) == len(TOKENS)
     server.start()
     tier = one.tiers[0]
-    eventually(lambda: not tier.resting)
+    eventually(lambda: not tier.store.resting)
     one.store(range(5000, 5100))
     one.settle()
     assert tier.stats()["written_chunks_total"] == 7
