@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from lmcache_kit.metrics import MetricSpec
+if TYPE_CHECKING:
+    from lmcache_kit.metrics import MetricSpec
+
 
 Kind: TypeAlias = Literal["backend", "codec", "transport", "frontend", "route", "command"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

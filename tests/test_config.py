@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +18,8 @@ from lmcache_kit.config import KitConfig, Loaded, load_config
 from lmcache_kit.config.load import declarations
 from lmcache_kit.config.model import KEYS
 from lmcache_kit.errors import ConfigError
+from lmcache_kit.first_party import FirstParty
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.plugins.first_party import FirstParty
 from lmcache_kit.service.service import settings_digest
 from tools.docs.keys import keys_table
 
@@ -516,7 +518,7 @@ def test_a_key_whose_plugin_is_not_installed_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours = (FirstParty("backend", "Acme", "lmcache-kit-acme", keys=("acme_folder",)),)
-    monkeypatch.setattr("lmcache_kit.plugins.first_party.FIRST_PARTY", ours)
+    monkeypatch.setattr("lmcache_kit.first_party.FIRST_PARTY", ours)
     with pytest.raises(ConfigError) as caught:
         from_extra(acme_folder="/kv")
     assert str(caught.value) == (
@@ -587,3 +589,13 @@ def test_the_documentation_has_every_variable_of_the_kit() -> None:
 def test_the_example_is_the_walk_throughs_file() -> None:
     text = (ROOT / "examples" / "lookup" / "example.yaml").read_text()
     assert text == WALK_THROUGH
+
+
+def test_reading_the_kits_own_keys_imports_no_registry_of_plugins() -> None:
+    code = (
+        "import sys; from lmcache_kit.config import load_config;"
+        "load_config(environ={'LMCACHE_CHUNK_SIZE': '64'});"
+        "print('lmcache_kit.plugins' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

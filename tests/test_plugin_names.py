@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmcache_kit.plugins.first_party import FIRST_PARTY
+from lmcache_kit.first_party import FIRST_PARTY
 
 CORE = Path(__file__).parent.parent / "lmcache_kit"
-TABLE = CORE / "plugins" / "first_party.py"
+TABLE = CORE / "first_party.py"
 
 PROTOCOLS = {"http", "tcp"}
 """Plugins that are called like a protocol. Only a text that is nothing but the name counts."""

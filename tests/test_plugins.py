@@ -12,9 +12,9 @@ import pytest
 
 from lmcache_kit import __version__
 from lmcache_kit.errors import ConfigError, DuplicateName, PluginBroken, PluginNotFound
+from lmcache_kit.first_party import FIRST_PARTY, FirstParty
 from lmcache_kit.interfaces import CacheInfo
 from lmcache_kit.plugins import BUILTIN_POLICIES, Failure, Plugins
-from lmcache_kit.plugins.first_party import FIRST_PARTY, FirstParty
 
 if TYPE_CHECKING:
     from tests.support.sites import FakeSite
@@ -425,7 +425,7 @@ def test_an_allowed_plugin_that_is_not_installed_is_reported(site: FakeSite) -> 
 def acme_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the codec ``acme`` were in a distribution of this repository."""
     ours = (FirstParty("codec", "acme", "lmcache-kit-acme", keys=("acme_level",)),)
-    monkeypatch.setattr("lmcache_kit.plugins.first_party.FIRST_PARTY", ours)
+    monkeypatch.setattr("lmcache_kit.first_party.FIRST_PARTY", ours)
 
 
 @pytest.mark.usefixtures("acme_is_ours")

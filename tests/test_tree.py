@@ -27,7 +27,7 @@ FLOORS = (
     ("errors", "layout", "metrics"),
     ("keys",),
     ("interfaces", "specs"),
-    ("hookspecs",),
+    ("hookspecs", "first_party"),
     ("cache",),
     ("plugins",),
     ("config",),

@@ -19,10 +19,10 @@ from lmcache_kit import __version__
 from lmcache_kit.config import KitConfig, Loaded
 from lmcache_kit.config.model import GIB
 from lmcache_kit.errors import ConfigError, KitError
+from lmcache_kit.first_party import DEFAULT_FRONTEND, install_command
 from lmcache_kit.peer.probe import ProbeResult, probe
 from lmcache_kit.peer.selection import AUTO, candidates
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.plugins.first_party import DEFAULT_FRONTEND, install_command
 from lmcache_kit.process.paths import secure_directory, socket_path
 from lmcache_kit.service.build import backend_factory, memory_factory
 from lmcache_kit.service.codecs import Codecs

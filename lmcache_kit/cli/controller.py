@@ -13,7 +13,7 @@ import click
 from lmcache_kit.cli._listening import ListenError, monitor_ports
 from lmcache_kit.cli._serving import Settings, serve
 from lmcache_kit.errors import ConfigError, KitError
-from lmcache_kit.plugins.first_party import DEFAULT_FRONTEND
+from lmcache_kit.first_party import DEFAULT_FRONTEND
 from lmcache_kit.protocol.zmq_auth import ControllerKeys
 
 TOKEN_VARIABLE = "LMCACHE_KIT_TOKEN"  # noqa: S105

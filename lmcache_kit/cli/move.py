@@ -13,7 +13,7 @@ from lmcache_kit.cli.operations import (
     submit,
     wait_option,
 )
-from lmcache_kit.plugins.first_party import DEFAULT_MEMORY_BACKEND
+from lmcache_kit.first_party import DEFAULT_MEMORY_BACKEND
 
 
 @click.command()

@@ -13,7 +13,7 @@ from lmcache_kit.cli._tokens import given_tokens, tokens_or_all
 from lmcache_kit.cli.output import print_json
 from lmcache_kit.config.model import DEFAULT_INSTANCE
 from lmcache_kit.errors import ControlError
-from lmcache_kit.plugins.first_party import DEFAULT_CODEC, DEFAULT_MEMORY_BACKEND
+from lmcache_kit.first_party import DEFAULT_CODEC, DEFAULT_MEMORY_BACKEND
 
 _ANSWER_S = 40.0
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 import click
 
 from lmcache_kit.cli.output import load_plugins, print_json, print_table
-from lmcache_kit.plugins import Plugins
-from lmcache_kit.plugins.first_party import (
+from lmcache_kit.first_party import (
     DEFAULT_FRONTEND,
     DEFAULT_MEMORY_BACKEND,
     distribution_of,
 )
+from lmcache_kit.plugins import Plugins
 from lmcache_kit.specs import KINDS
 
 COLUMNS = ("name", "kind", "version", "distribution", "path", "state", "failure")

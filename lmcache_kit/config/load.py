@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -20,10 +20,12 @@ from lmcache_kit.config.declare import Declaration
 from lmcache_kit.config.entries import Entry, reason, shown, shown_value
 from lmcache_kit.config.lmcache import UNSERVED, is_configuration, is_unserved
 from lmcache_kit.config.model import ALIASES, KEYS, KitConfig
-from lmcache_kit.config.plugin_keys import PluginKeys
 from lmcache_kit.errors import ConfigError, PluginError
-from lmcache_kit.plugins import Plugins
-from lmcache_kit.plugins.first_party import FIRST_PARTY, provider_of
+from lmcache_kit.first_party import FIRST_PARTY, provider_of
+
+if TYPE_CHECKING:
+    from lmcache_kit.config.plugin_keys import PluginKeys
+    from lmcache_kit.plugins import Plugins
 
 ENV_PREFIX = "LMCACHE_"
 EXTRA_PREFIX = "lmcache."
@@ -80,6 +82,8 @@ def load_config(
 
 def declarations(plugins: Plugins) -> list[Declaration]:
     """Return all keys, those of the kit first, then those of installed plugins."""
+    from lmcache_kit.config.plugin_keys import PluginKeys
+
     return [*KEYS.values(), *PluginKeys(plugins).declarations()]
 
 
@@ -132,11 +136,16 @@ class _Reader:
     def _plugins(self) -> Plugins:
         if self._loaded_plugins is not None:
             return self._loaded_plugins
+        # Deferred: a configuration without plugins' keys needs no registry.
+        from lmcache_kit.plugins import Plugins
+
         # Whoever composes a cache from this configuration loads them again and logs failures.
         return Plugins.load(environ=self._environ, log_failures=False)
 
     @cached_property
     def _plugin_keys(self) -> PluginKeys:
+        from lmcache_kit.config.plugin_keys import PluginKeys
+
         return PluginKeys(self._plugins)
 
     def _not_served(self, entry: Entry) -> None:

@@ -20,7 +20,7 @@ from lmcache_kit.config.values import (
     Ports,
     Ranks,
 )
-from lmcache_kit.plugins.first_party import DEFAULT_MEMORY_BACKEND
+from lmcache_kit.first_party import DEFAULT_MEMORY_BACKEND
 
 GIB = 1024**3
 DEFAULT_INSTANCE = "lmcache_default_instance"

@@ -16,8 +16,8 @@ from lmcache_kit.config.lmcache import is_unserved
 from lmcache_kit.config.model import ALIASES, KEYS
 from lmcache_kit.config.values import mapping, read, text_list
 from lmcache_kit.errors import ConfigError
+from lmcache_kit.first_party import provider_of
 from lmcache_kit.plugins import Offer, Plugins
-from lmcache_kit.plugins.first_party import provider_of
 from lmcache_kit.plugins.records import Raised, attempt
 from lmcache_kit.specs import ConfigKey, Kind
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from lmcache_kit.interfaces.operations import OperationRequest, OperationStatus, PinInfo
-from lmcache_kit.metrics import MetricSet
+
+if TYPE_CHECKING:
+    from lmcache_kit.metrics import MetricSet
 
 
 class LookupQuery(msgspec.Struct, frozen=True):

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmcache_kit.errors import KitError, PluginNotFound, TransportError
+from lmcache_kit.first_party import install_command
 from lmcache_kit.interfaces import Transport
 from lmcache_kit.peer.selection import AUTO, candidates
-from lmcache_kit.plugins.first_party import install_command
 from lmcache_kit.plugins.options import validated
 from lmcache_kit.protocol.peer import Address
 from lmcache_kit.specs import TransportSpec

@@ -19,9 +19,9 @@ from lmcache_kit.errors import (
     PluginBroken,
     PluginNotFound,
 )
+from lmcache_kit.first_party import distribution_of
 from lmcache_kit.interfaces import CacheInfo, EvictionPolicy
 from lmcache_kit.plugins.discovery import SELECTION_VARIABLE, Discovery, discover
-from lmcache_kit.plugins.first_party import distribution_of
 from lmcache_kit.plugins.records import Failure, Offer, PluginInfo, Raised, attempt
 from lmcache_kit.specs import (
     KEY_TYPES,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lmcache_kit.cache.engine import CacheEngine
 from lmcache_kit.cache.tiers.store_tier import StoreTier
 from lmcache_kit.errors import ConfigError, PluginBroken, PluginNotFound
+from lmcache_kit.first_party import DEFAULT_MEMORY_BACKEND, distribution_of
 from lmcache_kit.interfaces import Backend, MemoryBackend
-from lmcache_kit.plugins.first_party import DEFAULT_MEMORY_BACKEND, distribution_of
 from lmcache_kit.plugins.options import validated
 
 if TYPE_CHECKING:
