@@ -32,6 +32,7 @@ from lmcache_kit.peer.move_source import MoveSource, MoveStats
 from lmcache_kit.peer.priority import lower_priority
 from lmcache_kit.peer.remote_source import PeerAccess, RemoteSource
 from lmcache_kit.peer.report import Stopped, final_status
+from lmcache_kit.peer.watchdog import Watchdog
 from lmcache_kit.protocol import peer as wire
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class MoveExecutor:
             MAX_MOVES, thread_name_prefix="lmcache-kit-move", initializer=lower_priority
         )
         self._moves: set[RunningMove] = set()
+        self._watchdog = Watchdog("lmcache-kit-move-watchdog")
 
     def start(
         self, request: Move, *, deadline_s: float, listener: OperationListener
@@ -88,7 +90,9 @@ class MoveExecutor:
         if request.location not in tiers:
             raise UnknownName("location", request.location, list(tiers))
         open_source = self._remote(request) if request.peer else self._local(request)
-        move = RunningMove(self._context, request, open_source, deadline_s, listener)
+        move = RunningMove(
+            self._context, request, open_source, deadline_s, listener, self._watchdog
+        )
         self._moves.add(move)
         self._pool.submit(self._run, move)
         return move
@@ -98,6 +102,7 @@ class MoveExecutor:
         for move in list(self._moves):
             move.cancel()
         self._pool.shutdown()
+        self._watchdog.close()
 
     def _run(self, move: RunningMove) -> None:
         try:
@@ -143,15 +148,17 @@ class RunningMove:
     ``source`` is known, or opened when the move begins.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - one fact each
         self,
         context: MoveContext,
         request: Move,
         source: LocalSource | OpenSource,
         deadline_s: float,
         listener: OperationListener,
+        watchdog: Watchdog,
     ) -> None:
         self._context = context
+        self._watchdog = watchdog
         self._request = request
         self._open_source = source
         self._destination = context.engine.locations[request.location]
@@ -166,7 +173,6 @@ class RunningMove:
         self._ran = False
         self._finished = False
         self._lock = threading.Lock()
-        self._timers: list[threading.Timer] = []
         if isinstance(source, LocalSource):
             self.accept(source)
         self._finish_after(deadline_s + GRACE_S)
@@ -314,12 +320,9 @@ class RunningMove:
 
     def _finish_after(self, seconds: float) -> None:
         """End the operation even if the move hangs in a call; it does nothing more after that."""
-        timer = threading.Timer(max(0.0, min(seconds, threading.TIMEOUT_MAX)), self._end)
-        timer.daemon = True
         with self._lock:
             if not self._finished:
-                self._timers.append(timer)
-                timer.start()
+                self._watchdog.watch(self, seconds, self._end)
 
     def _end(self) -> None:
         """Report the end, once."""
@@ -327,10 +330,8 @@ class RunningMove:
             if self._finished:
                 return
             self._finished = True
-            timers, self._timers = self._timers, []
+            self._watchdog.drop(self)
             ended = self._status()
-        for timer in timers:
-            timer.cancel()
         self._listener.ended(ended)
         transfer = ended.progress.transfer
         log.log(

@@ -28,6 +28,7 @@ from tests.control.cache_process import TOKENS
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import NAMESPACE, chunks_of
 from tests.control.pair import Pair
+from tests.support.processes import freeze
 from tests.support.proxies import Proxy
 from tests.support.waiting import eventually
 
@@ -158,7 +159,7 @@ def test_3_a_stopped_worker_costs_one_deadline_and_the_next_request_works(
     controller = start_controller(health_timeout_s=0.5)
     stuck = start_process(controller, "stuck")
     start_process(controller, "well")
-    stuck.send_signal(signal.SIGSTOP)
+    freeze(stuck.pid)
     with pytest.raises(DeadlineExceeded, match=r"'stuck' did not answer 'ping' within 0\.5 s"):
         controller.run(controller.controller.instances.health("stuck"))
     assert controller.run(controller.controller.instances.health("well")) == {0: 0}
@@ -174,7 +175,7 @@ def test_3_stop_does_not_wait_for_a_dead_worker(
     start_process: StartProcess, start_controller: StartController
 ) -> None:
     controller = start_controller(health_timeout_s=3600.0)
-    start_process(controller, "stuck").send_signal(signal.SIGSTOP)
+    freeze(start_process(controller, "stuck").pid)
 
     async def stop_meanwhile() -> None:
         asked = controller.loop.create_task(controller.controller.instances.health("stuck"))

@@ -18,6 +18,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable
 from lmcache_kit.keys import pack_tokens
 from lmcache_kit.process import channel
+from tests.support.processes import freeze
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -66,7 +67,7 @@ def test_a_killed_process_is_replaced_and_the_client_comes_back(
 def test_a_call_in_flight_fails_as_soon_as_the_process_is_killed(connect: Connect) -> None:
     client = connect(blocking_timeout_secs=60)
     pid = client.stats().pid
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
     killer.start()
     with pytest.raises(CacheUnavailable, match="has gone"):
@@ -146,7 +147,7 @@ def test_restarts_leak_neither_descriptors_nor_mappings(
 def test_a_stopped_process_costs_one_deadline_and_then_nothing(connect: Connect) -> None:
     client = connect(blocking_timeout_secs=0.5)
     pid = client.stats().pid
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         with pytest.raises(CacheTimeout, match=r"did not answer within 0\.5 s"):
             client.lookup(NAMESPACE, TOKENS, 256)
@@ -164,7 +165,7 @@ def test_after_it_goes_on_calls_work_and_what_came_late_is_given_back(
     store(client)
     item = StoreItem(ROOT, pack_tokens([7]), 100)
     pid, before = client.stats().pid, client.incarnation
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         with pytest.raises(CacheTimeout):
             client.lookup(NAMESPACE, TOKENS, 256)
@@ -185,7 +186,7 @@ def test_calls_larger_than_the_sockets_buffer_keep_the_stream_in_step(
     client = connect(blocking_timeout_secs=0.3)
     store(client)
     pid = client.stats().pid
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         with pytest.raises(CacheTimeout):
             client.lookup(NAMESPACE, bytes(8 << 20), 256)
@@ -203,7 +204,7 @@ def test_a_process_that_never_answers_is_dialled_again(
     client = connect(blocking_timeout_secs=0.1)
     store(client)
     pid = client.stats().pid
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         with pytest.raises(CacheTimeout):
             client.lookup(NAMESPACE, TOKENS, 256)
@@ -293,7 +294,7 @@ def test_clients_keep_serving_each_other_while_one_is_stopped(
             client.release(1)
     """
     flooder = script(body, wait_for="ready")
-    os.kill(flooder.pid, signal.SIGSTOP)
+    freeze(flooder.pid)
     assert client.lookup(NAMESPACE, TOKENS, 256).tokens == 12
 
 

@@ -18,7 +18,7 @@ from lmcache_kit.errors import CacheUnavailable
 from tests.serve.helpers import cache_pid, long_prompt, tokens_of
 from tests.support import rest
 from tests.support.ports import free_ports
-from tests.support.processes import alive, descendants
+from tests.support.processes import alive, descendants, freeze
 from tests.support.waiting import eventually
 from tools import stack
 
@@ -214,7 +214,7 @@ def test_a_stopped_cache_process_is_hidden_after_three_heartbeats_and_serving_go
 ) -> None:
     tokens = site.tokens(PROMPT)
     pid = site.cache_pid()
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         assert site.complete(PROMPT).text
         eventually(lambda: INSTANCE not in site.lookup(tokens))

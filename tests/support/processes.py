@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.support.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S, eventually
 
 
 def program(name: str) -> str:
@@ -50,6 +50,13 @@ def run_python(code: str, *arguments: str) -> str:
     done = run(sys.executable, "-c", textwrap.dedent(code), *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def freeze(pid: int) -> None:
+    """Send SIGSTOP and wait until every thread has stopped: one may still answer until then."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+    eventually(lambda: {state(int(each.name)) for each in threads.iterdir()} == {"T"})
 
 
 class Program:

@@ -22,8 +22,7 @@ from lmcache_kit_nixl_transport.transport import NixlTransport
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.interfaces import ReadableRegion, Region
-from tests.support.processes import state
-from tests.support.waiting import eventually
+from tests.support.processes import freeze
 
 SLAB_BYTES = 64 << 20
 PATIENCE_S = 30.0
@@ -60,10 +59,11 @@ class Remote:
 
     def signal(self, number: signal.Signals) -> None:
         assert not self.error, self.error
-        self.process.send_signal(number)
         if number == signal.SIGSTOP:
-            eventually(lambda: state(self.process.pid) == "T")
-        elif number == signal.SIGKILL:
+            freeze(self.process.pid)
+            return
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
             self.process.wait(PATIENCE_S)
 
     def end(self) -> None:

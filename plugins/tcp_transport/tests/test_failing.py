@@ -23,6 +23,7 @@ from xxhash import xxh3_64_intdigest
 from lmcache_kit.errors import TransferTimeout, TransportError
 from lmcache_kit.interfaces import Link, ReadableRegion, Region
 from lmcache_kit.testing.hosts import Stall, cut, flip
+from tests.support.processes import freeze
 from tests.support.waiting import eventually
 
 WAIT_S = 20.0
@@ -125,7 +126,7 @@ def test_after_a_timeout_nothing_lands_of_a_process_that_was_only_stopped(
     into = [sink.allocate(32 << 20) for _ in range(4)]
     reading = link.read(offer, into, 2.0)
     assert next(reading).number == 0
-    process.send_signal(signal.SIGSTOP)
+    freeze(process.pid)
     with pytest.raises(TransferTimeout, match="of 4 regions came") as late:
         list(reading)
     assert late.value.settled()

@@ -21,6 +21,7 @@ from lmcache_kit_valkey_backend.backend import ValkeyBackend
 from lmcache_kit_valkey_backend.options import ValkeyOptions
 
 from tests.support.ports import free_port
+from tests.support.processes import freeze
 from tests.support.proxies import Listener
 from tests.support.waiting import eventually
 
@@ -64,7 +65,7 @@ class Served:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        os.kill(self.process.pid, signal.SIGSTOP)
+        freeze(self.process.pid)
         try:
             yield
         finally:
