@@ -27,15 +27,20 @@ ChunkKey: TypeAlias = bytes
 
 KEY_BYTES = 16
 TOKEN_BYTES = 4
-_DOMAIN = b"lmcache-kit/namespace/1"
+_DOMAIN = b"lmcache-kit/namespace/2"
 
 
 class Namespace(msgspec.Struct, frozen=True):
-    """All that KV depends on; caches with equal namespaces may exchange chunks.
+    """All that KV depends on; caches with equal digests may exchange chunks.
 
-    ``layout`` is that of the whole model, over all ranks. ``lora``, ``cache_salt`` and ``tags``
-    are empty in the *base* namespace that an instance registers. :meth:`variant` sets them for
-    requests that carry them.
+    ``model`` is the name that users type. ``weights`` and ``config`` identify what computes KV: the
+    model's weights, and its configuration. They replace the name, which names nothing then, in the
+    digest; a namespace without weights is identified by its name. ``generation`` is set once the
+    engine has dropped its cache.
+
+    ``layout`` is that of the whole model, over all ranks. ``lora`` (a digest of the adapter),
+    ``cache_salt`` and ``tags`` are empty in the *base* namespace that an instance registers.
+    :meth:`variant` sets them for requests that carry them.
     """
 
     model: str
@@ -43,6 +48,9 @@ class Namespace(msgspec.Struct, frozen=True):
     chunk_size: int
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    weights: str = ""
+    config: str = ""
+    generation: str = ""
     lora: str = ""
     cache_salt: str = ""
     tags: tuple[tuple[str, str], ...] = ()
@@ -56,6 +64,18 @@ class Namespace(msgspec.Struct, frozen=True):
     def root(self) -> ChunkKey:
         """Parent key of every first chunk."""
         return _digest(self)[:KEY_BYTES]
+
+    def differences(self, other: Namespace) -> Iterator[tuple[str, object, object]]:
+        """Yield name, own and other value of each field that tells the digests apart."""
+        names = [name for name in self.__struct_fields__ if name not in ("model", "layout")]
+        if not self.weights or not other.weights:
+            names.insert(0, "model")
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        pairs += [
+            (name, getattr(self.layout, name), getattr(other.layout, name))
+            for name in self.layout.__struct_fields__
+        ]
+        return (each for each in pairs if each[1] != each[2])
 
     def variant(
         self, *, lora: str = "", cache_salt: str = "", tags: tuple[tuple[str, str], ...] = ()
@@ -113,7 +133,10 @@ def chain(
 def _digest(namespace: Namespace) -> bytes:
     layout = namespace.layout
     fields: list[str | int] = [
-        namespace.model,
+        "" if namespace.weights else namespace.model,
+        namespace.weights,
+        namespace.config,
+        namespace.generation,
         layout.dtype,
         layout.kind,
         layout.layers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import zmq
 
@@ -126,9 +126,11 @@ class Agent:
         self._client.register_worker(rank)
         self._changes.wake()
 
-    def register_namespace(self, namespace: Namespace) -> None:
-        """Register a base namespace of stored chunks."""
-        self._client.register_namespace(namespace)
+    def register_namespace(
+        self, namespace: Namespace, replaced: Collection[Namespace] = ()
+    ) -> None:
+        """Register a base namespace of stored chunks, in place of others that no engine uses."""
+        self._client.register_namespace(namespace, replaced)
         self._changes.wake()
 
     def confirm(self, location: str, timeout_s: float) -> bool:

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -132,8 +132,10 @@ class ControllerClient:
             self._changed |= rank not in self._ranks
             self._ranks.add(rank)
 
-    def register_namespace(self, namespace: Namespace) -> None:
-        """Register a base namespace of stored chunks.
+    def register_namespace(
+        self, namespace: Namespace, replaced: Collection[Namespace] = ()
+    ) -> None:
+        """Register a base namespace of stored chunks, in place of others that no engine uses.
 
         Only the latest few are kept: lookups find a cache that outlives many models by the last
         ones.
@@ -142,6 +144,8 @@ class ControllerClient:
             self._changed |= namespace not in self._namespaces
             self._namespaces.pop(namespace, None)
             self._namespaces[namespace] = None
+            for each in replaced:
+                self._namespaces.pop(each, None)
             if len(self._namespaces) > MAX_NAMESPACES:
                 del self._namespaces[next(iter(self._namespaces))]
 

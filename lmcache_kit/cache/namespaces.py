@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
+
 from lmcache_kit.errors import UnknownName
 from lmcache_kit.keys import Namespace
+
+logger = logging.getLogger(__name__)
 
 
 class NamespaceRegistry:
@@ -12,9 +17,29 @@ class NamespaceRegistry:
     def __init__(self) -> None:
         self._bases: dict[Namespace, None] = {}
 
-    def register(self, namespace: Namespace) -> None:
-        """Register a base namespace under which chunks are stored."""
+    def register(self, namespace: Namespace, in_use: Collection[Namespace] = ()) -> list[Namespace]:
+        """Register a base namespace under which chunks are stored.
+
+        Return those of the same model that it replaces: no engine uses them, as ``in_use`` says.
+        Their chunks stay until they are evicted, and the log says what tells them apart.
+        """
+        replaced = [
+            base
+            for base in self._bases
+            if base.model == namespace.model
+            and base.digest != namespace.digest
+            and base not in in_use
+        ]
+        if replaced and namespace not in self._bases:
+            why = ", ".join(
+                f"{name} was {before or 'not set'} and is {now or 'not set'}"
+                for name, before, now in replaced[-1].differences(namespace)
+            )
+            logger.warning(
+                "KV that is cached of model %r is not used any more: %s", namespace.model, why
+            )
         self._bases = {**self._bases, namespace: None}
+        return replaced
 
     @property
     def bases(self) -> tuple[Namespace, ...]:

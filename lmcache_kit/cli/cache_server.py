@@ -66,10 +66,22 @@ def _show_status(config: KitConfig, *, as_json: bool) -> None:
         "location": stats.location,
         "incarnation": stats.incarnation,
     }
+    models = [
+        {
+            "model": each.model,
+            "weights": each.weights,
+            "config": each.config,
+            "generation": each.generation,
+            "namespace": each.digest.hex(),
+        }
+        for each in stats.namespaces
+    ]
     if as_json:
-        print_json({**about, "values": stats.values, "lower_tiers": stats.lower_tiers})
+        figures = {"values": stats.values, "lower_tiers": stats.lower_tiers}
+        print_json({**about, "models": models, **figures})
         return
     rows = [(name, "", str(value)) for name, value in about.items()]
+    rows += [(name, "", value) for model in models for name, value in model.items() if value]
     rows += [
         (name, location, f"{value:.12g}")
         for location, values in {"": stats.values, **stats.lower_tiers}.items()

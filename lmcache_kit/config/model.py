@@ -45,6 +45,24 @@ class KitConfig(BaseModel):
         ge=1,
         le=65536,
     )
+    weights: Literal["sampled", "full"] = key(
+        "sampled",
+        "How the weights of a model are identified, since KV is of use to the same weights only. "
+        "`sampled` reads three pages of each tensor and tells any training, merge or quantisation "
+        "apart; `full` reads everything, and finds edits of single elements too. Instances that "
+        "share KV need the same value.",
+        scope="client",
+        lmcache=False,
+    )
+    weights_id: str | None = key(
+        None,
+        "Name of the weights, instead of reading them. For weights that lie in no folder: whoever "
+        "sets it knows that equal names mean equal weights.",
+        scope="client",
+        lmcache=False,
+        min_length=1,
+        max_length=200,
+    )
     local_cpu: bool = key(
         True,
         "Keep KV in memory of this host, as LMCache spells the default of `memory_backend`. "

@@ -17,6 +17,7 @@ from lmcache_kit.interfaces.frontend import (
     LocationMatch,
     LookupAnswer,
     LookupQuery,
+    ModelInfo,
     WorkerInfo,
 )
 from lmcache_kit.keys import TOKEN_BYTES, pack_tokens
@@ -132,6 +133,17 @@ def pack(tokens: Sequence[int]) -> bytes:
 
 
 def _workers(process: Process) -> list[WorkerInfo]:
+    models = tuple(
+        ModelInfo(
+            each.model,
+            each.weights,
+            each.config,
+            each.generation,
+            each.chunk_size,
+            each.digest.hex(),
+        )
+        for each in process.registration.namespaces
+    )
     return [
         WorkerInfo(
             instance_id=process.instance_id,
@@ -142,6 +154,7 @@ def _workers(process: Process) -> list[WorkerInfo]:
             registration_time=process.registered_at,
             last_heartbeat_time=process.heard_at,
             alive=process.alive,
+            models=models,
         )
         for worker in sorted(process.registration.workers)
     ]

@@ -350,7 +350,15 @@ def _reason_to_refuse(registration: Register) -> str:
 
 def _usable(namespace: Namespace) -> bool:
     """Whether keys can be made in a namespace, and the namespace is small."""
-    texts = (namespace.model, namespace.layout.dtype, namespace.lora, namespace.cache_salt)
+    texts = (
+        namespace.model,
+        namespace.weights,
+        namespace.config,
+        namespace.generation,
+        namespace.layout.dtype,
+        namespace.lora,
+        namespace.cache_salt,
+    )
     if max(map(len, texts)) > 4 * MAX_NAME or len(namespace.tags) > MAX_NAMESPACES:
         return False
     if any(len(text) > MAX_NAME for tag in namespace.tags for text in tag):

@@ -28,6 +28,7 @@ from lmcache_kit.interfaces.frontend import (
     LocationMatch,
     LookupAnswer,
     LookupQuery,
+    ModelInfo,
     WorkerInfo,
 )
 from lmcache_kit.interfaces.memory import MemoryBackend, Region, Usage

@@ -60,6 +60,22 @@ class LookupAnswer(msgspec.Struct, frozen=True):
     instances: tuple[InstanceMatch, ...]
 
 
+class ModelInfo(msgspec.Struct, frozen=True):
+    """A model whose KV an instance stores. Instances share KV of equal ``namespace``.
+
+    ``model`` is its served name. ``weights`` and ``config`` identify its weights and its
+    configuration, ``generation`` is set once the engine has dropped its cache, and ``namespace`` is
+    the digest of all that KV depends on, as hex.
+    """
+
+    model: str
+    weights: str
+    config: str
+    generation: str
+    chunk_size: int
+    namespace: str
+
+
 class WorkerInfo(msgspec.Struct, frozen=True):
     """One rank of an instance. Times are seconds since the epoch."""
 
@@ -71,6 +87,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     registration_time: float
     last_heartbeat_time: float
     alive: bool
+    models: tuple[ModelInfo, ...] = ()
 
 
 class OperationInfo(OperationStatus, frozen=True, kw_only=True):

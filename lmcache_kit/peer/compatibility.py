@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from lmcache_kit.cache.descriptors import NamespaceInfo
 from lmcache_kit.keys import Namespace
@@ -27,24 +27,13 @@ def difference(info: NamespaceInfo, theirs: Sequence[Namespace], ours: Sequence[
     possible = stored or like
     if not possible:
         return "no worker there has registered a namespace like this"
-    if any(base in ours for base in possible):
+    if {base.digest for base in possible} & {base.digest for base in ours}:
         return ""
-    differences = [tuple(_differences(one, other)) for one in possible for other in ours]
+    differences = [tuple(one.differences(other)) for one in possible for other in ours]
     fewest = min(len(each) for each in differences)
-    return ", ".join(next(each for each in differences if len(each) == fewest))
+    named = next(each for each in differences if len(each) == fewest)
+    return ", ".join(f"{name} is {there} there and {here} here" for name, there, here in named)
 
 
 def _shape(base: Namespace) -> tuple[int, int]:
     return base.chunk_size, base.tensor_parallel
-
-
-def _differences(theirs: Namespace, ours: Namespace) -> Iterator[str]:
-    fields = [name for name in Namespace.__struct_fields__ if name != "layout"]
-    pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in fields]
-    pairs += [
-        (name, getattr(theirs.layout, name), getattr(ours.layout, name))
-        for name in theirs.layout.__struct_fields__
-    ]
-    for name, there, here in pairs:
-        if there != here:
-            yield f"{name} is {there} there and {here} here"

@@ -23,7 +23,7 @@ import msgspec
 
 from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.errors import CacheUnavailable, ConfigError, KitError, PluginError, ProtocolError
-from lmcache_kit.keys import ChunkKey
+from lmcache_kit.keys import ChunkKey, Namespace
 from lmcache_kit.process.channel import Channel, Pending, greet
 from lmcache_kit.protocol import local as protocol
 from lmcache_kit.protocol.local import Answer, Failed, Found, Hello, Request, Stats, Welcome
@@ -73,6 +73,7 @@ class _Link:
     """A connection, and the memory that came with it."""
 
     def __init__(self, connection: socket.socket, hello: Hello, timeout_s: float) -> None:
+        self.hello = hello
         self.welcome, fd = greet(connection, hello, timeout_s)
         try:
             self.memory = _map(fd, self.welcome)
@@ -215,6 +216,16 @@ class CacheClient:
         """Have a chunk dropped whose bytes do not match its checksum."""
         self._call(protocol.ReportCorrupt(key), protocol.Done)
 
+    def use_namespace(self, namespace: Namespace) -> None:
+        """Store under another base namespace from now on, also after the next connection.
+
+        Does not wait and never raises.
+        """
+        self._hello = msgspec.structs.replace(self._hello, namespace=namespace)
+        if link := self._link:
+            with contextlib.suppress(CacheUnavailable):
+                link.channel.post(protocol.UseNamespace(namespace))
+
     def stats(self) -> Stats:
         """Return the gauges and counters of the cache process."""
         return self._call(protocol.GetStats(), Stats)[0]
@@ -332,6 +343,8 @@ class CacheClient:
             self._incarnation = link.welcome.incarnation
             self._problem = None
             self._link = link
+            if (namespace := self._hello.namespace) and namespace != link.hello.namespace:
+                self.use_namespace(namespace)  # it came while this connection was made
             if self._closing.is_set():
                 link.channel.close()
             self._changed.notify_all()

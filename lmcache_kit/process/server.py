@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lmcache_kit.cache.engine import CacheEngine
     from lmcache_kit.cache.records import Match
     from lmcache_kit.interfaces import MemoryBackend
+    from lmcache_kit.keys import Namespace
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,11 @@ class CacheServer:
     """Serves one engine to the clients of a listening socket.
 
     ``linger_s`` is how long to run without a client; None for ever. ``settings`` is the digest of
-    those it was started with (see :class:`~lmcache_kit.protocol.local.Hello`). ``on_hello`` is
-    called for each client, on the server's thread; ``more_stats`` adds to the figures.
+    those it was started with (see :class:`~lmcache_kit.protocol.local.Hello`). ``more_stats``
+    adds to the figures.
+
+    ``on_hello`` is called for each client, ``on_namespace`` for each base namespace that one comes
+    to use, with those of the other clients; both on the server's thread.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class CacheServer:
         linger_s: float | None = None,
         settings: str = "",
         on_hello: Callable[[Hello], None] | None = None,
+        on_namespace: Callable[[Namespace, set[Namespace]], None] | None = None,
         more_stats: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.engine = engine
@@ -66,6 +71,7 @@ class CacheServer:
         self.linger_s = linger_s
         self.settings = settings
         self.on_hello = on_hello or (lambda _: None)
+        self.on_namespace = on_namespace or (lambda *_: None)
         self.more_stats = more_stats
         self.counters: dict[str, int] = dict.fromkeys(
             ("connections_total", "protocol_errors_total", "internal_errors_total"), 0
@@ -147,12 +153,20 @@ class CacheServer:
             self._linger = None
         self._clients.add(connection)
         self.on_hello(hello)
+        if hello.namespace is not None:
+            self.use(connection, hello.namespace)
         return Welcome(
             incarnation=self.incarnation,
             location=self.engine.location,
             memory_bytes=self.memory.usage().capacity_bytes,
             pid=os.getpid(),
         )
+
+    def use(self, connection: _Connection, namespace: Namespace) -> None:
+        """Note that a client stores under this base namespace from now on."""
+        connection.namespace = namespace
+        others = {each.namespace for each in self._clients if each is not connection}
+        self.on_namespace(namespace, {each for each in others if each is not None})
 
     def stats(self) -> Stats:
         """Return the metrics of the engine, its tiers and the server."""
@@ -168,6 +182,9 @@ class CacheServer:
                 "clients": len(self._clients),
             },
             lower_tiers=self.engine.lower_tiers.stats() if self.engine.lower_tiers else {},
+            namespaces=tuple(
+                dict.fromkeys(each.namespace for each in self._clients if each.namespace)
+            ),
         )
 
     def opened(self, connection: _Connection) -> bool:
@@ -200,7 +217,7 @@ class CacheServer:
 
 _Simple: TypeAlias = (
     protocol.Hello | protocol.Allocate | protocol.Commit | protocol.Abandon | protocol.Release
-    | protocol.ReportCorrupt | protocol.GetStats
+    | protocol.ReportCorrupt | protocol.UseNamespace | protocol.GetStats
 )  # fmt: skip
 """Requests other than lookups, which are answered at once."""
 
@@ -211,6 +228,7 @@ class _Connection(asyncio.Protocol):
     _ids = itertools.count(1)
 
     def __init__(self, server: CacheServer) -> None:
+        self.namespace: Namespace | None = None
         self._server = server
         self._name = f"connection {next(self._ids)}"
         self._hello: Hello | None = None
@@ -351,6 +369,9 @@ class _Connection(asyncio.Protocol):
             case protocol.ReportCorrupt():
                 logger.warning("%s found a corrupt chunk %s", self._name, request.key.hex())
                 answer = protocol.Done(int(engine.drop_corrupt(request.key)))
+            case protocol.UseNamespace():
+                self._server.use(self, request.namespace)
+                answer = protocol.Done()
             case protocol.GetStats():
                 answer = self._server.stats()
             case Hello():

@@ -36,7 +36,7 @@ from lmcache_kit.interfaces.operations import (
 from lmcache_kit.keys import KEY_BYTES, ChunkKey, Namespace
 from lmcache_kit.protocol import framing
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 MAX_KEYS_PER_MESSAGE = 16_384
 MAX_TEXT = 2000

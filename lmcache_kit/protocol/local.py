@@ -6,7 +6,7 @@ with one frame of the same id, lookups perhaps later than what was asked after t
     Hello -> Welcome          once, first; the answer carries the memory's descriptor (SCM_RIGHTS)
     Lookup -> Found           lease the longest stored prefix; then read it from memory
     Allocate -> Allocated     reserve memory; then write KV there
-    Commit, Abandon, Release, ReportCorrupt -> Done
+    Commit, Abandon, Release, ReportCorrupt, UseNamespace -> Done
     GetStats -> Stats
 
 A client that gave up on an answer recognises it by its id when it comes, and releases what it
@@ -25,7 +25,7 @@ from lmcache_kit.keys import ChunkKey, Namespace
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.protocol import framing
 
-VERSION = 2
+VERSION = 3
 MAX_WAIT_S = 60.0
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 
@@ -36,8 +36,9 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Introduce a client.
 
-    A worker adds its rank, the base namespace that it stores under, and the layout of its
-    payloads: their tensors, the rotary embedding in K, and its first KV head in the whole model.
+    A scheduler adds the base namespace that its engine stores under. A worker adds its rank and the
+    layout of its payloads: their tensors, the rotary embedding in K, and its first KV head in the
+    whole model.
 
     ``settings`` is a digest of the settings that the client would start a cache process with;
     empty when it accepts any. A spawned process without other clients ends when its own differ.
@@ -106,6 +107,12 @@ class ReportCorrupt(msgspec.Struct, frozen=True, tag="corrupt"):
     key: ChunkKey
 
 
+class UseNamespace(msgspec.Struct, frozen=True, tag="use_namespace"):
+    """Store under another base namespace from now on."""
+
+    namespace: Namespace
+
+
 class GetStats(msgspec.Struct, frozen=True, tag="stats"):
     """Request :class:`Stats`."""
 
@@ -151,7 +158,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats_answer"):
     """Metrics by name: gauges, and counters whose names end in ``_total``.
 
     ``values`` are those of the cache process and of its memory tier at ``location``;
-    ``lower_tiers`` has those of each tier below, by location.
+    ``lower_tiers`` has those of each tier below, by location. ``namespaces`` are the base
+    namespaces that clients use.
     """
 
     instance_id: str
@@ -160,6 +168,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats_answer"):
     location: str
     values: dict[str, float]
     lower_tiers: dict[str, dict[str, float]]
+    namespaces: tuple[Namespace, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -169,7 +178,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Request: TypeAlias = (
-    Hello | Lookup | Allocate | Commit | Abandon | Release | ReportCorrupt | GetStats
+    Hello | Lookup | Allocate | Commit | Abandon | Release | ReportCorrupt | UseNamespace | GetStats
 )
 Answer: TypeAlias = Welcome | Found | Allocated | Done | Stats | Failed
 

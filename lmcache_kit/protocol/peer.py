@@ -27,7 +27,7 @@ from lmcache_kit.keys import ChunkKey, Namespace
 from lmcache_kit.protocol import framing
 from lmcache_kit.protocol.capability import Capability
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 MAX_FIRST_FRAME_BYTES = 8 * 1024 * 1024
 MAX_LISTED = 16_384

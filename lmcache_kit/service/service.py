@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lmcache_kit.agent.agent import Agent
     from lmcache_kit.cache.tiers.lower_tiers import LowerTiers
     from lmcache_kit.config import KitConfig
+    from lmcache_kit.keys import Namespace
     from lmcache_kit.peer.move_executor import MoveExecutor
     from lmcache_kit.peer.service import PeerService
     from lmcache_kit.protocol.local import Hello
@@ -143,6 +144,7 @@ class CacheService:
             linger_s=linger_s,
             settings=settings_digest(config),
             on_hello=self._register,
+            on_namespace=self._use,
             more_stats=self._more_stats,
         )
 
@@ -251,15 +253,16 @@ class CacheService:
         return bool(self._agent and self._agent.confirm(location, timeout_s))
 
     def _register(self, hello: Hello) -> None:
-        if hello.namespace is not None:
-            self.namespaces.register(hello.namespace)
         if self._agent is None:
             return
         ranks = self.config.lmcache_worker_ids
         if hello.role == "worker" and (ranks is None or hello.rank in ranks):
             self._agent.register_worker(hello.rank)
-        if hello.namespace is not None:
-            self._agent.register_namespace(hello.namespace)
+
+    def _use(self, namespace: Namespace, in_use: set[Namespace]) -> None:
+        replaced = self.namespaces.register(namespace, in_use)
+        if self._agent:
+            self._agent.register_namespace(namespace, replaced)
 
     def _more_stats(self) -> dict[str, float]:
         stats = self._agent.stats() if self._agent else {}

@@ -15,6 +15,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.errors import UnsupportedModel
+from lmcache_kit.vllm.identity import identify
 from lmcache_kit.vllm.metadata import ConnectorMetadata, WorkerMetadata
 from lmcache_kit.vllm.model import Model, describe
 from lmcache_kit.vllm.request_tracker import SavePolicy
@@ -65,13 +66,13 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
                 _log.warning("%s", warning)
         config = loaded.config
         try:
-            model = describe(vllm_config, kv_cache_config, config.chunk_size)
+            model = describe(vllm_config, kv_cache_config)
         except UnsupportedModel as error:
             if role == KVConnectorRole.SCHEDULER:  # workers find the same: log once
                 _log.error("this model is served without lmcache_kit: %s", error)
             return
         if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = _open_scheduler(config, model, transfer)
+            self.connector_scheduler = _open_scheduler(config, model, vllm_config)
         else:
             self.connector_worker = _open_worker(config, model, vllm_config.parallel_config.rank)
 
@@ -173,9 +174,10 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool:
-        """Refuse, with an error in the log: other engines may use the same cache process."""
-        _log.error("lmcache_kit does not drop its KV on vLLM's request; stop the cache process")
-        return False
+        """Let this engine use none of the KV that is cached so far; other engines still do."""
+        if self.connector_scheduler is not None:
+            self.connector_scheduler.reset_cache()
+        return True
 
     # Both roles.
 
@@ -242,13 +244,21 @@ def open_kv_pages(
     return CUDAPages(caches, block_tokens)
 
 
-def _open_scheduler(config: KitConfig, model: Model, transfer: Any) -> ConnectorScheduler:
+def _open_scheduler(config: KitConfig, model: Model, vllm_config: VllmConfig) -> ConnectorScheduler:
     from lmcache_kit.service.launch import open_client
 
+    transfer = vllm_config.kv_transfer_config
+    identity = identify(vllm_config, mode=config.weights, weights_id=config.weights_id or "")
+    namespace = model.namespace(identity, config.chunk_size)
+    _log.info(
+        "KV of model %r is identified by weights %s and configuration %s (namespace %s)",
+        model.name, identity.weights, identity.config, namespace.digest.hex()[:16],
+    )  # fmt: skip
     client = open_client(
         config,
         role="scheduler",
         world_size=model.world_size,
+        namespace=namespace,
         wait_ready=config.cache_process != "attach",
     )
     policy = SchedulerPolicy(
@@ -258,7 +268,7 @@ def _open_scheduler(config: KitConfig, model: Model, transfer: Any) -> Connector
         min_load_tokens=config.min_retrieve_tokens,
         lookup_age_s=config.lease_ttl_s * _LOOKUP_AGE,
     )
-    return ConnectorScheduler(client, model, policy)
+    return ConnectorScheduler(client, namespace, policy, block_tokens=model.block_tokens)
 
 
 def _open_worker(config: KitConfig, model: Model, rank: int) -> ConnectorWorker:
@@ -267,13 +277,12 @@ def _open_worker(config: KitConfig, model: Model, rank: int) -> ConnectorWorker:
     from lmcache_kit.vllm.rope import loaded_rope
 
     # With more ranks than KV heads, vLLM replicates heads over ranks.
-    first_head = rank * model.namespace.layout.kv_heads // model.world_size
+    first_head = rank * model.whole.kv_heads // model.world_size
     client = open_client(
         config,
         role="worker",
         rank=rank,
         world_size=model.world_size,
-        namespace=model.namespace,
         form=RankLayout(model.layout, loaded_rope(), first_head),
         wait_ready=config.cache_process != "attach",
     )

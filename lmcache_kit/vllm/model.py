@@ -1,4 +1,4 @@
-"""KV of a vLLM model: its namespace and layout, or the reason why it cannot be cached."""
+"""KV of a vLLM model: its layout and namespace, or the reason why it cannot be cached."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from lmcache_kit.vllm.identity import Identity
+
 _DTYPES = ("bfloat16", "float16", "float32")
 _DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 
@@ -21,17 +23,29 @@ _DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 class Model:
     """The KV of a model, as the cache sees it.
 
-    ``namespace`` is the base namespace, with the layout of the whole model. ``layout`` is that of
-    one rank. ``block_tokens`` is vLLM's block size.
+    ``name`` is the name under which the model is served. ``whole`` is the layout of the whole model
+    and ``layout`` that of one rank. ``block_tokens`` is vLLM's block size.
     """
 
-    namespace: Namespace
+    name: str
+    whole: KVLayout
     layout: KVLayout
     block_tokens: int
     world_size: int
 
+    def namespace(self, identity: Identity, chunk_size: int) -> Namespace:
+        """Return the base namespace of the model's KV."""
+        return Namespace(
+            model=self.name,
+            layout=self.whole,
+            chunk_size=chunk_size,
+            tensor_parallel=self.world_size,
+            weights=identity.weights,
+            config=identity.config,
+        )
 
-def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_size: int) -> Model:
+
+def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Model:
     """Describe the KV of the model that vLLM serves.
 
     Both roles of the connector get the same arguments, and so the same answer. Raises
@@ -52,12 +66,8 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_size
     whole = KVLayout(dtype, layers, model.get_total_num_kv_heads(), spec.head_size)
     names = model.served_model_name or model.model
     return Model(
-        namespace=Namespace(
-            model=names if isinstance(names, str) else names[0],
-            layout=whole,
-            chunk_size=chunk_size,
-            tensor_parallel=tensor_parallel,
-        ),
+        name=names if isinstance(names, str) else names[0],
+        whole=whole,
         layout=KVLayout(dtype, layers, spec.num_kv_heads, spec.head_size),
         block_tokens=spec.block_size,
         world_size=tensor_parallel,

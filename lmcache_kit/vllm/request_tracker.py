@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from lmcache_kit.keys import Namespace
     from lmcache_kit.process.client import PendingLookup
     from lmcache_kit.protocol.local import Found
+    from lmcache_kit.vllm.adapters import Adapters
 
+_FALSE = frozenset({"", "0", "false", "no", "none", "null", "off"})
 SKIP_SAVE = "lmcache.skip_save"
 TAG_PREFIX = "lmcache.tag."
 
@@ -57,7 +60,8 @@ class RequestTracker:
     """Follow one request from its lookup to its last save.
 
     ``num_saved_tokens`` counts the leading tokens that are in the cache or on their way to it.
-    ``namespace`` is a digest; ``may_save`` is false for a request that asks not to be saved.
+    ``namespace`` is a digest, and so is ``lora``, of the request's adapter if there is one.
+    ``may_save`` is false for a request that asks not to be saved.
     """
 
     request: Request
@@ -66,6 +70,7 @@ class RequestTracker:
     result: LookupResult | None = None
     pending_lookup: PendingLookup | None = None
     num_saved_tokens: int = 0
+    lora: str = ""
     _keys: list[ChunkKey] = field(default_factory=list)
 
     def packed(self) -> bytes:
@@ -119,12 +124,13 @@ def fully_matched_tokens(found: Found) -> int:
     return end
 
 
-def track_request(request: Request, base: Namespace) -> RequestTracker | None:
+def track_request(request: Request, base: Namespace, adapters: Adapters) -> RequestTracker | None:
     """Return a tracker, or None for a request that must bypass the cache.
 
     These requests bypass it: multimodal inputs and prompt embeddings, which the token ids in chunk
     keys do not cover; pooling requests, which need every token computed; resumable requests, which
-    may take tokens back; token ids outside of 32 bits, which cannot be packed.
+    may take tokens back; token ids outside of 32 bits, which cannot be packed; LoRA adapters whose
+    content is not known.
     """
     if (
         request.mm_features
@@ -139,14 +145,30 @@ def track_request(request: Request, base: Namespace) -> RequestTracker | None:
     except OverflowError:
         return None
     params: dict[str, Any] = request.kv_transfer_params or {}
-    lora = request.lora_request
+    lora = adapters.digest(request.lora_request) if request.lora_request else ""
+    if lora is None:
+        return None
     namespace = base.variant(
-        lora=lora.lora_name if lora else "",
+        lora=lora,
         cache_salt=request.cache_salt or "",
         tags=tuple(
-            (name.removeprefix(TAG_PREFIX), str(value))
+            (name.removeprefix(TAG_PREFIX), _text(value))
             for name, value in params.items()
-            if name.startswith(TAG_PREFIX)
+            if name.startswith(TAG_PREFIX) and value is not None
         ),
     )
-    return RequestTracker(request, namespace.digest, may_save=not params.get(SKIP_SAVE, False))
+    return RequestTracker(
+        request, namespace.digest, may_save=not _is_true(params.get(SKIP_SAVE)), lora=lora
+    )
+
+
+def _is_true(value: Any) -> bool:
+    """Read a flag of a request. Whatever is not clearly false counts as set: it saves less."""
+    if isinstance(value, str):
+        return value.strip().lower() not in _FALSE
+    return bool(value)
+
+
+def _text(value: Any) -> str:
+    """Return a tag's value as text: a string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -14,13 +14,17 @@ leases are released here, for all ranks.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from lmcache_kit.errors import KitError
+from lmcache_kit.vllm.adapters import Adapters
 from lmcache_kit.vllm.metadata import ConnectorMetadata, LoadSpec, SaveSpec, WorkerMetadata
 from lmcache_kit.vllm.request_tracker import (
     LookupResult,
@@ -36,11 +40,13 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from lmcache_kit.keys import Namespace
     from lmcache_kit.process.client import PendingLookup
     from lmcache_kit.protocol.local import Found
-    from lmcache_kit.vllm.model import Model
 
 _log = logging.getLogger("vllm.lmcache_kit")
+
+_GENERATION_BYTES = 8
 
 
 class LookupClient(Protocol):
@@ -49,6 +55,8 @@ class LookupClient(Protocol):
     def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> PendingLookup: ...
 
     def release(self, lease: int, *, everyone: bool = False) -> None: ...
+
+    def use_namespace(self, namespace: Namespace) -> None: ...
 
     def close(self) -> None: ...
 
@@ -77,13 +85,16 @@ class ConnectorScheduler:
     def __init__(
         self,
         client: LookupClient,
-        model: Model,
+        namespace: Namespace,
         policy: SchedulerPolicy,
         *,
+        block_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
-        self._model = model
+        self._namespace = namespace
+        self._block_tokens = block_tokens
+        self._adapters = Adapters()
         self.policy = policy
         self._clock = clock
         self._trackers: dict[str, RequestTracker | None] = {}
@@ -107,7 +118,10 @@ class ConnectorScheduler:
         """
         tracker = self._track(request)
         may_load = self.policy.load and not self._disabled_reason
-        if tracker is None or not may_load or request.skip_reading_prefix_cache:
+        if tracker is None:
+            return 0
+        self._check_adapter(tracker, computed)
+        if not may_load or request.skip_reading_prefix_cache:
             return 0
         result = tracker.result
         if result is None or self._clock() - result.received_at > self.policy.lookup_age_s:
@@ -152,6 +166,9 @@ class ConnectorScheduler:
             # not count.
             valid = min(request.num_computed_tokens + scheduled, request.num_tokens)
             pending = self._pending_saves(tracker, valid)
+            if pending:
+                self._check_adapter(tracker, 0)
+                pending = pending if tracker.may_save else []
             if load is None and not pending:
                 continue
             (blocks,) = output.kv_connector_block_state.get_block_ids(request_id)
@@ -206,6 +223,7 @@ class ConnectorScheduler:
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         valid = min(computed, request.num_tokens - 1)
         policy = self.policy.saving
+        self._check_adapter(tracker, 0)
         if not (policy.decode and self._saves(tracker)) or valid <= request.num_prompt_tokens:
             return False
         final = [
@@ -214,6 +232,33 @@ class ConnectorScheduler:
         ]
         self._final_saves += final
         return bool(final)
+
+    def reset_cache(self) -> None:
+        """Use another generation of the namespace, since the engine's KV has become invalid.
+
+        Requests that have begun go on without the cache: their KV is of both generations.
+        """
+        self._namespace = msgspec.structs.replace(
+            self._namespace, generation=secrets.token_hex(_GENERATION_BYTES)
+        )
+        self._client.use_namespace(self._namespace)
+        for load in self._loads.values():
+            self._client.release(load[0].lease, everyone=True)
+        self._loads.clear()
+        for request_id, tracker in list(self._trackers.items()):
+            if tracker is None:
+                continue
+            self._release(tracker.result)
+            if tracker.pending_lookup is not None:
+                tracker.pending_lookup.abandon()
+            if tracker.request.num_computed_tokens:
+                self._trackers[request_id] = None
+            else:
+                del self._trackers[request_id]
+        _log.info(
+            "vLLM has dropped its cache: this engine uses no KV of before (generation %s)",
+            self._namespace.generation,
+        )
 
     def close(self) -> None:
         """Close the client."""
@@ -226,12 +271,28 @@ class ConnectorScheduler:
     def _track(self, request: Request) -> RequestTracker | None:
         known = self._trackers.get(request.request_id)
         if known is None and request.request_id not in self._trackers:
-            known = track_request(request, self._model.namespace)
+            known = track_request(request, self._namespace, self._adapters)
             self._trackers[request.request_id] = known
         return known
 
     def _saves(self, tracker: RequestTracker) -> bool:
         return tracker.may_save and self.policy.save and not self._disabled_reason
+
+    def _check_adapter(self, tracker: RequestTracker, computed: int) -> None:
+        """Save nothing that may be of another content of the request's adapter.
+
+        ``computed`` counts tokens of vLLM's own prefix cache.
+        """
+        lora = tracker.request.lora_request
+        if (
+            lora is not None
+            and tracker.may_save
+            and (
+                (computed and self._adapters.has_changed(lora))
+                or not self._adapters.is_current(lora, tracker.lora)
+            )
+        ):
+            tracker.may_save = False
 
     def _pending_saves(self, tracker: RequestTracker, valid: int) -> list[PendingSave]:
         if not self._saves(tracker):
@@ -270,4 +331,4 @@ class ConnectorScheduler:
             self._client.release(result.found.lease, everyone=True)
 
     def _first_blocks(self, blocks: list[int], tokens: int) -> list[int]:
-        return list(blocks[: -(-tokens // self._model.block_tokens)])
+        return list(blocks[: -(-tokens // self._block_tokens)])

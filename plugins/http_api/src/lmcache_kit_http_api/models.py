@@ -168,6 +168,19 @@ class QueryWorkerInfoRequest(Request):
     worker_ids: WorkerIds | None = Field(None, description="Only these.")
 
 
+class ServedModel(Reply):
+    """A model whose KV an instance stores. KV is shared where ``namespace`` is equal."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    model: str = Field(description="Its served name.")
+    weights: str = Field(description="Digest of its weights.")
+    config: str = Field(description="Digest of the settings that KV depends on.")
+    generation: str = Field(description="Set once the engine has dropped its cache.")
+    chunk_size: int
+    namespace: str = Field(description="Digest of all that KV depends on.")
+
+
 class Worker(Reply):
     """One rank of an instance. Times are seconds since the epoch."""
 
@@ -181,6 +194,7 @@ class Worker(Reply):
     registration_time: float
     last_heartbeat_time: float
     alive: bool
+    models: list[ServedModel]
 
 
 class QueryWorkerInfoReply(Reply):
