@@ -23,19 +23,22 @@ TAGGED = Namespace(
     chunk_size=4,
     tensor_parallel=8,
     pipeline_parallel=2,
+    weights="3e3b4d251f712d01bf3505c7c98b38a5",
+    config="5a0f",
+    generation="2",
     lora="adapter-7",
     cache_salt="tenant 1",
     tags=(("team", "red"), ("zone", "")),
 )
 
 GOLDEN = {
-    "plain": "c869d13fde6ef4d6c2e1fd5bfd131bde2b9aa836f999da5d5f8212046343206d",
-    "tagged": "9f7f1a225391a8eac0830241b17fe37e16fca24f22d8838d05a61a1f37665d73",
+    "plain": "af37821d1ffa01d3539cf2d429cebb6eb977ff1a6db4bcb43493e1a8edf38e8b",
+    "tagged": "e3f693b66c4a8b6d452de1eb6176d998a45e122750e8363b962b019705ece079",
 }
 GOLDEN_CHAIN = [
-    "79b30db94d0f672b123dea9e91603835",
-    "505d32c4dc7db23dadd5c09e5d7f92e0",
-    "726978200de20c0c4d26a9b2d9c14145",
+    "1f17b8968691c859f4c8b86107693241",
+    "f483ec596200dfe03b850996361b1635",
+    "7b89f65f45be88c7b9b2073b59eccce5",
 ]
 
 
@@ -43,7 +46,9 @@ def documented_digest(space: Namespace) -> bytes:
     """The namespace's encoding, written down a second time from its description: each field as
     its length and its bytes, numbers as 8 bytes, all little-endian, behind the domain's name."""
     parts: list[bytes] = []
-    for text in (space.model, space.layout.dtype, space.layout.kind):
+    name = "" if space.weights else space.model
+    identity = (name, space.weights, space.config, space.generation)
+    for text in (*identity, space.layout.dtype, space.layout.kind):
         parts.append(text.encode("utf-8"))
     for number in (
         space.layout.layers,
@@ -57,7 +62,7 @@ def documented_digest(space: Namespace) -> bytes:
     parts += [space.lora.encode(), space.cache_salt.encode()]
     for name, value in space.tags:
         parts += [name.encode(), value.encode()]
-    encoded = b"lmcache-kit/namespace/1"
+    encoded = b"lmcache-kit/namespace/2"
     for part in parts:
         encoded += len(part).to_bytes(4, "little") + part
     return blake3(encoded).digest()

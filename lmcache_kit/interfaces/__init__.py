@@ -54,6 +54,7 @@ __all__ = [
     "LookupAnswer",
     "LookupQuery",
     "MemoryBackend",
+    "ModelInfo",
     "OpenBlob",
     "PluginRoute",
     "ReadResult",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,13 @@ from lmcache_kit.vllm.identity import identify
 from lmcache_kit.vllm.metadata import ConnectorMetadata, WorkerMetadata
 from lmcache_kit.vllm.model import Model, describe
 from lmcache_kit.vllm.request_tracker import SavePolicy
-from lmcache_kit.vllm.scheduler import ConnectorScheduler, SchedulerPolicy
+from lmcache_kit.vllm.scheduler import ConnectorScheduler, LookupClient, SchedulerPolicy
+from lmcache_kit.vllm.verified_lookups import VerifiedLookups
 from lmcache_kit.vllm.worker import ConnectorWorker
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -55,6 +59,9 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         copy_log_handlers(logging.getLogger("vllm"), logging.getLogger("lmcache_kit"))
         self.connector_scheduler: ConnectorScheduler | None = None
         self.connector_worker: ConnectorWorker | None = None
+        # With asynchronous scheduling vLLM plans the next step before it knows of a failed load. It
+        # must not schedule a request before the load has ended.
+        self._loads_are_asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
         transfer = vllm_config.kv_transfer_config
         if transfer.kv_load_failure_policy == "fail":
             # "fail" is vLLM's default, for connectors whose KV cannot be computed again. The
@@ -122,7 +129,9 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if not self.has_connector_metadata():
             return None, None
-        return self._metadata().free_after_save or None, None
+        loaded = self.connector_worker.take_finished_loads() if self.connector_worker else None
+        saved = self._metadata().free_after_save
+        return saved or None, (loaded or None) if self._loads_are_asynchronous else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         if self.connector_worker is None:
@@ -142,13 +151,14 @@ class LMCacheKitConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         if self.connector_scheduler is None:
             return 0, False
         tokens = self.connector_scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
-        return tokens, False
+        return tokens, bool(tokens) and self._loads_are_asynchronous
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         if self.connector_scheduler is not None:
-            self.connector_scheduler.update_state_after_alloc(request, num_external_tokens)
+            (ids,) = blocks.get_block_ids()
+            self.connector_scheduler.update_state_after_alloc(request, ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ConnectorMetadata:
         if self.connector_scheduler is None:
@@ -268,7 +278,31 @@ def _open_scheduler(config: KitConfig, model: Model, vllm_config: VllmConfig) ->
         min_load_tokens=config.min_retrieve_tokens,
         lookup_age_s=config.lease_ttl_s * _LOOKUP_AGE,
     )
-    return ConnectorScheduler(client, namespace, policy, block_tokens=model.block_tokens)
+    lookups: LookupClient = client
+    if _load_failures_are_errors():
+        _log.warning(
+            "kv_load_failure_policy of MultiConnector is 'fail': KV is read twice, to promise vLLM "
+            "only what is whole. Set it to 'recompute' beside 'kv_connector' to spare that"
+        )
+        lookups = VerifiedLookups(client)
+    return ConnectorScheduler(lookups, namespace, policy, block_tokens=model.block_tokens)
+
+
+def _load_failures_are_errors() -> bool:
+    """Whether this connector is a child of a MultiConnector whose requests fail with their loads.
+
+    vLLM gives children a copy of its configuration and no way to the original, which lies in the
+    frames that construct them.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while (frame := frame.f_back if frame else None) is not None:
+        if type(frame.f_locals.get("self")).__name__ == "MultiConnector":
+            outer = frame.f_locals.get("vllm_config")
+            policy = getattr(
+                getattr(outer, "kv_transfer_config", None), "kv_load_failure_policy", None
+            )
+            return policy != "recompute"
+    return False
 
 
 def _open_worker(config: KitConfig, model: Model, rank: int) -> ConnectorWorker:

@@ -66,15 +66,19 @@ class ConnectorMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vllm is n
 class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vllm is not type-checked
     """Report of one worker, aggregated over all ranks to the worst.
 
-    ``failures`` counts the steps with failed loads so far. ``disabled_reason`` says why the worker
+    ``failures`` counts the steps with failed loads so far, and ``failed_requests`` are those whose
+    loads have failed since the scheduler has acted on any. ``disabled_reason`` says why the worker
     cannot cache this model's KV; empty while it can.
     """
 
     failures: int
     disabled_reason: str = ""
+    failed_requests: frozenset[str] = frozenset()
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
         assert isinstance(other, WorkerMetadata)
         return WorkerMetadata(
-            max(self.failures, other.failures), self.disabled_reason or other.disabled_reason
+            max(self.failures, other.failures),
+            self.disabled_reason or other.disabled_reason,
+            self.failed_requests | other.failed_requests,
         )

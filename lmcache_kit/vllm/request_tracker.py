@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lmcache_kit.keys import KEY_BYTES, ChunkKey, chunk_key, pack_tokens
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from lmcache_kit.keys import Namespace
-    from lmcache_kit.process.client import PendingLookup
     from lmcache_kit.protocol.local import Found
     from lmcache_kit.vllm.adapters import Adapters
 
@@ -32,6 +31,14 @@ class SavePolicy:
     chunk_size: int
     decode: bool
     unfull: bool
+
+
+class RunningLookup(Protocol):
+    """A lookup whose answer may still be under way."""
+
+    def poll(self, wait_s: float = 0.0) -> Found | None: ...
+
+    def abandon(self) -> None: ...
 
 
 class LookupResult(NamedTuple):
@@ -61,16 +68,18 @@ class RequestTracker:
 
     ``num_saved_tokens`` counts the leading tokens that are in the cache or on their way to it.
     ``namespace`` is a digest, and so is ``lora``, of the request's adapter if there is one.
-    ``may_save`` is false for a request that asks not to be saved.
+    ``may_save`` is false for a request that asks not to be saved. After ``load_failed`` nothing
+    more is loaded, since the same load might fail for ever.
     """
 
     request: Request
     namespace: bytes
     may_save: bool
     result: LookupResult | None = None
-    pending_lookup: PendingLookup | None = None
+    pending_lookup: RunningLookup | None = None
     num_saved_tokens: int = 0
     lora: str = ""
+    load_failed: bool = False
     _keys: list[ChunkKey] = field(default_factory=list)
 
     def packed(self) -> bytes:

@@ -17,7 +17,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +30,7 @@ from lmcache_kit.vllm.request_tracker import (
     LookupResult,
     PendingSave,
     RequestTracker,
+    RunningLookup,
     SavePolicy,
     fully_matched_tokens,
     track_request,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from lmcache_kit.keys import Namespace
-    from lmcache_kit.process.client import PendingLookup
-    from lmcache_kit.protocol.local import Found
 
 _log = logging.getLogger("vllm.lmcache_kit")
 
@@ -52,7 +51,7 @@ _GENERATION_BYTES = 8
 class LookupClient(Protocol):
     """The part of :class:`~lmcache_kit.process.client.CacheClient` that the scheduler uses."""
 
-    def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> PendingLookup: ...
+    def begin_lookup(self, namespace: bytes, tokens: bytes, chunk_size: int) -> RunningLookup: ...
 
     def release(self, lease: int, *, everyone: bool = False) -> None: ...
 
@@ -98,7 +97,7 @@ class ConnectorScheduler:
         self.policy = policy
         self._clock = clock
         self._trackers: dict[str, RequestTracker | None] = {}
-        self._loads: dict[str, tuple[Found, int, int]] = {}
+        self._loads: dict[str, LoadSpec] = {}
         self._final_saves: list[SaveSpec] = []
         self._failures_seen = 0
         self._disabled_reason = ""
@@ -121,7 +120,7 @@ class ConnectorScheduler:
         if tracker is None:
             return 0
         self._check_adapter(tracker, computed)
-        if not may_load or request.skip_reading_prefix_cache:
+        if not may_load or tracker.load_failed or request.skip_reading_prefix_cache:
             return 0
         result = tracker.result
         if result is None or self._clock() - result.received_at > self.policy.lookup_age_s:
@@ -135,7 +134,9 @@ class ConnectorScheduler:
         more = min(result.found.tokens, request.num_tokens - 1) - computed
         return more if more >= max(1, self.policy.min_load_tokens) else 0
 
-    def update_state_after_alloc(self, request: Request, external: int) -> None:
+    def update_state_after_alloc(
+        self, request: Request, blocks: Sequence[int], external: int
+    ) -> None:
         """Note that vLLM has allocated blocks, with ``external`` tokens to be loaded into them."""
         tracker = self._track(request)
         if tracker is None or tracker.result is None:
@@ -145,22 +146,24 @@ class ConnectorScheduler:
             return
         tracker.num_saved_tokens = max(tracker.num_saved_tokens, fully_matched_tokens(result.found))
         if external:
-            self._loads[request.request_id] = (
-                result.found,
-                result.computed,
-                result.computed + external,
-            )
+            found, end = result.found, result.computed + external
+            self._loads[request.request_id] = LoadSpec(
+                request.request_id, found.lease, found.incarnation, found.chunks,
+                result.computed, end, self._first_blocks(blocks, end),
+            )  # fmt: skip
         else:
             self._release(result)
 
     def build_connector_meta(self, output: SchedulerOutput) -> ConnectorMetadata:
         """Return the loads and saves of the step that was just scheduled."""
-        metadata = ConnectorMetadata(failures_seen=self._failures_seen)
+        metadata = ConnectorMetadata(
+            loads=list(self._loads.values()), failures_seen=self._failures_seen
+        )
+        self._loads.clear()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracker = self._trackers.get(request_id)
             if tracker is None:
                 continue
-            load = self._loads.pop(request_id, None)
             request = tracker.request
             # Placeholders of tokens still being sampled (async scheduling) and rejected drafts do
             # not count.
@@ -169,24 +172,13 @@ class ConnectorScheduler:
             if pending:
                 self._check_adapter(tracker, 0)
                 pending = pending if tracker.may_save else []
-            if load is None and not pending:
+            if not pending:
                 continue
             (blocks,) = output.kv_connector_block_state.get_block_ids(request_id)
-            if load is not None:
-                found, start, end = load
-                metadata.loads.append(
-                    LoadSpec(
-                        request_id, found.lease, found.incarnation, found.chunks, start, end,
-                        self._first_blocks(blocks, end),
-                    )
-                )  # fmt: skip
             metadata.saves += [self._save_spec(tracker, save, blocks) for save in pending]
         metadata.saves += self._final_saves
         metadata.free_after_save = {save.request_id for save in self._final_saves}
         self._final_saves = []
-        for found, _, _ in self._loads.values():
-            self._client.release(found.lease, everyone=True)
-        self._loads.clear()
         return metadata
 
     def update_connector_output(self, output: KVConnectorOutput) -> None:
@@ -205,16 +197,17 @@ class ConnectorScheduler:
             self.counts["failed_load_steps"] += 1
             # Workers skip the saves of such a step and of the steps already under way. Plan all
             # chunks again: one that the cache holds after all costs one question.
-            for tracker in self._trackers.values():
+            for request_id, tracker in self._trackers.items():
                 if tracker is not None:
                     tracker.num_saved_tokens = 0
+                    tracker.load_failed |= request_id in report.failed_requests
 
     def request_finished(self, request: Request, blocks: list[int]) -> bool:
         """Release the request; return True when vLLM must keep its blocks until a last save."""
         tracker = self._trackers.pop(request.request_id, None)
         load = self._loads.pop(request.request_id, None)
         if load is not None:
-            self._client.release(load[0].lease, everyone=True)
+            self._client.release(load.lease, everyone=True)
         if tracker is None:
             return False
         self._release(tracker.result)
@@ -243,7 +236,7 @@ class ConnectorScheduler:
         )
         self._client.use_namespace(self._namespace)
         for load in self._loads.values():
-            self._client.release(load[0].lease, everyone=True)
+            self._client.release(load.lease, everyone=True)
         self._loads.clear()
         for request_id, tracker in list(self._trackers.items()):
             if tracker is None:
@@ -330,5 +323,5 @@ class ConnectorScheduler:
         if result is not None and result.found is not None:
             self._client.release(result.found.lease, everyone=True)
 
-    def _first_blocks(self, blocks: list[int], tokens: int) -> list[int]:
+    def _first_blocks(self, blocks: Sequence[int], tokens: int) -> list[int]:
         return list(blocks[: -(-tokens // self._block_tokens)])

@@ -3,17 +3,20 @@
 A failed load follows this protocol::
 
     worker     reports the blocks that were not loaded, and raises ``failures`` in its metadata
-    vLLM       computes those tokens again; steps scheduled before still ran on garbage
+    vLLM       computes those tokens again; a synchronous load's step still ran on garbage
     worker     skips all saves while the scheduler's ``failures_seen`` is lower than ``failures``
-    scheduler  sees the report, plans all saves again and raises ``failures_seen``
+    scheduler  sees the report, plans all saves again, loads nothing more for the requests that it
+               names, and raises ``failures_seen``
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
+
+from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.records import Located, StoreItem
 from lmcache_kit.errors import CacheUnavailable
@@ -30,6 +33,10 @@ _log = logging.getLogger("vllm.lmcache_kit")
 MinOverRanks = Callable[[list[int]], list[int]]
 """Reduce, per load of a step, the first token that this rank could not load to the lowest over all
 ranks."""
+
+
+class _Damaged(CacheUnavailable):
+    """A chunk does not match its checksum."""
 
 
 class StoreClient(Protocol):
@@ -81,6 +88,8 @@ class ConnectorWorker:
         self._chunk_size = chunk_size
         self._min_over_ranks = min_over_ranks
         self._bad_blocks: set[int] = set()
+        self._finished_loads: set[str] = set()
+        self._failed_requests: set[str] = set()
         self._failures = 0
         self._acknowledged = 0
         self._logged: set[str] = set()
@@ -99,7 +108,11 @@ class ConnectorWorker:
         self._disabled_reason = reason
 
     def start_load_kv(self, metadata: ConnectorMetadata) -> None:
-        """Fill the blocks of this step's loads before the model reads them."""
+        """Fill the blocks of this step's loads.
+
+        The model reads those of synchronous loads in this step. The requests of asynchronous ones
+        are scheduled after :meth:`take_finished_loads` has named them.
+        """
         if not metadata.loads:
             return
         loaded = self._min_over_ranks([self._load(load) for load in metadata.loads])
@@ -108,6 +121,8 @@ class ConnectorWorker:
             if end < load.end:
                 first = max(end, load.start) // self._block_tokens
                 self._bad_blocks.update(load.blocks[first:])
+                self._failed_requests.add(load.request_id)
+        self._finished_loads.update(load.request_id for load in metadata.loads)
         if self._bad_blocks:
             self._failures += 1
 
@@ -119,6 +134,8 @@ class ConnectorWorker:
         """
         self._release_stale_memory()
         self._acknowledged = metadata.failures_seen
+        if metadata.failures_seen >= self._failures:
+            self._failed_requests.clear()
         if metadata.failures_seen < self._failures:
             self.counts["skipped_saves"] += len(metadata.saves)
             return
@@ -139,10 +156,17 @@ class ConnectorWorker:
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
+    def take_finished_loads(self) -> set[str]:
+        """Return the requests whose loads have ended, well or not, once."""
+        finished, self._finished_loads = self._finished_loads, set()
+        return finished
+
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         """Return the report for the scheduler; repeated until the scheduler has acted on it."""
         if self._disabled_reason or self._failures > self._acknowledged:
-            return WorkerMetadata(self._failures, self._disabled_reason)
+            return WorkerMetadata(
+                self._failures, self._disabled_reason, frozenset(self._failed_requests)
+            )
         return None
 
     def close(self) -> None:
@@ -154,17 +178,36 @@ class ConnectorWorker:
     def _load(self, load: LoadSpec) -> int:
         """Load one request; return ``load.end``, or the first token that was not loaded."""
         at = load.start
+        rest = iter(load.chunks)
         try:
-            for chunk in load.chunks:
+            for chunk in rest:
                 if chunk.end > at and at < load.end:
                     self._load_chunk(load, chunk, at)
                     at = min(chunk.end, load.end)
         # The last line of defence of a running engine: tokens that are not loaded are computed.
         except Exception as error:  # noqa: BLE001
             self._count_error("load", error)
+            if isinstance(error, _Damaged):
+                self._verify(load, rest)
         finally:
             self._client.release(load.lease)
         return at
+
+    def _verify(self, load: LoadSpec, chunks: Iterator[Located]) -> None:
+        """Report all chunks that are damaged, so that they do not fail one request each."""
+        try:
+            for chunk in chunks:
+                extent = chunk.extents[self._rank]
+                payload = self._view(load.incarnation, extent.offset, extent.nbytes)
+                if xxh3_64_intdigest(payload) != extent.checksum:
+                    self._report_corrupt(load, chunk)
+        except Exception as error:  # noqa: BLE001 - the last line of defence, as above
+            self._count_error("load", error)
+
+    def _report_corrupt(self, load: LoadSpec, chunk: Located) -> None:
+        self.counts["corrupt_chunks"] += 1
+        if load.incarnation == self._client.incarnation:
+            self._client.report_corrupt(chunk.key)
 
     def _load_chunk(self, load: LoadSpec, chunk: Located, at: int) -> None:
         pages = self._registered_pages()
@@ -180,10 +223,8 @@ class ConnectorWorker:
         end = min(chunk.end, load.end)
         transfer = TransferSpec(load.blocks, at, end, payload, chunk.tokens, at - chunk.start)
         if pages.scatter(transfer) != extent.checksum:
-            self.counts["corrupt_chunks"] += 1
-            if load.incarnation == self._client.incarnation:
-                self._client.report_corrupt(chunk.key)
-            raise CacheUnavailable(f"chunk {chunk.key.hex()} does not match its checksum")
+            self._report_corrupt(load, chunk)
+            raise _Damaged(f"chunk {chunk.key.hex()} does not match its checksum")
 
     def _save(self, namespace: bytes, saves: list[SaveSpec]) -> None:
         pages = self._registered_pages()

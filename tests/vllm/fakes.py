@@ -49,6 +49,7 @@ class FakeClient:
         self.corrupt: list[bytes] = []
         self.abandoned: list[int] = []
         self.calls: list[str] = []
+        self.namespaces: list[Namespace] = []
         self.starts: list[int] = []
         self.fails: set[str] = set()
         self.refuses = False
@@ -116,6 +117,9 @@ class FakeClient:
         self._called("report_corrupt")
         self.corrupt.append(key)
         self.chunks.pop(key, None)
+
+    def use_namespace(self, namespace: Namespace) -> None:
+        self.namespaces.append(namespace)
 
     def memory(self, incarnation: str) -> memoryview | None:
         return memoryview(self.bytes) if incarnation == "life-1" else None

@@ -14,7 +14,12 @@ from lmcache_kit.errors import ConfigError, UnsupportedModel
 
 
 def new_connector(
-    extra: dict[str, Any], *, groups: int = 1, policy: str = "fail", role: str = "WORKER"
+    extra: dict[str, Any],
+    *,
+    groups: int = 1,
+    policy: str = "fail",
+    role: str = "WORKER",
+    asynchronous: bool = False,
 ) -> Any:
     import torch
     from vllm.config import KVTransferConfig
@@ -33,11 +38,18 @@ def new_connector(
     config = SimpleNamespace(
         kv_transfer_config=transfer,
         parallel_config=SimpleNamespace(tensor_parallel_size=1, rank=0),
+        scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
         speculative_config=None,
         cache_config=SimpleNamespace(cache_dtype="auto"),
         model_config=SimpleNamespace(
-            model="m", served_model_name="m", get_total_num_kv_heads=lambda: 1
+            model="m",
+            served_model_name="m",
+            get_total_num_kv_heads=lambda: 1,
+            hf_text_config=SimpleNamespace(to_dict=dict),
+            hf_config=None,
+            max_model_len=16,
         ),
+        load_config=SimpleNamespace(load_format="auto", download_dir=None),
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])
@@ -158,10 +170,43 @@ def test_requests_whose_tail_was_asked_for_are_always_reported(tmp_path: Path) -
     connector.shutdown()
 
 
-def test_a_reset_of_the_cache_is_not_pretended(tmp_path: Path) -> None:
+def test_loads_are_reported_to_a_scheduler_that_runs_ahead(tmp_path: Path) -> None:
+    from lmcache_kit.vllm.metadata import ConnectorMetadata, LoadSpec
+
+    load = LoadSpec("r", 0, "gone", (), 0, 16, [1])
+    for asynchronous, finished in ((True, {"r"}), (False, None)):
+        connector = new_connector(attached(tmp_path), asynchronous=asynchronous)
+        connector.bind_connector_metadata(ConnectorMetadata(loads=[load]))
+        connector.start_load_kv(SimpleNamespace())
+        assert connector.get_finished(set()) == (None, finished)
+        assert connector.get_block_ids_with_load_errors() == {1}
+        connector.shutdown()
+
+
+def test_an_unsupported_model_and_a_worker_have_nothing_to_reset(tmp_path: Path) -> None:
     connector = new_connector(attached(tmp_path))
-    assert connector.reset_cache() is False
+    assert connector.reset_cache() is True
     connector.shutdown()
+
+
+class MultiConnector:
+    """Constructs its child as vLLM's does: with a copy of the configuration."""
+
+    def __init__(self, vllm_config: Any, extra: dict[str, Any]) -> None:
+        self.child = new_connector(extra | {"lmcache.weights_id": "w"}, role="SCHEDULER")
+
+
+@pytest.mark.parametrize(("policy", "verifies"), [("fail", True), ("recompute", False)])
+def test_inside_of_a_connector_that_fails_requests_lookups_are_verified(
+    tmp_path: Path, policy: str, verifies: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lmcache_kit.vllm.verified_lookups import VerifiedLookups
+
+    outer = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy))
+    child = MultiConnector(outer, attached(tmp_path)).child
+    assert isinstance(child.connector_scheduler._client, VerifiedLookups) is verifies
+    assert ("kv_load_failure_policy of MultiConnector is 'fail'" in caplog.text) is verifies
+    child.shutdown()
 
 
 def test_a_kv_cache_of_another_shape_is_refused() -> None:

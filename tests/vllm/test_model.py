@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from lmcache_kit.errors import UnsupportedModel
+from lmcache_kit.keys import Namespace
 from lmcache_kit.layout import KVLayout
+from lmcache_kit.vllm.identity import Identity
 from lmcache_kit.vllm.model import Model, describe
 
 
@@ -46,21 +48,24 @@ def description(
     )
     group = SimpleNamespace(kv_cache_spec=spec or new_spec(), layer_names=["a", "b"])
     cache: Any = SimpleNamespace(kv_cache_groups=[group] * groups)
-    return describe(config, cache, chunk_size=256)
+    return describe(config, cache)
 
 
 def test_the_namespace_is_of_the_whole_model_and_the_layout_of_one_rank() -> None:
     model = description(tensor_parallel_size=2)
-    assert model.namespace.layout == KVLayout("bfloat16", layers=2, kv_heads=8, head_dim=64)
+    whole = KVLayout("bfloat16", layers=2, kv_heads=8, head_dim=64)
+    assert model.namespace(Identity("weights", "config"), 256) == Namespace(
+        "smol", whole, 256, tensor_parallel=2, weights="weights", config="config"
+    )
     assert model.layout == KVLayout("bfloat16", layers=2, kv_heads=4, head_dim=64)
-    assert (model.namespace.tensor_parallel, model.world_size, model.block_tokens) == (2, 2, 16)
+    assert (model.world_size, model.block_tokens) == (2, 16)
 
 
 @pytest.mark.parametrize(
     ("served", "name"), [("smol", "smol"), (["one", "two"], "one"), (None, "/models/smol")]
 )
 def test_the_served_name_names_the_model(served: Any, name: str) -> None:
-    assert description(served=served).namespace.model == name
+    assert description(served=served).name == name
 
 
 def test_a_draft_without_kv_of_its_own_is_served() -> None:

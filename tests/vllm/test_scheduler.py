@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,6 @@ from lmcache_kit.keys import pack_tokens
 from tests.vllm.fakes import (
     BLOCK,
     CHUNK,
-    LAYOUT,
     NAMESPACE,
     FakeClient,
     generated,
@@ -20,6 +20,7 @@ from tests.vllm.fakes import (
 )
 
 PROMPT = list(range(100, 120))  # two chunks and a half
+BLOCKS = list(range(10, 60))
 
 
 @pytest.fixture
@@ -28,25 +29,26 @@ def client() -> FakeClient:
 
 
 def new_side(client: FakeClient, clock: Any = lambda: 0.0, **policy: Any) -> Any:
-    from lmcache_kit.vllm.model import Model
     from lmcache_kit.vllm.request_tracker import SavePolicy
     from lmcache_kit.vllm.scheduler import ConnectorScheduler, SchedulerPolicy
 
     saving = SavePolicy(CHUNK, policy.pop("decode", False), policy.pop("unfull", True))
-    model = Model(NAMESPACE, LAYOUT, BLOCK, world_size=1)
-    return ConnectorScheduler(client, model, SchedulerPolicy(saving, **policy), clock=clock)
+    return ConnectorScheduler(
+        client, NAMESPACE, SchedulerPolicy(saving, **policy), block_tokens=BLOCK, clock=clock
+    )
 
 
-def report(failures: int, passive: str = "") -> Any:
+def report(failures: int, passive: str = "", failed: Iterable[str] = ()) -> Any:
     from lmcache_kit.vllm.metadata import WorkerMetadata
 
-    return SimpleNamespace(kv_connector_worker_meta=WorkerMetadata(failures, passive))
+    meta = WorkerMetadata(failures, passive, frozenset(failed))
+    return SimpleNamespace(kv_connector_worker_meta=meta)
 
 
 def place(side: Any, request: Any, computed: int = 0) -> int:
     """What vLLM does with a request that it can place; returns the tokens to load."""
     external = side.get_num_new_matched_tokens(request, computed)
-    side.update_state_after_alloc(request, external)
+    side.update_state_after_alloc(request, BLOCKS, external)
     request.num_computed_tokens = computed + external
     return int(external)
 
@@ -163,12 +165,37 @@ def test_a_request_aborted_while_it_waits_gives_its_lease_back(client: FakeClien
     assert client.held() == 0
 
 
-def test_a_load_that_was_placed_and_not_scheduled_is_given_back(client: FakeClient) -> None:
+def test_an_asynchronous_load_begins_in_a_step_that_computes_none_of_its_tokens(
+    client: FakeClient,
+) -> None:
     client.store(PROMPT)
     side, request = new_side(client), new_request(PROMPT)
     place(side, request)
+    (load,) = side.build_connector_meta(scheduled()).loads
+    assert (load.request_id, load.blocks) == ("r", [10, 11, 12, 13, 14])
+    assert side.build_connector_meta(scheduled()).loads == []
+
+
+def test_a_load_whose_request_is_aborted_before_the_step_is_given_back(client: FakeClient) -> None:
+    client.store(PROMPT)
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    assert side.request_finished(request, []) is False
     assert side.build_connector_meta(scheduled()).loads == []
     assert client.held() == 0
+
+
+def test_a_request_whose_load_failed_is_computed_whatever_the_cache_says(
+    client: FakeClient,
+) -> None:
+    client.store(PROMPT)
+    side, request, other = new_side(client), new_request(PROMPT), new_request(PROMPT, "other")
+    place(side, request)
+    run(side, request, 1)
+    side.update_connector_output(report(1, failed={"r"}))
+    request.num_computed_tokens = 0
+    assert place(side, request) == 0
+    assert place(side, other) == len(PROMPT) - 1
 
 
 def test_a_preempted_request_is_looked_up_again_with_what_it_generated(
@@ -216,6 +243,50 @@ def test_requests_whose_tokens_do_not_name_their_kv_bypass_the_cache(
     step = run(side, request)
     assert (step.loads, step.saves, client.calls) == ([], [], [])
     assert side.request_finished(request, []) is False
+
+
+# Another generation.
+
+
+def test_after_a_reset_nothing_of_before_is_found_and_all_is_saved_anew(
+    client: FakeClient,
+) -> None:
+    client.store(PROMPT)
+    side = new_side(client)
+    side.reset_cache()
+    (namespace,) = client.namespaces
+    assert namespace.generation
+    assert namespace.digest != NAMESPACE.digest
+    assert place(side, request := new_request(PROMPT)) == 0
+    assert {save.namespace for save in run(side, request).saves} == {namespace.digest}
+    side.reset_cache()
+    assert client.namespaces[1].digest not in (NAMESPACE.digest, namespace.digest)
+
+
+def test_a_request_under_way_at_a_reset_neither_loads_nor_saves_any_more(
+    client: FakeClient,
+) -> None:
+    side, request = new_side(client), new_request(PROMPT)
+    place(side, request)
+    run(side, request, 5)
+    side.reset_cache()
+    assert run(side, request).saves == []
+    assert place(side, request) == 0
+    assert side.request_finished(request, []) is False
+
+
+def test_a_request_that_waits_at_a_reset_is_looked_up_in_the_new_generation(
+    client: FakeClient,
+) -> None:
+    client.store(PROMPT)
+    side, found, asked = new_side(client), new_request(PROMPT), new_request(PROMPT, "slow")
+    side.get_num_new_matched_tokens(found, 0)
+    client.slow = True
+    side.get_num_new_matched_tokens(asked, 0)
+    client.slow = False
+    side.reset_cache()
+    assert client.held() == 0
+    assert [place(side, request) for request in (found, asked)] == [0, 0]
 
 
 # Saves.
@@ -344,7 +415,6 @@ def test_a_producer_only_saves_and_a_consumer_only_loads(client: FakeClient) -> 
     "more",
     [
         {"cache_salt": "pepper"},
-        {"lora_request": SimpleNamespace(lora_name="poet")},
         {"kv_transfer_params": {"lmcache.tag.tenant": "acme"}},
     ],
     ids=lambda more: next(iter(more)),

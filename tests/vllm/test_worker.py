@@ -115,6 +115,31 @@ def test_a_damaged_chunk_is_reported_and_its_blocks_are_bad_from_there_on(
     assert client.held() == 0
 
 
+def test_all_damaged_chunks_of_a_load_are_reported_at_once(side: Any, client: FakeClient) -> None:
+    client.store(PROMPT)
+    keys = list(client.chunks)
+    for index in (0, 2):
+        damage(client, index)
+    side.start_load_kv(new_metadata(loads=[load_of(client)]))
+    assert client.corrupt == [keys[0], keys[2]]
+    assert side.counts["corrupt_chunks"] == 2
+
+
+def test_a_load_is_reported_as_finished_once_and_a_failed_one_by_its_request(
+    side: Any, client: FakeClient
+) -> None:
+    client.store(PROMPT)
+    side.start_load_kv(new_metadata(loads=[load_of(client)]))
+    assert side.take_finished_loads() == {"r"}
+    assert side.take_finished_loads() == set()
+    damage(client, 0)
+    side.start_load_kv(new_metadata(loads=[load_of(client)]))
+    assert side.take_finished_loads() == {"r"}
+    assert side.build_connector_worker_meta().failed_requests == {"r"}
+    side.wait_for_save(new_metadata(failures_seen=1))
+    assert side.build_connector_worker_meta() is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
