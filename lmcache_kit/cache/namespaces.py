@@ -31,12 +31,16 @@ class NamespaceRegistry:
             and base not in in_use
         ]
         if replaced and namespace not in self._bases:
-            why = ", ".join(
-                f"{name} was {before or 'not set'} and is {now or 'not set'}"
-                for name, before, now in replaced[-1].differences(namespace)
-            )
-            logger.warning(
-                "KV that is cached of model %r is not used any more: %s", namespace.model, why
+            differences = list(replaced[-1].differences(namespace))
+            asked_for = [name for name, _, _ in differences] == ["generation"]
+            logger.log(
+                logging.INFO if asked_for else logging.WARNING,
+                "KV that is cached of model %r is not used any more: %s",
+                namespace.model,
+                ", ".join(
+                    f"{name} was {before or 'not set'} and is {now or 'not set'}"
+                    for name, before, now in differences
+                ),
             )
         self._bases = {**self._bases, namespace: None}
         return replaced
