@@ -137,7 +137,7 @@ def test_a_second_hello_is_refused_and_the_first_stays(connect: Connect, raw: Ra
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "protocol version 2, the other side 99"),
+        ({"version": 99}, f"protocol version {protocol.VERSION}, the other side 99"),
         ({"instance_id": "other"}, "serves instance 'lmcache_default_instance', not 'other'"),
     ],
 )

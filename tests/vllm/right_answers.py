@@ -1,8 +1,8 @@
 """A program: engines with a tiny model, one after the other, on one cache process.
 
-Usage: ``python -m tests.vllm.right_answers FOLDER``. Prints what each request gave as lines of JSON. Every
-model is float32 with random weights, so that its greedy text depends on the whole prompt; the text
-that is right comes from Hugging Face's implementation.
+Usage: ``python -m tests.vllm.right_answers FOLDER``. Prints what each request gave as lines of
+JSON. Every model is float32 with random weights, so that its greedy text depends on the whole
+prompt; the text that is right comes from Hugging Face's implementation.
 """
 
 from __future__ import annotations

@@ -221,6 +221,6 @@ def test_weights_that_cannot_be_found_are_shared_with_nobody(
     empty = tmp_path / "empty"
     empty.mkdir()
     assert identity(empty).weights == "engine:engine-1"
-    assert identity("somebody/model-that-is-nowhere").weights == "engine:engine-1"
+    assert identity("nobody-at-all/model-that-is-nowhere").weights == "engine:engine-1"
     assert "the weights cannot be identified" in caplog.text
     assert "state weights_id" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 import pytest
 
 from lmcache_kit.errors import (
@@ -14,9 +15,10 @@ from lmcache_kit.errors import (
     OperationFailed,
     UnknownName,
 )
-from lmcache_kit.interfaces.frontend import WorkerInfo
+from lmcache_kit.interfaces.frontend import ModelInfo, WorkerInfo
 
-WORKER = WorkerInfo("a", 1, "10.0.0.7", 8001, None, 100.5, 200.5, True)
+MODEL = ModelInfo("m", "weights", "config", "", 256, "00ff")
+WORKER = WorkerInfo("a", 1, "10.0.0.7", 8001, None, 100.5, 200.5, True, (MODEL,))
 EVERY_QUESTION = [
     ("/lookup", {"tokens": [1]}),
     ("/health", {"instance_id": "a"}),
@@ -56,7 +58,7 @@ async def test_an_unknown_instance_while_none_is_known_says_what_may_be_missing(
     assert "enable_controller: true" in hint
 
 
-async def test_worker_info_has_the_fields_that_lmcache_has(client, controller):
+async def test_worker_info_has_the_fields_that_lmcache_has_and_the_models(client, controller):
     controller.infos = [WORKER]
     status, reply = await client.post("/query_worker_info", {"instance_id": "a"})
     assert status == 200
@@ -71,6 +73,7 @@ async def test_worker_info_has_the_fields_that_lmcache_has(client, controller):
             "registration_time": 100.5,
             "last_heartbeat_time": 200.5,
             "alive": True,
+            "models": [msgspec.to_builtins(MODEL)],
         }
     ]
 

@@ -64,25 +64,30 @@ def hear(connection: zmq.Socket[bytes]) -> wire.FromController:
 
 
 def deep(depth: int) -> bytes:
-    return b"\x92\x01\x83\xa4type\xa7goodbye\xa1x" + b"\x91" * depth + b"\xc0"
+    return b"\x92\x02\x83\xa4type\xa7goodbye\xa1x" + b"\x91" * depth + b"\xc0"
 
 
 HOSTILE = {
     "nothing": [b""],
     "one wrong byte": [b"\xc1"],
     "noise": [os.urandom(500)],
-    "another version": [msgspec.msgpack.encode((2, {"type": "goodbye"}))],
+    "another version": [msgspec.msgpack.encode((wire.VERSION + 1, {"type": "goodbye"}))],
     "no version": [msgspec.msgpack.encode({"type": "goodbye"})],
-    "an unknown tag": [msgspec.msgpack.encode((1, {"type": "evict"}))],
+    "an unknown tag": [msgspec.msgpack.encode((wire.VERSION, {"type": "evict"}))],
     "a controller's tag": [wire.encode(wire.NotRegistered())],
-    "wrong types": [msgspec.msgpack.encode((1, {"type": "heartbeat", "positions": "x"}))],
+    "wrong types": [
+        msgspec.msgpack.encode((wire.VERSION, {"type": "heartbeat", "positions": "x"}))
+    ],
     "an end that is none": [
         msgspec.msgpack.encode(
-            (1, {"type": "operation_ended", "operation_id": "e", "status": {"state": "running"}})
+            (
+                wire.VERSION,
+                {"type": "operation_ended", "operation_id": "e", "status": {"state": "running"}},
+            )
         )
     ],
     "an answer without an event": [
-        msgspec.msgpack.encode((1, {"type": "operation_started", "scope": [1]}))
+        msgspec.msgpack.encode((wire.VERSION, {"type": "operation_started", "scope": [1]}))
     ],
     "bad utf-8": [b"\x92\x01\x81\xa4type\xa2\xff\xff"],
     "deep nesting": [deep(100_000)],
