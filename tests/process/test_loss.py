@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import CacheTimeout, CacheUnavailable
-from lmcache_kit.keys import pack_tokens
+from lmcache_kit.keys import Namespace, pack_tokens
+from lmcache_kit.layout import KVLayout
 from lmcache_kit.process import channel
 from tests.support.processes import freeze
 
@@ -315,3 +317,16 @@ def open_fds() -> int:
 
 def mapped_slabs() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:lmcache-kit")
+
+
+def test_a_client_that_uses_another_namespace_says_so_after_each_connection(
+    connect: Connect, eventually: Eventually
+) -> None:
+    client = connect()
+    first = Namespace("m", KVLayout("float16", 1, 1, 8), 4)
+    second = msgspec.structs.replace(first, generation="g")
+    for namespace in (first, second):
+        client.use_namespace(namespace)
+        eventually(lambda namespace=namespace: client.stats().namespaces == (namespace,))  # type: ignore[misc]
+    os.kill(client.stats().pid, signal.SIGKILL)
+    eventually(lambda: client.connected and client.stats().namespaces == (second,))

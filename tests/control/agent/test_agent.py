@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 
+import msgspec
 import pytest
 import zmq
 
@@ -241,6 +242,18 @@ def test_a_cache_that_outlives_many_models_is_found_by_the_last_ones(
     engine.store(chunks_of(PROMPT, last))
     eventually(lambda: controller.held(PROMPT) == {"a": 12})
     assert controller.counters()["namespaces"] == 64
+
+
+def test_what_a_namespace_replaces_is_not_found_any_more(
+    controller: Running, start_agent: StartAgent
+) -> None:
+    agent, engine = start_agent(controller.url)
+    engine.store(chunks_of(PROMPT))
+    eventually(lambda: controller.held(PROMPT) == {"a": 12})
+    agent.register_namespace(msgspec.structs.replace(NAMESPACE, generation="g"), [NAMESPACE])
+    eventually(lambda: controller.held(PROMPT) == {})
+    (worker,) = controller.call(controller.controller.instances.workers)
+    assert [(each.model, each.generation) for each in worker.models] == [(NAMESPACE.model, "g")]
 
 
 def test_goodbye_hides_at_once(controller: Running, start_agent: StartAgent) -> None:
