@@ -534,7 +534,7 @@ def test_a_plugin_brings_a_key_of_its_own(site: FakeSite) -> None:
     assert from_environ(LMCACHE_ACME_SHELVES="3").config.lower_tiers == {"Vault": {"shelves": 3.0}}
     with pytest.raises(ConfigError, match=r"acme_shelves: '0' \(LMCACHE_ACME_SHELVES\): .*greater"):
         from_environ(LMCACHE_ACME_SHELVES="0")
-    with pytest.raises(ConfigError, match="Did you mean 'lmcache.acme_shelves'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'lmcache\.acme_shelves'"):
         from_extra(acme_shelve=1)
     (found,) = (each for each in declarations(Plugins.load()) if each.name == "acme_shelves")
     assert (found.help, found.plugin) == ("Shelves.", "Vault")

@@ -48,15 +48,17 @@ EXAMPLES = {
     "blend_kv_v1": f"{_CPU} enable_blending use_layerwise blend_special_str",
     "cache_by_tags": f"{_CPU} local_device extra_config",
     "cache_controller/lookup": f"{_CPU} {_CONTROLLER} controller_url distributed_url",
-    "cache_controller/move": f"{_CPU} {_P2P} {_CONTROLLER} controller_pull_url controller_reply_url",
+    "cache_controller/move": f"{_CPU} {_P2P} {_CONTROLLER} controller_pull_url "
+    "controller_reply_url",
     "caching_switch": f"{_CPU} local_device",
     "disagg_prefill/1p1d decoder": f"{_PD} {_PEER} remote_url remote_serde pd_retrieve_locations "
     "pd_store_location save_decode_cache save_unfull_chunk",
     "disagg_prefill/hetero_tp decoder": f"{_PD} {_PEER} save_unfull_chunk",
-    "disagg_prefill/xpyd prefiller": f"{_PD} pd_buffer_device pd_proxy_host pd_proxy_port remote_url "
-    "nixl_backends max_local_disk_size",
+    "disagg_prefill/xpyd prefiller": f"{_PD} pd_buffer_device pd_proxy_host pd_proxy_port "
+    "remote_url nixl_backends max_local_disk_size",
     "kv_cache_reuse/p2p_sharing": f"{_CPU} {_P2P} enable_async_loading enable_controller "
-    "lmcache_instance_id controller_pull_url controller_reply_url lmcache_worker_ports extra_config",
+    "lmcache_instance_id controller_pull_url controller_reply_url lmcache_worker_ports "
+    "extra_config",
     "remote_backends/external": f"{_CPU} local_device remote_url remote_serde pipelined_backend "
     "extra_config",
     "remote_backends/resp": f"{_CPU} remote_url async_loading remote_serde blocking_timeout_secs "

@@ -21,6 +21,7 @@ from lmcache_kit.config.declare import Declaration
 from lmcache_kit.config.entries import Entry, reason, shown, shown_value
 from lmcache_kit.config.lmcache import INSTEAD, is_configuration, is_unserved, may_be_unserved
 from lmcache_kit.config.model import ALIASES, FIELDS_ONLY, KEYS, KitConfig, contradictions
+from lmcache_kit.config.redaction import redacted
 from lmcache_kit.config.values import none_if_not_set, unquoted
 from lmcache_kit.errors import ConfigError, PluginError
 from lmcache_kit.first_party import DEFAULT_MEMORY_BACKEND, FIRST_PARTY, provider_of
@@ -36,7 +37,7 @@ DEFAULT_ORIGIN = "default"
 
 _NEAR = 0.75
 _ZERO = (0, "0", "0.0")
-_NOTHING_ASKED = (None, False, 0, "", "false", "False", "0", [], {})
+_NOTHING_ASKED: tuple[Any, ...] = (None, False, 0, "", "false", "False", "0", [], {})
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ class _Reader:
             )
         if not config.local_cpu and config.memory_backend == DEFAULT_MEMORY_BACKEND:
             warnings.append(
-                f"local_cpu: false ({origins['local_cpu']}) has no effect: KV passes through memory, "
-                f"and max_local_cpu_size lets it have {config.max_local_cpu_size:g} GiB"
+                f"local_cpu: false ({origins['local_cpu']}) has no effect: KV passes through "
+                f"memory, and max_local_cpu_size lets it have {config.max_local_cpu_size:g} GiB"
             )
         return warnings
 
@@ -228,7 +229,7 @@ class _Reader:
         else:
             self.problems.append(
                 Problem(
-                    f"unknown configuration key {entry.key!r} ({entry.origin})",
+                    f"unknown configuration key {redacted(entry.key)!r} ({entry.origin})",
                     f"Did you mean {_spelt_as(entry, near)!r}?"
                     if near
                     else "'lmcache-kit show-config' lists all keys",

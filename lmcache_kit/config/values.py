@@ -26,8 +26,8 @@ _SHELL_VARIABLE = re.compile(r"\$[A-Za-z_{(]")
 def unquoted(text: str) -> str:
     """Return a text without the quotes that shells, compose files and templates leave around it.
 
-    >>> unquoted(' "file:///kv" '), unquoted("'\"UCX\"'"), unquoted('"a","b"')
-    ('file:///kv', 'UCX', '"a","b"')
+    >>> unquoted(' "file:///kv" '), unquoted('"a","b"')
+    ('file:///kv', '"a","b"')
     """
     text = text.strip()
     while len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":

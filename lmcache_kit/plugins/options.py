@@ -15,8 +15,8 @@ from lmcache_kit.specs import Kind, Spec
 def validated(key: str, kind: Kind, spec: Spec, given: Mapping[str, Any]) -> object:
     """Return an instance of ``spec.config``.
 
-    Raises ConfigError that names ``key``, the plugin's name and every wrong option, or says that a ``kind``
-    of this name takes no options.
+    Raises ConfigError that names ``key``, the plugin's name and every wrong option, or says that a
+    ``kind`` of this name takes no options.
     """
     if not spec.config:
         raise ConfigError(f"{key}: {kind} {spec.name!r} takes no options")

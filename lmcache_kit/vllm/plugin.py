@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
+from functools import cache, wraps
 from importlib import metadata
 from typing import Any
 
@@ -58,9 +58,10 @@ def _serve_lmcache_modules(factory: Any) -> None:
     vLLM imports the module before it looks at any registry.
     """
     find = factory.get_connector_class
-    if getattr(find, "of_lmcache_kit", False):
-        return
+    if hasattr(find, "__wrapped__"):
+        return  # already done
 
+    @wraps(find)
     def get_connector_class(kv_transfer_config: Any) -> Any:
         path, name = kv_transfer_config.kv_connector_module_path, kv_transfer_config.kv_connector
         if not path or path.partition(".")[0] != "lmcache" or not serves_lmcache_name():
@@ -73,7 +74,6 @@ def _serve_lmcache_modules(factory: Any) -> None:
         _log_once(f"kv_connector {name} of {path} is {NAME}")
         return factory.get_connector_class_by_name(name)
 
-    get_connector_class.of_lmcache_kit = True  # type: ignore[attr-defined]
     factory.get_connector_class = staticmethod(get_connector_class)
 
 

@@ -170,8 +170,8 @@ def _lmcache_keys() -> str:
             + ", ".join(f"`{prefix}`" for prefix in OPEN_FAMILIES)
             + ". Further ones that begin with "
             + ", ".join(f"`{prefix}`" for prefix in FAMILIES)
-            + " are taken for keys of another version of LMCache, unless they are spelt nearly like "
-            "a served key, which is an error.",
+            + " are taken for keys of another version of LMCache, unless they are spelt nearly "
+            "like a served key, which is an error.",
             table(("Instead of", "Here"), [(f"`{key}`", each) for key, each in INSTEAD.items()]),
             "## Ours alone",
             ", ".join(_linked(each.name) for each in found if not each.lmcache),

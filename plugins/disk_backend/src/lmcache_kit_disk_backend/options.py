@@ -51,7 +51,7 @@ class DiskOptions(BaseModel):
 
     path: Annotated[Path, BeforeValidator(_folder), AfterValidator(_absolute)] = Field(
         default_factory=_user_cache,
-        description="folder on a local disk, absolute; `~` is the user's own. "
+        description="folder on a local disk, absolute or `file:///`; `~` is the user's own. "
         "`~/.cache/lmcache_kit` if absent",
     )
     max_size_gib: float = Field(
