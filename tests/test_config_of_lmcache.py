@@ -100,7 +100,11 @@ def test_an_example_file_is_read_and_its_keys_without_effect_are_named_in_one_li
 
 
 def test_the_keys_of_the_multi_process_connector_are_lmcaches_whatever_they_are() -> None:
-    given = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": 6555, "lmcache.mp.new": 1}
+    given = {
+        "lmcache.mp.host": "tcp://localhost",
+        "lmcache.mp.port": 6555,
+        "lmcache.mp.not_yet_there": 1,
+    }
     (warning,) = load_config(environ={}, extra=given).warnings
     assert all(key.removeprefix("lmcache.") in warning for key in given)
 

@@ -73,6 +73,12 @@ def test_quotes_around_the_name_of_the_file_are_taken_off(tmp_path: Path) -> Non
     (tmp_path / "x.yaml").write_text("chunk_size: 16\n")
     environ = {"LMCACHE_CONFIG_FILE": f'"{tmp_path / "x.yaml"}"'}
     assert load_config(environ=environ).config.chunk_size == 16
+    assert load_config(environ={"LMCACHE_CONFIG_FILE": "None"}).config == KitConfig()
+
+
+def test_quotes_are_taken_off_the_variable_that_selects_plugins() -> None:
+    found = Plugins.load(environ={"LMCACHE_KIT_PLUGINS": '"-disk_backend"'})
+    assert [each.name for each in found.blocked] == ["disk_backend"]
 
 
 @pytest.mark.parametrize("text", ["", " ", "null", "None", "NONE", '""', "''", '"null"', "'None'"])

@@ -137,10 +137,14 @@ UNSERVED = frozenset(
         "runtime_plugin_locations",
         "script_allowed_imports",
         "use_experimental",
+        # Of a request, and misplaced in a configuration
+        "max_offload_tokens",
+        "max_tokens_per_load",
+        "skip_save",
     }
 )
 
-OPEN_FAMILIES = ("ec_", "mp.")
+OPEN_FAMILIES = ("ec_", "mp.", "tag.")
 """Prefixes that LMCache puts before names of any kind: ``ec_chunk_size``, ``lmcache.mp.port``."""
 
 FAMILIES = (

@@ -76,12 +76,12 @@ def load_config(
     the kit's own. Raises ConfigError that names all mistakes, each with key, value and origin.
     """
     reader = _Reader(environ, plugins)
-    named = environ.get(f"{ENV_PREFIX}CONFIG_FILE")
+    named = none_if_not_set(unquoted(environ.get(f"{ENV_PREFIX}CONFIG_FILE", "")))
     if file:
         reader.accept(_from_file(Path(file), reader.problems))
-    elif named and (path := unquoted(named)):
+    elif named:
         hint = "LMCACHE_CONFIG_FILE names it"
-        reader.accept(_from_file(Path(path), reader.problems, hint=hint))
+        reader.accept(_from_file(Path(named), reader.problems, hint=hint))
     reader.accept(_from_environ(environ))
     reader.accept(_from_extra(extra or {}))
     reader.note_keys_without_prefix(extra or {})

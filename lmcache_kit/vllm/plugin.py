@@ -87,7 +87,7 @@ def serves_lmcache_name() -> bool:
 
     True where the distribution ``lmcache`` is not installed, or ``LMCACHE_KIT_TAKE_OVER=1``.
     """
-    if os.environ.get(TAKE_OVER, "") == "1":
+    if os.environ.get(TAKE_OVER, "").strip("\"' ") == "1":
         return True
     try:
         metadata.distribution("lmcache")

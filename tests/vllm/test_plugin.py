@@ -131,7 +131,7 @@ def test_lmcache_keeps_its_name_when_it_is_installed(
 
 def test_lmcache_s_name_can_be_taken_over(factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_lmcache_is_installed(monkeypatch)
-    monkeypatch.setenv(plugin.TAKE_OVER, "1")
+    monkeypatch.setenv(plugin.TAKE_OVER, '"1"')
     plugin.register()
     assert served(factory, plugin.LMCACHE_NAME) == "lmcache_kit.vllm.connector"
 
