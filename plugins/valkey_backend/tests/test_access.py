@@ -107,7 +107,6 @@ def test_a_replica_that_may_not_be_written_says_which_server_to_name(
     ("options", "message"),
     [
         ({"url": "http://x"}, "begins with one of redis, rediss, valkey"),
-        ({"url": "resp://x:6379"}, "resp:// is redis:// here"),
         ({"url": "redis://x:99999"}, "no number from 0 to 65535"),
         ({"url": "unix://"}, "has the path of a socket"),
         ({"url": "unix://relative/path"}, "unix:///PATH"),
@@ -134,6 +133,11 @@ def test_a_password_that_is_not_escaped_is_told_how_to_escape(form: str, sign: s
         ValkeyOptions(url=url)  # type: ignore[arg-type]
     assert "cret" not in str(no.value)
     ValkeyOptions(url=form.format(quote(f"s3{sign}cret:", safe="")))  # type: ignore[arg-type]
+
+
+def test_lmcaches_name_of_the_protocol_means_the_same() -> None:
+    options = ValkeyOptions(url="resp://me:s3%40cret@host:1/2")  # type: ignore[arg-type]
+    assert options.url.get_secret_value() == "redis://me:s3%40cret@host:1/2"
 
 
 def test_a_colon_in_a_password_and_an_at_in_a_path_need_no_escape() -> None:

@@ -59,9 +59,11 @@ class ValkeyOptions(BaseModel):
     @classmethod
     def _of_a_server(cls, url: SecretStr) -> SecretStr:
         parts = _split(url.get_secret_value())
+        if parts.scheme == "resp":  # LMCache's name for a client of the same servers
+            parts = parts._replace(scheme="redis")
+            url = SecretStr(parts.geturl())
         if parts.scheme not in SCHEMES:
-            resp = "; resp:// is redis:// here" if parts.scheme == "resp" else ""
-            raise ValueError(f"a URL begins with one of {', '.join(SCHEMES)}, then ://{resp}")
+            raise ValueError(f"a URL begins with one of {', '.join(SCHEMES)}, then ://")
         try:
             _ = parts.port
         except ValueError:
