@@ -17,6 +17,7 @@ from lmcache_kit.cli.app import app
 from lmcache_kit.config import KitConfig, load_config
 from lmcache_kit.config.entries import Entry, shown
 from lmcache_kit.config.redaction import redacted
+from lmcache_kit.config.values import read
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.plugins import Plugins
 
@@ -138,6 +139,8 @@ def test_a_folder_is_absolute_or_the_users_or_a_url(text: str, folder: str) -> N
     ],
 )
 def test_what_would_make_a_folder_that_nobody_means_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"folder|home directory"):
+        read("folder", text)
     with pytest.raises(ConfigError, match=r"^local_disk: '.+' \(LMCACHE_LOCAL_DISK\): "):
         disk(text)
 
@@ -209,9 +212,12 @@ def test_no_error_shows_a_password(form: str, password: str) -> None:
         assert hides(told), told
 
 
-def test_a_value_of_a_wrong_type_is_not_shown_by_the_parser(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text('remote_url: !!int "redis://:s3CR@h"\n')
-    with pytest.raises(ConfigError, match=r"x.yaml:1: remote_url: no value of the type") as refused:
+@pytest.mark.parametrize("tag", ["!!int", "!!bool", "!!timestamp", "!secret", "!!python/name:"])
+def test_a_value_of_a_wrong_type_is_not_shown_by_the_parser(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "x.yaml").write_text(f'remote_url: {tag} "redis://:s3CR@h"\n')
+    with pytest.raises(
+        ConfigError, match=r"x\.yaml:1: remote_url: (no value|could not)"
+    ) as refused:
         load_config(file=tmp_path / "x.yaml", environ={})
     assert hides(str(refused.value))
 
@@ -235,6 +241,7 @@ def test_an_escaped_password_is_taken_whatever_is_in_it(password: str) -> None:
 def test_nothing_before_the_host_is_left_of_a_url(password: str) -> None:
     url = f"redis://me:{password}@cache.example:6379"
     assert redacted(url) == redacted(url, "remote_url") == "redis://***@cache.example:6379"
+    assert redacted(f"see {url}") == "see redis://***@cache.example:6379"
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def _yaml_value(node: yaml.Node) -> Any:
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise ValueError(error.problem) from None
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError):  # it has no checks
         raise ValueError(f"no value of the type {node.tag}") from None
     finally:
         loader.dispose()

@@ -83,7 +83,9 @@ def test_lmcache_s_modules_are_served_when_it_is_absent(
     plugin._log_once.cache_clear()
     caplog.set_level("INFO", "vllm.lmcache_kit")
     plugin.register()
+    find = factory.get_connector_class
     plugin.register()
+    assert factory.get_connector_class is find
     for _ in range(2):
         found = factory.get_connector_class(transfer(name, path))
     assert found.__module__ == "lmcache_kit.vllm.connector"
