@@ -177,7 +177,7 @@ def hides(text: str) -> bool:
     return "s3CR" not in text and "ET@" not in text
 
 
-@pytest.mark.parametrize("password", PASSWORDS)
+@pytest.mark.parametrize("password", ["s3CR/ET", "s3CR@#%:? ET"])
 @pytest.mark.parametrize("command", ["show-config", "doctor", "validate"])
 def test_no_command_shows_a_password(tmp_path: Path, command: str, password: str) -> None:
     url = f"redis://me:{password}@cache.invalid:6379"
