@@ -18,8 +18,9 @@ Kind: TypeAlias = Literal["backend", "codec", "transport", "frontend", "route", 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 KeyType: TypeAlias = Literal["text", "number", "folder", "list"]
-"""How the value of a key is read, before the model of the options checks it. ``"folder"``: a path
-or a ``file://`` URL, made absolute, ``~`` expanded. ``"list"``: texts, or one text with commas."""
+"""How the value of a key is read, before the model of the options checks it. ``"folder"``: an
+absolute path, one below ``~/``, or a ``file:///`` URL; ``~`` is expanded. ``"list"``: texts, or one
+text with commas."""
 
 KEY_TYPES: tuple[KeyType, ...] = get_args(KeyType)
 

@@ -9,7 +9,7 @@ import click
 from lmcache_kit.cli.output import load_plugins, print_json, print_table
 from lmcache_kit.config import load_config
 from lmcache_kit.config.load import DEFAULT_ORIGIN, declarations
-from lmcache_kit.config.redaction import without_passwords
+from lmcache_kit.config.plugin_keys import PluginKeys
 
 
 class Row(NamedTuple):
@@ -37,7 +37,9 @@ def show_config(config: str | None, as_json: bool) -> None:
     """
     plugins = load_plugins()
     loaded = load_config(file=config, plugins=plugins)
-    values = without_passwords(loaded.config.model_dump(mode="json") | loaded.plugin_values)
+    values = PluginKeys(plugins).without_secrets(
+        loaded.config.model_dump(mode="json") | loaded.plugin_values
+    )
     rows = [
         Row(
             each.name,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
 from lmcache_kit.config.declare import Declaration, declared, key
+from lmcache_kit.config.redaction import redacted
 from lmcache_kit.config.values import (
     Address,
     Count,
@@ -19,6 +19,7 @@ from lmcache_kit.config.values import (
     Options,
     Ports,
     Ranks,
+    SocketPath,
 )
 from lmcache_kit.first_party import DEFAULT_MEMORY_BACKEND
 
@@ -26,6 +27,10 @@ GIB = 1024**3
 DEFAULT_INSTANCE = "lmcache_default_instance"
 MAX_TIERS = 7
 """With memory as many locations as the control plane takes."""
+
+
+FIELDS_ONLY = {"check": "fields"}
+"""Context of a validation that leaves :func:`contradictions` to its caller."""
 
 
 class KitConfig(BaseModel):
@@ -36,7 +41,7 @@ class KitConfig(BaseModel):
     True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     chunk_size: Count = key(
         256,
@@ -66,7 +71,7 @@ class KitConfig(BaseModel):
     local_cpu: bool = key(
         True,
         "Keep KV in memory of this host, as LMCache spells the default of `memory_backend`. "
-        "`false` is refused with that default: KV passes through memory, whatever tiers there "
+        "`false` has no effect with that default: KV passes through memory, whatever tiers there "
         "are.",
         scope="cache",
     )
@@ -256,9 +261,9 @@ class KitConfig(BaseModel):
         lmcache=False,
         gt=0,
     )
-    cache_socket: Path | None = key(
+    cache_socket: SocketPath = key(
         None,
-        "Path of the Unix socket of the cache process. If absent: "
+        "Absolute path of the Unix socket of the cache process. If absent: "
         "`$XDG_RUNTIME_DIR/lmcache-kit/`, else `/tmp/lmcache-kit-<uid>/`, and a name derived from "
         "the instance's.",
         scope="client",
@@ -304,31 +309,17 @@ class KitConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.enable_controller and not self.controller_url:
-            raise ValueError("enable_controller needs controller_url, for example localhost:9001")
-        if (self.controller_key is None) != (self.worker_key is None):
-            raise ValueError("controller_key and worker_key need each other: set both, or neither")
-        tls = (self.p2p_tls_cert, self.p2p_tls_key, self.p2p_tls_ca)
-        if any(tls) and not all(tls):
-            raise ValueError("p2p_tls_cert, p2p_tls_key and p2p_tls_ca need each other")
-        if not self.local_cpu and self.memory_backend == DEFAULT_MEMORY_BACKEND:
-            raise ValueError(
-                "local_cpu: false leaves no place for KV: it comes and goes through host memory; "
-                "give it little of that by max_local_cpu_size, or name another memory_backend"
-            )
-        if len(set(self.tiers)) < len(self.tiers):
-            raise ValueError("tiers names a backend twice")
-        if self.memory_backend in self.tiers:
-            raise ValueError(f"tiers are below memory: {self.memory_backend} is none of them")
-        if len(self.tiers) > MAX_TIERS:
-            raise ValueError(f"there may be {MAX_TIERS} tiers")
-        idle = [name for name in self.backend_options if name not in self.locations]
-        if idle:
-            raise ValueError(
-                f"backend_options has {idle[0]!r}, which tiers does not name, nor memory_backend"
-            )
+    def _consistent(self, info: ValidationInfo) -> Self:
+        if info.context is FIELDS_ONLY:
+            return self
+        found = [each.message for each in contradictions(self)]
+        if found:
+            raise ValueError("; ".join(found))
         return self
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Leave out what is secret in options."""
+        return ((name, redacted(value)) for name, value in super().__repr_args__())
 
     @property
     def lower_tiers(self) -> dict[str, dict[str, Any]]:
@@ -358,6 +349,48 @@ class KitConfig(BaseModel):
     def from_json(cls, text: str | bytes) -> KitConfig:
         """Read what :meth:`to_json` wrote."""
         return cls.model_validate(json.loads(text))
+
+
+class Contradiction(NamedTuple):
+    """Values that are right by themselves and wrong together, and the keys that they are of."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def contradictions(config: KitConfig) -> Iterator[Contradiction]:
+    """Yield every contradiction between keys."""
+    if config.enable_controller and not config.controller_url:
+        yield Contradiction(
+            ("enable_controller", "controller_url"),
+            "enable_controller needs controller_url, for example localhost:9001",
+        )
+    if (config.controller_key is None) != (config.worker_key is None):
+        yield Contradiction(
+            ("controller_key", "worker_key"),
+            "controller_key and worker_key need each other: set both, or neither",
+        )
+    tls = (config.p2p_tls_cert, config.p2p_tls_key, config.p2p_tls_ca)
+    if any(tls) and not all(tls):
+        yield Contradiction(
+            ("p2p_tls_cert", "p2p_tls_key", "p2p_tls_ca"),
+            "p2p_tls_cert, p2p_tls_key and p2p_tls_ca need each other",
+        )
+    if len(set(config.tiers)) < len(config.tiers):
+        yield Contradiction(("tiers",), "tiers names a backend twice")
+    if config.memory_backend in config.tiers:
+        yield Contradiction(
+            ("memory_backend", "tiers"),
+            f"tiers are below memory: {config.memory_backend} is none of them",
+        )
+    if len(config.tiers) > MAX_TIERS:
+        yield Contradiction(("tiers",), f"there may be {MAX_TIERS} tiers")
+    for name in config.backend_options:
+        if name not in config.locations:
+            yield Contradiction(
+                ("backend_options", "tiers", "memory_backend"),
+                f"backend_options has {name!r}, which tiers does not name, nor memory_backend",
+            )
 
 
 KEYS: Mapping[str, Declaration] = {

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import pkgutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 
 from lmcache_kit.config.declare import Declaration
 from lmcache_kit.config.entries import Entry, reason, shown
 from lmcache_kit.config.lmcache import is_unserved
 from lmcache_kit.config.model import ALIASES, KEYS
+from lmcache_kit.config.redaction import HIDDEN, is_address, redacted
 from lmcache_kit.config.values import mapping, read, text_list
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.first_party import provider_of
 from lmcache_kit.plugins import Offer, Plugins
-from lmcache_kit.plugins.records import Raised, attempt
+from lmcache_kit.plugins.records import attempt
 from lmcache_kit.specs import ConfigKey, Kind
 
 OPTIONS_OF: Mapping[Kind, str] = {
@@ -48,6 +49,7 @@ class PluginKeys:
     """All keys that installed plugins declare. A key of the kit itself cannot be taken."""
 
     def __init__(self, plugins: Plugins) -> None:
+        self._plugins = plugins
         self._declared: dict[str, list[PluginKey]] = defaultdict(list)
         for kind in OPTIONS_OF:
             for offer in plugins.specs(kind):
@@ -87,6 +89,20 @@ class PluginKeys:
             for name, found in self._declared.items()
         ]
 
+    def without_secrets(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values of keys and of mappings of options, for people to see."""
+        shown = {key: redacted(each, "" if key in KEYS else key) for key, each in values.items()}
+        for name, found in self._declared.items():
+            if name in shown and any(
+                each.key.option in secret_options(each.offer) for each in found
+            ):
+                shown[name] = HIDDEN if values[name] is not None else None
+        for kind, where in OPTIONS_OF.items():
+            for offer in self._plugins.specs(kind):
+                options = shown.get(where, {}).get(offer.spec.name, {})
+                options |= dict.fromkeys(secret_options(offer) & options.keys(), HIDDEN)
+        return shown
+
     def translate(self, values: Mapping[str, Entry], given: Mapping[str, Entry]) -> Translated:
         """Turn ``given`` keys of plugins into options, and selected backends into tiers.
 
@@ -103,7 +119,8 @@ class PluginKeys:
         for (kind, name), entries in sorted(by_offer.items()):
             offer = self.find(next(iter(entries.values()))).offer
             keys = {key.name: key for key in offer.spec.keys}
-            read_options = _read(keys, entries, problems)
+            hidden = _hidden(offer, keys)
+            read_options = _read(keys, entries, hidden, problems)
             if not read_options:
                 continue
             selecting = [each for each in entries if keys[each].selects and each in read_options]
@@ -114,7 +131,7 @@ class PluginKeys:
             inherited = {option: _value(key, values) for key, option in offer.spec.inherits.items()}
             options = {keys[each].option: value for each, value in read_options.items()}
             problems += _refused(
-                offer, options, {keys[each].option: entries[each] for each in entries}
+                offer, options, {keys[each].option: entries[each] for each in entries}, hidden
             )
             origin = next(iter(entries.values()))
             _add_options(OPTIONS_OF[kind], name, inherited | options, origin, translated)
@@ -122,15 +139,18 @@ class PluginKeys:
 
 
 def _read(
-    keys: Mapping[str, ConfigKey], entries: Mapping[str, Entry], problems: list[str]
+    keys: Mapping[str, ConfigKey],
+    entries: Mapping[str, Entry],
+    hidden: Container[str],
+    problems: list[str],
 ) -> dict[str, Any]:
-    """Return the values that set something, by key."""
+    """Return the values that set something, by key. ``hidden``: keys that are not shown."""
     values: dict[str, Any] = {}
     for name, entry in entries.items():
         try:
             value = read(keys[name].type, entry.value)
         except ValueError as error:
-            problems.append(f"{shown(entry)}: {error}")
+            problems.append(f"{shown(entry, secret=name in hidden)}: {error}")
             continue
         if value not in (None, [], "", keys[name].default):
             values[name] = value
@@ -172,11 +192,14 @@ def _value(key: str, values: Mapping[str, Entry]) -> Any:
 
 
 def _refused(
-    offer: Offer, options: Mapping[str, Any], entries: Mapping[str, Entry]
+    offer: Offer,
+    options: Mapping[str, Any],
+    entries: Mapping[str, Entry],
+    hidden: Container[str],
 ) -> Iterator[str]:
     """Check options by their model; only problems with what a key has set."""
-    model = attempt(lambda: pkgutil.resolve_name(offer.spec.config))
-    if isinstance(model, Raised) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+    model = _model(offer)
+    if model is None:
         return  # whoever makes the plugin says so
     try:
         model.model_validate(dict(options))
@@ -184,4 +207,33 @@ def _refused(
         for detail in error.errors():
             entry = entries.get(str(detail["loc"][0])) if detail["loc"] else None
             if entry is not None:
-                yield f"{shown(entry)}: {reason(detail['msg'])}"
+                what = shown(entry, secret=entry.key in hidden)
+                yield f"{what}: {redacted(reason(detail['msg']))}"
+
+
+def _model(offer: Offer) -> type[BaseModel] | None:
+    """Return the model of the options, or None if there is none that can be imported."""
+    model = attempt(lambda: pkgutil.resolve_name(offer.spec.config)) if offer.spec.config else None
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+def _hidden(offer: Offer, keys: Mapping[str, ConfigKey]) -> set[str]:
+    """Return the keys whose options are secret."""
+    secret = secret_options(offer)
+    return {name for name, key in keys.items() if key.option in secret}
+
+
+def secret_options(offer: Offer) -> set[str]:
+    """Return the options that their model declares as secret, by ``SecretStr``.
+
+    One that is named as a URL is not among them: of that only the user and password are hidden.
+    """
+    model = _model(offer)
+    if model is None:
+        return set()
+    return {
+        name
+        for name, each in model.model_fields.items()
+        if not is_address(name)
+        and not {SecretStr, SecretBytes}.isdisjoint((each.annotation, *get_args(each.annotation)))
+    }

@@ -17,6 +17,32 @@ _HOST_PORT = re.compile(
 )
 
 
+_NOT_SET = frozenset({"", "null", "none"})
+_SEVERAL_FOLDERS = re.compile(r",\s*(/|~|file:)")
+_FOLDER = "a folder is expected: an absolute path, one below ~/, or file:/// and the path"
+_SHELL_VARIABLE = re.compile(r"\$[A-Za-z_{(]")
+
+
+def unquoted(text: str) -> str:
+    """Return a text without the quotes that shells, compose files and templates leave around it.
+
+    >>> unquoted(' "file:///kv" '), unquoted('"a","b"')
+    ('file:///kv', '"a","b"')
+    """
+    text = text.strip()
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        inner = text[1:-1].strip().replace(f"\\{text[0]}", text[0])
+        if text[0] in inner and inner[:1] + inner[-1:] not in {"{}", "[]"}:
+            break
+        text = inner
+    return text
+
+
+def none_if_not_set(value: Any) -> Any:
+    """Return None for a text that says so: ``null`` and ``None`` of templates, and an empty one."""
+    return None if isinstance(value, str) and value.strip().lower() in _NOT_SET else value
+
+
 def int_list(value: Any) -> Any:
     """Read ``8001``, ``"8001"``, ``"8001, 8002"``, ``"[8001, 8002]"`` or a list."""
     if isinstance(value, str):
@@ -45,29 +71,57 @@ def address(value: Any) -> Any:
 
 def absolute(value: Path | None) -> Path | None:
     """Make a path absolute: the cache process has another working directory."""
+    return value and _expanded(value).absolute()
+
+
+def anywhere(value: Path | None) -> Path | None:
+    """Check a path that means the same from every working directory, since it will be made."""
+    if value is None:
+        return None
+    path = _expanded(value)
+    if not path.is_absolute():
+        raise ValueError("a path is expected that begins with / or ~/, for example /run/kv.sock")
+    return path
+
+
+def folder(value: Any) -> Path | None:
+    """Read an absolute path, one below ``~/``, or ``file://`` and an absolute path.
+
+    ``false`` is none, as in LMCache. What could make a folder below the working directory, or one
+    that nobody means, is refused.
+    """
+    if value is False or (isinstance(value, str) and value.lower() == "false"):
+        return None
+    if not isinstance(value, str | Path):
+        raise ValueError(_FOLDER)
+    text = str(value)
+    if _SEVERAL_FOLDERS.search(text):
+        raise ValueError("one folder is expected, and these are several")
+    if _SHELL_VARIABLE.search(text):
+        raise ValueError("variables in it are not replaced here: write the folder itself")
+    path = _expanded(Path(text.removeprefix("file://") if text.startswith("file:///") else text))
+    if not path.is_absolute():
+        raise ValueError(_FOLDER)
+    return path
+
+
+def _expanded(path: Path) -> Path:
     try:
-        return value and value.expanduser().absolute()
+        return path.expanduser()
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 
 
-def folder(value: Any) -> Path | None:
-    """Read a path, or ``file://`` and a path; ``false`` is none, as in LMCache."""
-    if value is False or (isinstance(value, str) and value.lower() == "false"):
-        return None
-    if not isinstance(value, str | Path):
-        raise ValueError("a folder is expected, for example /var/cache/kv")
-    return absolute(Path(str(value).removeprefix("file://")))
-
-
 def mapping(value: Any) -> Any:
-    """Read a mapping, or one written as JSON, as in a variable."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from error
+    """Read a mapping, or one written as JSON, as in a variable, with quotes around it or not."""
+    for _ in range(2):
+        if not isinstance(value, str):
+            break
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from error
+    return value
 
 
 def no_boolean(value: Any) -> Any:
@@ -111,6 +165,7 @@ Ports = Annotated[tuple[Port, ...] | None, BeforeValidator(int_list)]
 Ranks = Annotated[tuple[Rank, ...] | None, BeforeValidator(int_list)]
 Address = Annotated[str | None, BeforeValidator(address)]
 KeyFile = Annotated[Path | None, AfterValidator(absolute)]
+SocketPath = Annotated[Path | None, AfterValidator(anywhere)]
 Count = Annotated[int, BeforeValidator(no_boolean)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(no_boolean)]
 Names = Annotated[tuple[str, ...], BeforeValidator(text_list)]

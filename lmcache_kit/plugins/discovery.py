@@ -130,7 +130,7 @@ def _selected(
     candidates: list[Candidate], environ: Mapping[str, str], found: Discovery
 ) -> Iterator[Candidate]:
     """Yield what ``LMCACHE_KIT_PLUGINS`` selects: ``a,b`` allows only these, ``-a`` blocks one."""
-    words = [word.strip() for word in environ.get(SELECTION_VARIABLE, "").split(",")]
+    words = [word.strip("\"' ") for word in environ.get(SELECTION_VARIABLE, "").split(",")]
     allowed = {_normalized(word) for word in words if word and not word.startswith("-")}
     denied = {_normalized(word[1:]) for word in words if word.startswith("-")}
     for candidate in candidates:

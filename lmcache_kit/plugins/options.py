@@ -15,15 +15,17 @@ from lmcache_kit.specs import Kind, Spec
 def validated(key: str, kind: Kind, spec: Spec, given: Mapping[str, Any]) -> object:
     """Return an instance of ``spec.config``.
 
-    Raises ConfigError that names ``key``, the plugin's name and the option, or says that a ``kind``
-    of this name takes no options.
+    Raises ConfigError that names ``key``, the plugin's name and every wrong option, or says that a
+    ``kind`` of this name takes no options.
     """
     if not spec.config:
         raise ConfigError(f"{key}: {kind} {spec.name!r} takes no options")
     try:
         options: object = pkgutil.resolve_name(spec.config)(**given)
     except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, [spec.name, *detail["loc"]]))
-        raise ConfigError(f"{key}: {where}: {detail['msg']}") from None
+        found = (
+            f"{'.'.join(map(str, [spec.name, *detail['loc']]))}: {detail['msg']}"
+            for detail in error.errors()
+        )
+        raise ConfigError(f"{key}: {'; '.join(found)}") from None
     return options

@@ -34,7 +34,7 @@ def socket_path(config: KitConfig) -> Path:
     Raises ConfigError when it is too long for a Unix socket.
     """
     if config.cache_socket is not None:
-        path = config.cache_socket.expanduser().absolute()
+        path = config.cache_socket
     else:
         name = blake3(config.lmcache_instance_id.encode()).hexdigest(16)
         path = runtime_dir() / f"{name}.sock"

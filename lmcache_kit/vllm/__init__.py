@@ -9,7 +9,7 @@
 5. The engine's page order is detected or indexed, never assumed (:mod:`.cpu_pages`,
    :mod:`.cuda_pages`); payloads are the same on every device.
 
-``kv_connector_module_path: "lmcache_kit.vllm"`` finds the connector here under both of its names.
+``kv_connector_module_path: "lmcache_kit.vllm"`` finds the connector here under all of its names.
 Nothing heavy is imported before one of them is asked for.
 """
 
@@ -21,8 +21,11 @@ __all__ = ["LMCacheConnectorV1", "LMCacheKitConnector"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    from lmcache_kit.vllm.plugin import LMCACHE_NAME, LMCACHE_NAMES
+
+    wanted = LMCACHE_NAME if name in LMCACHE_NAMES else name
+    if wanted not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lmcache_kit.vllm import connector
 
-    return getattr(connector, name)
+    return getattr(connector, wanted)

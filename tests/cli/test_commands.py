@@ -208,7 +208,7 @@ def test_validate_warns_about_what_is_not_served(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("remote_serde: naive\n")
     result = kit("validate", str(tmp_path / "x.yaml"))
     assert result.exit_code == 0
-    assert "Warning: remote_serde" in result.stderr
+    assert "Warning: keys of LMCache without effect here: remote_serde" in result.stderr
 
 
 # show-config

@@ -150,9 +150,12 @@ def test_a_client_with_another_memory_backend_gets_a_new_process(connect: Connec
         ),
         ({"memory_backend": "AcmeStore"}, ConfigError, r"AcmeStore is no memory\. Installed: Acme"),
         (
-            {"memory_backend": "AcmeMemory", "backend_options": {"AcmeMemory": {"algin": 1}}},
+            {
+                "memory_backend": "AcmeMemory",
+                "backend_options": {"AcmeMemory": {"algin": 1, "x": 2}},
+            },
             ConfigError,
-            r"backend_options: AcmeMemory\.algin: Extra inputs",
+            r"backend_options: AcmeMemory\.algin: Extra inputs .*; AcmeMemory\.x: Extra inputs",
         ),
         (
             {"backend_options": {"LocalCPUBackend": {"a": 1}}},

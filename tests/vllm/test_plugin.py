@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -18,12 +19,15 @@ def factory() -> Iterator[Any]:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     before = dict(KVConnectorFactory._registry)
-    for name in (plugin.NAME, plugin.LMCACHE_NAME):
+    found = KVConnectorFactory.get_connector_class
+    KVConnectorFactory.get_connector_class = inspect.unwrap(found)
+    KVConnectorFactory._registry.pop(plugin.NAME, None)
+    for name in plugin.LMCACHE_NAMES:
         KVConnectorFactory._registry.pop(name, None)
-    KVConnectorFactory.register_connector(
-        plugin.LMCACHE_NAME, "collections", "OrderedDict"
-    )  # stands for vLLM's own
+        # Stands for vLLM's own, which need the package.
+        KVConnectorFactory.register_connector(name, "collections", "OrderedDict")
     yield KVConnectorFactory
+    KVConnectorFactory.get_connector_class = found
     KVConnectorFactory._registry.clear()
     KVConnectorFactory._registry.update(before)
 
@@ -41,10 +45,74 @@ def test_vllm_loads_the_entry_point() -> None:
     assert found.load() is plugin.register
 
 
-def test_both_names_are_served_when_lmcache_is_absent(factory: Any) -> None:
+@pytest.mark.parametrize("name", [plugin.NAME, *plugin.LMCACHE_NAMES])
+def test_every_name_is_served_when_lmcache_is_absent(factory: Any, name: str) -> None:
     plugin.register()
-    assert served(factory, plugin.NAME) == "lmcache_kit.vllm.connector"
-    assert served(factory, plugin.LMCACHE_NAME) == "lmcache_kit.vllm.connector"
+    assert served(factory, name) == "lmcache_kit.vllm.connector"
+
+
+def test_the_backend_that_vllms_option_names_is_served(factory: Any) -> None:
+    from vllm.config import CacheConfig, VllmConfig
+
+    config = VllmConfig.__new__(VllmConfig)
+    config.cache_config = CacheConfig(kv_offloading_size=1.0, kv_offloading_backend="lmcache")
+    config.kv_transfer_config = None
+    config._post_init_kv_transfer_config()
+    plugin.register()
+    found = factory.get_connector_class(config.kv_transfer_config)
+    assert found.__module__ == "lmcache_kit.vllm.connector"
+
+
+def transfer(name: str, path: str) -> Any:
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_module_path=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("LMCacheConnectorV1Dynamic", "lmcache.integration.vllm.lmcache_connector_v1"),
+        ("LMCacheConnectorV1Dynamic", "lmcache.integration.vllm.lmcache_connector_v1_085"),
+        ("LMCacheMPConnector", "lmcache.integration.vllm.lmcache_mp_connector"),
+    ],
+)
+def test_lmcache_s_modules_are_served_when_it_is_absent(
+    factory: Any, name: str, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin._log_once.cache_clear()
+    caplog.set_level("INFO", "vllm.lmcache_kit")
+    plugin.register()
+    find = factory.get_connector_class
+    plugin.register()
+    assert factory.get_connector_class is find
+    for _ in range(2):
+        found = factory.get_connector_class(transfer(name, path))
+    assert found.__module__ == "lmcache_kit.vllm.connector"
+    assert caplog.messages == [f"kv_connector {name} of {path} is LMCacheKitConnector"]
+
+
+def test_another_class_of_lmcache_s_modules_is_told_what_to_write(factory: Any) -> None:
+    plugin.register()
+    with pytest.raises(ValueError, match=r"write kv_connector 'LMCacheKitConnector' and no kv_con"):
+        factory.get_connector_class(transfer("LMCacheECConnector", "lmcache.integration.vllm.ec"))
+
+
+def test_modules_of_others_are_vllms_affair(factory: Any) -> None:
+    plugin.register()
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        factory.get_connector_class(transfer("LMCacheConnectorV1Dynamic", "no_such_module"))
+
+
+def test_lmcache_s_modules_are_its_own_when_it_is_installed(
+    factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin.register()
+    pretend_lmcache_is_installed(monkeypatch)
+    with pytest.raises(ModuleNotFoundError, match="lmcache"):
+        factory.get_connector_class(
+            transfer("LMCacheConnectorV1Dynamic", "lmcache.integration.vllm.lmcache_connector_v1")
+        )
 
 
 def test_registering_twice_changes_nothing(factory: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -60,12 +128,12 @@ def test_lmcache_keeps_its_name_when_it_is_installed(
     pretend_lmcache_is_installed(monkeypatch)
     plugin.register()
     assert served(factory, plugin.NAME) == "lmcache_kit.vllm.connector"
-    assert served(factory, plugin.LMCACHE_NAME) == "collections"
+    assert {served(factory, name) for name in plugin.LMCACHE_NAMES} == {"collections"}
 
 
 def test_lmcache_s_name_can_be_taken_over(factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_lmcache_is_installed(monkeypatch)
-    monkeypatch.setenv(plugin.TAKE_OVER, "1")
+    monkeypatch.setenv(plugin.TAKE_OVER, '"1"')
     plugin.register()
     assert served(factory, plugin.LMCACHE_NAME) == "lmcache_kit.vllm.connector"
 
@@ -86,17 +154,10 @@ def test_a_failure_is_logged_and_never_raised(
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name", [plugin.NAME, plugin.LMCACHE_NAME])
-def test_the_module_path_finds_both_names(name: str) -> None:
-    from vllm.config import KVTransferConfig
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
-    found = KVConnectorFactory.get_connector_class(
-        KVTransferConfig(
-            kv_connector=name, kv_role="kv_both", kv_connector_module_path="lmcache_kit.vllm"
-        )
-    )
-    assert (found.__module__, found.__name__) == ("lmcache_kit.vllm.connector", name)
+@pytest.mark.parametrize("name", [plugin.NAME, *plugin.LMCACHE_NAMES])
+def test_the_module_path_finds_every_name(factory: Any, name: str) -> None:
+    found = factory.get_connector_class(transfer(name, "lmcache_kit.vllm"))
+    assert found.__module__ == "lmcache_kit.vllm.connector"
 
 
 def test_an_unknown_name_in_the_package_is_an_attribute_error() -> None:

@@ -10,7 +10,7 @@ from lmcache_kit_http_api.errors import from_exception
 
 from lmcache_kit import errors
 from lmcache_kit.config.declare import Declaration
-from lmcache_kit.config.lmcache import UNSERVED, UNSERVED_PREFIXES
+from lmcache_kit.config.lmcache import FAMILIES, INSTEAD, OPEN_FAMILIES, UNSERVED
 from lmcache_kit.config.load import declarations
 from lmcache_kit.config.model import ALIASES, KitConfig
 from lmcache_kit.plugins import Offer, Plugins
@@ -163,12 +163,16 @@ def _lmcache_keys() -> str:
             "## Accepted, and not needed",
             table(("Key", "Why"), idle),
             "## Not served",
-            "Each is named by one warning and has no effect. There is no warning if its value asks "
-            "for nothing (`null`, `false`, `0`).",
+            "One warning names all that a configuration has. They have no effect. There is no "
+            "warning about one whose value asks for nothing (`null`, `false`, `0`).",
             ", ".join(f"`{key}`" for key in sorted(UNSERVED)),
-            "And all others that begin with one of these: "
-            + ", ".join(f"`{prefix}`" for prefix in UNSERVED_PREFIXES)
-            + ".",
+            "And all that begin with one of these: "
+            + ", ".join(f"`{prefix}`" for prefix in OPEN_FAMILIES)
+            + ". Further ones that begin with "
+            + ", ".join(f"`{prefix}`" for prefix in FAMILIES)
+            + " are taken for keys of another version of LMCache, unless they are spelt nearly "
+            "like a served key, which is an error.",
+            table(("Instead of", "Here"), [(f"`{key}`", each) for key, each in INSTEAD.items()]),
             "## Ours alone",
             ", ".join(_linked(each.name) for each in found if not each.lmcache),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from lmcache_kit_valkey_backend import backend as module
@@ -124,11 +125,36 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, str], messa
         ValkeyOptions(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("sign", "@/#%? é")
+@pytest.mark.parametrize("form", ["redis://me:{}@host", "unix://:{}@/kv.sock"])
+def test_a_password_that_is_not_escaped_is_told_how_to_escape(form: str, sign: str) -> None:
+    url = form.format(f"s3{sign}cret")
+    with pytest.raises(ValueError, match=r"must be escaped: %40 for @.* password_file") as no:
+        ValkeyOptions(url=url)  # type: ignore[arg-type]
+    assert "cret" not in str(no.value)
+    ValkeyOptions(url=form.format(quote(f"s3{sign}cret:", safe="")))  # type: ignore[arg-type]
+
+
+def test_lmcaches_name_of_the_protocol_means_the_same() -> None:
+    options = ValkeyOptions(url="resp://me:s3%40cret@host:1/2")  # type: ignore[arg-type]
+    assert options.url.get_secret_value() == "redis://me:s3%40cret@host:1/2"
+
+
+def test_a_colon_in_a_password_and_an_at_in_a_path_need_no_escape() -> None:
+    ValkeyOptions(url="redis://me:s3:cret@host")  # type: ignore[arg-type]
+    ValkeyOptions(url="unix:///run/kv@1/kv.sock")  # type: ignore[arg-type]
+
+
 def test_a_password_is_never_shown() -> None:
     options = ValkeyOptions(url="redis://me:s3cret@host:1/2")  # type: ignore[arg-type]
     assert "s3cret" not in f"{options!r} {options} {options.model_dump_json()} {options.server}"
     assert options.server == "host:1"
-    for wrong in ({"url": "http://me:s3cret@host"}, {"url": "redis://me:s3cret@host", "ca": "/x"}):
+    for wrong in (
+        {"url": "http://me:s3cret@host"},
+        {"url": "redis://me:s3cret@host", "ca": "/x"},
+        {"url": "redis://me:s3cret@h\N{CARE OF}st"},
+        {"url": "redis://me:s3cret@[host"},
+    ):
         with pytest.raises(ValueError, match=r"url|ca") as refused:
             ValkeyOptions(**wrong)  # type: ignore[arg-type]
         assert "s3cret" not in str(refused.value)

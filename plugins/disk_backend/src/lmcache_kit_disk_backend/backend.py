@@ -59,6 +59,10 @@ class LocalDiskBackend(Backend):
         except BaseException:
             self._directory.close()
             raise
+        logger.info(
+            "blobs are in %s: %d of them, %.1f GiB at most",
+            self._directory.path, len(self._disk_bytes_of), options.max_size_gib,
+        )  # fmt: skip
 
     def put(self, key: bytes, meta: bytes, data: Sequence[memoryview]) -> bool:
         if len(meta) > MAX_META_BYTES:

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 _GIB = 1 << 30
+
+
+_SEVERAL = re.compile(r",\s*(/|~|file:)")
+_SHELL_VARIABLE = re.compile(r"\$[A-Za-z_{(]")
+
+
+def _folder(path: object) -> object:
+    """Read ``file:///``, and refuse texts that would make a folder that nobody means."""
+    if _SEVERAL.search(str(path)):
+        raise ValueError(f"{str(path)!r} is several folders; one is expected")
+    if _SHELL_VARIABLE.search(str(path)):
+        raise ValueError(
+            f"{str(path)!r}: variables in it are not replaced; write the folder itself"
+        )
+    if isinstance(path, str) and path.startswith("file:///"):
+        return path.removeprefix("file://")
+    return path
 
 
 def _absolute(path: Path) -> Path:
@@ -31,9 +49,9 @@ class DiskOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Annotated[Path, AfterValidator(_absolute)] = Field(
+    path: Annotated[Path, BeforeValidator(_folder), AfterValidator(_absolute)] = Field(
         default_factory=_user_cache,
-        description="folder on a local disk, absolute; `~` is the user's own. "
+        description="folder on a local disk, absolute or `file:///`; `~` is the user's own. "
         "`~/.cache/lmcache_kit` if absent",
     )
     max_size_gib: float = Field(

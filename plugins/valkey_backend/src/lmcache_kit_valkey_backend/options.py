@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -11,6 +12,8 @@ from lmcache_kit.errors import BackendError
 
 SCHEMES = ("redis", "rediss", "valkey", "valkeys", "unix")
 ENCRYPTED = ("rediss", "valkeys")
+_USER = re.compile(r"\w+://(?!/)(?P<user>.*)@", re.DOTALL)
+_ESCAPED = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*")  # RFC 3986, 3.2.1
 
 
 class ValkeyOptions(BaseModel):
@@ -55,7 +58,10 @@ class ValkeyOptions(BaseModel):
     @field_validator("url")
     @classmethod
     def _of_a_server(cls, url: SecretStr) -> SecretStr:
-        parts = urlsplit(url.get_secret_value())
+        parts = _split(url.get_secret_value())
+        if parts.scheme == "resp":  # LMCache's name for a client of the same servers
+            parts = parts._replace(scheme="redis")
+            url = SecretStr(parts.geturl())
         if parts.scheme not in SCHEMES:
             raise ValueError(f"a URL begins with one of {', '.join(SCHEMES)}, then ://")
         try:
@@ -108,6 +114,22 @@ class ValkeyOptions(BaseModel):
         if parts.scheme == "unix":
             return parts.path
         return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+
+
+def _split(url: str) -> SplitResult:
+    """Split a URL. Raises ValueError, without a part of it, if its user or password has signs that
+    a URL has for other purposes: they would end it early, or change it."""
+    found = _USER.match(url)
+    if found and not _ESCAPED.fullmatch(found["user"]):
+        raise ValueError(
+            "user and password must be escaped: %40 for @, %2F for /, %23 for #, %25 for %, "
+            "%3F for ?, %20 for a blank, as urllib.parse.quote(password, safe='') does it; or give "
+            "password_file"
+        )
+    try:
+        return urlsplit(url)
+    except ValueError:
+        raise ValueError("the URL has a host that is none") from None
 
 
 def _text(option: str, path: Path) -> str:
