@@ -88,7 +88,7 @@ class Listener:
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{shown}:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(
@@ -162,7 +162,8 @@ class Listener:
                 self._connections = {each for each in self._connections if each.fileno() >= 0}
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises TransportError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # "localhost" may have addresses of both families, and peers try IPv4 first.

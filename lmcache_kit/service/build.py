@@ -34,9 +34,8 @@ def build_engine(config: KitConfig, plugins: Plugins) -> tuple[MemoryBackend, Ca
 
     Raises ConfigError and PluginError, and BackendError when there is no such memory here now.
     """
-    make = memory_factory(config, plugins)
     policy = plugins.eviction_policy(config.cache_policy)
-    memory = _opened(config.memory_backend, make, MemoryBackend)  # type: ignore[type-abstract]
+    memory = open_memory(config, plugins)
     engine = CacheEngine(
         memory,
         policy,
@@ -45,6 +44,12 @@ def build_engine(config: KitConfig, plugins: Plugins) -> tuple[MemoryBackend, Ca
         max_pinned_share=config.max_pinned_share,
     )
     return memory, engine
+
+
+def open_memory(config: KitConfig, plugins: Plugins) -> MemoryBackend:
+    """Open the first tier. Raises as :func:`memory_factory`, and BackendError."""
+    make = memory_factory(config, plugins)
+    return _opened(config.memory_backend, make, MemoryBackend)  # type: ignore[type-abstract]
 
 
 def build_tiers(config: KitConfig, plugins: Plugins, get_codec: GetCodec) -> list[StoreTier]:

@@ -24,7 +24,8 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -185,15 +186,8 @@ class _Spawner:
             if serving is None:
                 return False
             serving.close()
-            try:
+            with _system_refuses(self._path):
                 self._start(stop, deadline)
-            except KitError:
-                raise
-            except OSError as error:
-                raise CacheStartFailed(
-                    f"no cache process can be started for {str(self._path)!r}: {error}",
-                    hint="See the limits of this user and the room in that folder",
-                ) from error
             return True
 
     def _start(self, stop: threading.Event, deadline: float) -> None:
@@ -346,6 +340,30 @@ class _Embedded:
             self._error = error
         finally:
             self._ready.set()
+
+
+def try_folder(path: Path) -> None:
+    """Do what a start does in the folder of a socket. Raises CacheStartFailed."""
+    paths.secure_directory(path.parent)
+    for lock in (paths.starting_lock(path), paths.serving_lock(path)):
+        if lock:
+            lock.close()
+    with _system_refuses(path):
+        os.close(_open_log(paths.beside(path, ".log")))
+
+
+@contextmanager
+def _system_refuses(path: Path) -> Iterator[None]:
+    """Turn an OSError into CacheStartFailed."""
+    try:
+        yield
+    except KitError:
+        raise
+    except OSError as error:
+        raise CacheStartFailed(
+            f"no cache process can be started for {str(path)!r}: {error}",
+            hint="See the limits of this user and the room in that folder",
+        ) from error
 
 
 def _read_line(fd: int, stop: threading.Event, deadline: float) -> bytes:

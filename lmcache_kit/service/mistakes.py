@@ -42,9 +42,7 @@ def _mistakes(config: KitConfig, plugins: Plugins) -> Iterator[tuple[str, KitErr
             yield key, error
 
 
-def _attempts(
-    config: KitConfig, plugins: Plugins
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _attempts(config: KitConfig, plugins: Plugins) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "cache_socket", partial(socket_path, config)
     yield "memory_backend", partial(memory_factory, config, plugins)
     for name, options in config.lower_tiers.items():
