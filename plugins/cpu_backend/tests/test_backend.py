@@ -14,7 +14,7 @@ from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from lmcache_kit_cpu_backend.memory_limits import Available, available_memory, probe
 from lmcache_kit_cpu_backend.prefault import AHEAD_BYTES
 
-from lmcache_kit.errors import ConfigError
+from lmcache_kit.errors import BackendError, ConfigError
 from lmcache_kit.interfaces import MemoryBackend, Region
 from tests.support.processes import open_files, run_python
 
@@ -170,14 +170,14 @@ def test_a_capacity_that_the_machine_does_not_have_is_refused(
     monkeypatch.setattr(
         backend_module, "available_memory", lambda: Available(2 << 30, "a limit of the test")
     )
-    with pytest.raises(ConfigError, match=r"max_local_cpu_size is 3\.00 GiB") as refusal:
+    with pytest.raises(BackendError, match=r"max_local_cpu_size is 3\.00 GiB") as refusal:
         LocalCPUBackend(capacity_bytes=3 << 30)
     assert "2.00 GiB available (a limit of the test)" in str(refusal.value)
     assert "Set max_local_cpu_size to 1.6 or less" in refusal.value.hint
 
 
 def test_the_real_machine_refuses_a_petabyte() -> None:
-    with pytest.raises(ConfigError, match="max_local_cpu_size"):
+    with pytest.raises(BackendError, match="max_local_cpu_size"):
         LocalCPUBackend(capacity_bytes=1 << 50)
 
 
