@@ -28,13 +28,13 @@ class LogRelay:
     """Log again, in this process, what cache processes write to ``path`` as a warning or worse.
 
     Lines count from the making of the relay on, and go on with the next process that logs there. A
-    file that is shorter than before has begun anew.
+    file that is shorter than before has begun anew. ``position``: where the next read begins.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._position = self._size()
+        self.position = self._size()
         self._rest = b""
         self._window_began = clock()
         self._relayed = self._passed_over = 0
@@ -61,12 +61,12 @@ class LogRelay:
     def _relay(self) -> None:
         if self._clock() - self._window_began >= WINDOW_S:
             self._begin_window()
-        if self._size() < self._position:
-            self._position, self._rest = 0, b""
+        if self._size() < self.position:
+            self.position, self._rest = 0, b""
         with suppress(OSError), self._path.open("rb") as log:
-            log.seek(self._position)
+            log.seek(self.position)
             while data := log.read(_READ_BYTES):
-                self._position += len(data)
+                self.position += len(data)
                 *lines, self._rest = (self._rest + data).split(b"\n")
                 self._rest = self._rest[:_READ_BYTES]
                 for line in lines:

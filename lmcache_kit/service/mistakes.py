@@ -7,9 +7,9 @@ be written, is no mistake: serving goes on without what it concerns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from lmcache_kit.errors import ConfigError, KitError, PluginBroken, PluginError
 from lmcache_kit.process.paths import socket_path
@@ -21,29 +21,40 @@ if TYPE_CHECKING:
     from lmcache_kit.config import KitConfig, Loaded
     from lmcache_kit.plugins import Plugins
 
+Attempt: TypeAlias = Callable[[], object]
+"""Use a value of a configuration. Raises ConfigError or PluginError for a mistake."""
 
-def check(loaded: Loaded, plugins: Plugins) -> None:
-    """Raise ConfigError that names all mistakes, each with its key and where that is set."""
-    found = [
-        _with_origin(error, key, loaded.origins) for key, error in _mistakes(loaded.config, plugins)
-    ]
+
+def check(loaded: Loaded, plugins: Plugins, *, as_client: bool = False) -> None:
+    """Raise ConfigError that names all mistakes, each with its key and where that is set.
+
+    ``as_client``: with ``cache_process: attach``, pass over what only the cache process reads. It
+    may have plugins that this environment lacks.
+    """
+    attaches = as_client and loaded.config.cache_process == "attach"
+    attempts = _of_clients(loaded.config) if attaches else _all(loaded.config, plugins)
+    found = [_with_origin(error, key, loaded.origins) for key, error in _mistakes(attempts)]
     if found:
         hint = found[0].hint if len(found) == 1 else ""
         lines = [found[0].message] if len(found) == 1 else [str(each) for each in found]
         raise ConfigError("; ".join(dict.fromkeys(lines)), hint=hint)
 
 
-def _mistakes(config: KitConfig, plugins: Plugins) -> Iterator[tuple[str, KitError]]:
+def _mistakes(attempts: Iterable[tuple[str, Attempt]]) -> Iterator[tuple[str, KitError]]:
     """Yield each mistake and the key that it concerns."""
-    for key, attempt in _attempts(config, plugins):
+    for key, attempt in attempts:
         try:
             attempt()
         except (ConfigError, PluginError) as error:
             yield key, error
 
 
-def _attempts(config: KitConfig, plugins: Plugins) -> Iterator[tuple[str, Callable[[], object]]]:
+def _of_clients(config: KitConfig) -> Iterator[tuple[str, Attempt]]:
     yield "cache_socket", partial(socket_path, config)
+
+
+def _all(config: KitConfig, plugins: Plugins) -> Iterator[tuple[str, Attempt]]:
+    yield from _of_clients(config)
     yield "memory_backend", partial(memory_factory, config, plugins)
     for name, options in config.lower_tiers.items():
         yield "tiers", partial(backend_factory, plugins, name, options)

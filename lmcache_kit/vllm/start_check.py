@@ -73,7 +73,7 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
 
     plugins = Plugins.load(log_failures=False)
     try:
-        mistakes.check(load_config(extra=extra, plugins=plugins), plugins)
+        mistakes.check(load_config(extra=extra, plugins=plugins), plugins, as_client=True)
     except ConfigError as error:
         raise ConfigError(
             f"lmcache_kit's configuration cannot be used: {error.message}", hint=error.hint
