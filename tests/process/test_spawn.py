@@ -26,6 +26,7 @@ from lmcache_kit.process import paths
 from lmcache_kit.process.client import Reconnect
 from lmcache_kit.service import launch
 from tests.process.conftest import ends
+from tests.support.ports import taken_port
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -297,6 +298,17 @@ def test_a_log_file_that_cannot_be_written_is_said(
 ) -> None:
     (folder / "c.sock.log").mkdir()
     assert "c.sock.log" in refusal(connect(), caplog)
+
+
+def test_a_peer_port_that_is_taken_costs_moves_and_nothing_else(
+    connect: Connect, caplog: pytest.LogCaptureFixture, eventually: Eventually
+) -> None:
+    with taken_port() as port:
+        client = connect(enable_p2p=True, p2p_init_ports=(port,), transfer_channel="tcp")
+        store(client)
+        assert client.lookup(NAMESPACE, TOKENS, 256).tokens == 12
+    said = f"nothing moves from or to this instance until a restart: .* port {port} .*free port"
+    eventually(lambda: re.search(said, caplog.text))
 
 
 def test_of_all_clients_of_an_engine_one_logs_the_error(
