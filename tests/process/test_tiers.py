@@ -15,7 +15,7 @@ from lmcache_kit.cache.records import StoreItem
 from lmcache_kit.errors import ConfigError
 from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.service import build
+from lmcache_kit.service import build, service
 from lmcache_kit.service.build import build_tiers
 from tests.support.waiting import DEADLINE_S as WAIT_S
 
@@ -184,6 +184,25 @@ def test_a_tier_that_cannot_be_opened_is_left_out_until_it_can_be(
         (folder / "c.sock.log").read_text()
     )
     assert len([each for each in caplog.records if "does not work" in each.getMessage()]) == 1
+
+
+def test_a_vllm_that_comes_later_hears_of_a_tier_that_is_down(
+    connect: Connect,
+    disk: dict[str, object],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "kv").write_text("a file")
+    client = connect(cache_process="embedded", **disk)
+    eventually(lambda: client.stats().lower_tiers[LOCATION]["down"])
+    connect(cache_process="embedded", **disk).stats()
+    assert "still does not work" not in caplog.text  # they came together
+    monkeypatch.setattr(service, "REMIND_AFTER_S", 0.0)
+    connect("scheduler", cache_process="embedded", **disk).stats()
+    connect(cache_process="embedded", **disk).stats()
+    assert caplog.text.count(f"{LOCATION} still does not work: ") == 1
 
 
 def test_a_tier_that_does_not_open_in_time_keeps_nobody_waiting(

@@ -79,7 +79,7 @@ class CircuitBreaker:
         if first:
             expected = isinstance(error, BackendError)
             logger.log(
-                # A store that never worked is set up wrongly, and waits for somebody to see it.
+                # A store that never worked is set up wrongly, and does not mend itself.
                 logging.WARNING if self._worked_before else logging.ERROR,
                 "%s does not work; serving goes on without it, and it is tried again every "
                 "%g s at the latest: %s",

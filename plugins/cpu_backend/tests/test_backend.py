@@ -236,6 +236,30 @@ def test_a_limit_of_the_older_cgroups_counts(tmp_path: Path) -> None:
     assert available.nbytes == 4500
 
 
+def test_a_limit_of_an_older_cgroup_that_a_container_cannot_see_counts(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        {
+            "proc/meminfo": MEMINFO,
+            "proc/self/cgroup": "4:memory:/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "2000\n",
+            "sys/fs/cgroup/memory/memory.stat": "hierarchical_memory_limit 7000\n",
+        },
+    )
+    available = available_memory(root)
+    assert available
+    assert available.nbytes == 5000
+    assert available.source.startswith("hierarchical_memory_limit in")
+
+
+def test_a_limit_holds_where_the_usage_cannot_be_read(tmp_path: Path) -> None:
+    root = machine(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "10\n"})
+    available = available_memory(root)
+    assert available
+    assert available.nbytes == 10
+
+
 def test_a_cgroup_that_is_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     root = machine(
         tmp_path,
