@@ -15,7 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lmcache_kit.interfaces.operations import OperationState
-from lmcache_kit_http_api.models import Name, Reply, Request, Salt, Tokens
+from lmcache_kit_http_api.models import Name, Reply, Request, Salt, Tokens, TokensRequest
 
 MAX_SECONDS = 10 * 365 * 86400.0
 
@@ -32,7 +32,7 @@ Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 OperationName = Literal["pin", "unpin", "clear", "compress", "decompress", "move"]
 
 
-class OperationFields(Request):
+class OperationFields(TokensRequest):
     """Fields of every operation."""
 
     tokens: Tokens | None = None

@@ -83,7 +83,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "POST", "/query_instance", handlers.query_instance,
         models.QueryInstanceRequest, models.QueryInstanceReply,
-        "Name the instance that registered from an address",
+        "Name the instances that registered from an address",
     ),
     Route(
         "POST", "/pin", handlers.pin,
