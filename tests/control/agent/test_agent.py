@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 
 import pytest
@@ -19,7 +20,7 @@ from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol.address import connect_url
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import LAYOUT, LOCATION, NAMESPACE, FakeTier, chunks_of
-from tests.support.proxies import Proxy
+from tests.support.proxies import Listener, Proxy
 from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
@@ -346,3 +347,21 @@ def test_an_address_that_cannot_be_one_is_refused(wrong: str) -> None:
 )
 def test_addresses_are_read_as_people_write_them(written: str, meant: str) -> None:
     assert connect_url(written) == meant
+
+
+def test_what_is_no_controller_is_warned_of_with_its_address(
+    start_agent: StartAgent, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server of another protocol, which answers in its own way."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.recv(100)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    with Listener(serve) as other, caplog.at_level(logging.WARNING):
+        agent, _ = start_agent(other.address)
+        eventually(lambda: agent.stats()["rejected_total"] >= 2)
+        agent.stop()
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert other.address in warning
+    assert "does not answer as a controller" in warning
