@@ -102,8 +102,8 @@ class Instances:
         at = [
             process
             for process in self._registry.processes()
-            if _host_name(process.registration.host) == name
-            or addresses & {canonical(process.ip), canonical(process.registration.host)}
+            if addresses & {canonical(process.ip), canonical(process.registration.host)}
+            or (name and _host_name(process.registration.host) == name)
         ]
         at.sort(key=lambda process: (process.alive, process.registered_at), reverse=True)
         return tuple(process.instance_id for process in at)
@@ -129,6 +129,8 @@ async def resolve(address: str) -> tuple[str, set[str]]:
     if ip := canonical(address):
         return "", {ip}
     name = _host_name(address)
+    if not name:  # which a resolver takes for this host
+        return "", set()
     try:
         async with asyncio.timeout(RESOLVE_S):
             found = await asyncio.get_running_loop().getaddrinfo(name, None)

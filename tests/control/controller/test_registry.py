@@ -222,12 +222,12 @@ class TestLog:
     @pytest.fixture(autouse=True)
     def at_info(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO, "lmcache_kit.controller")
-        self.records = caplog.records
+        self.caplog = caplog
 
     def lines(self) -> list[str]:
         """What was logged since the last call."""
-        lines = [record.getMessage() for record in self.records]
-        self.records.clear()
+        lines = [record.getMessage() for record in self.caplog.records]
+        self.caplog.clear()
         return lines
 
     def test_one_life_of_an_instance_is_told(self, world: World) -> None:
