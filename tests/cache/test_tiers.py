@@ -271,6 +271,16 @@ def test_clearing_a_tier_removes_from_the_store_and_leaves_memory(make: MakeCach
     assert cache.stat("chunks") == 2
 
 
+def test_clearing_a_head_in_a_tier_clears_what_follows_it(make: MakeCache) -> None:
+    cache = make(Dict())
+    cache.store(range(12))
+    cache.store(range(100, 104))
+    gone, _ = cache.tiers[0].clear(None, pack_tokens(range(4)))
+    assert (gone.tokens, gone.chunks) == (12, 3)
+    assert list(cache.stores[0].blobs) == keys(range(100, 104))
+    assert cache.hit(range(12)) == 12  # from memory, which was not cleared
+
+
 def test_what_a_store_does_not_let_go_of_is_not_served_and_goes_later(
     make: MakeCache, clock: Clock
 ) -> None:
