@@ -16,7 +16,7 @@ _SHARED = (
     counter(
         "corrupt_total",
         "chunks",
-        "Chunks dropped because they were not what was stored: a checksum or a header did not match.",
+        "Chunks dropped because they were not what was stored, by checksum or header.",
     ),
     counter("evicted_bytes_total", "bytes", "Bytes evicted."),
     counter("evicted_chunks_total", "chunks", "Chunks evicted."),

@@ -23,9 +23,7 @@ class Time(Protocol):
     now: float
 
 
-def items(
-    tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE
-) -> list[StoreItem]:
+def items(tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE) -> list[StoreItem]:
     packed = pack_tokens(tokens)
     return [
         StoreItem(link.parent, packed[link.start * 4 : link.end * 4], nbytes)

@@ -130,6 +130,13 @@ class BlobDirectory:
             )
 
 
+def is_blob_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is the file of a blob, complete or not, in the folder of its name."""
+    named = _KEY.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name)
+    prefix = os.path.basename(os.path.dirname(entry.path))
+    return bool(named) and entry.name.startswith(prefix) and entry.is_file(follow_symlinks=False)
+
+
 def take_lock(folder: Path, wait_s: float) -> int:
     """Lock the folder of a store, and return the descriptor that holds the lock.
 

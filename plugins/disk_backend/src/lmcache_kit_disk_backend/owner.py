@@ -36,8 +36,8 @@ class Owner:
     def write(self, folder: Path) -> None:
         """Write the file in one step. A folder that cannot take it does without."""
         said = {
-            "about": "KV cache of lmcache-kit, one file per chunk. `lmcache-kit gc` removes folders "
-            "that no process uses any more.",
+            "about": "KV cache of lmcache-kit, one file per chunk. `lmcache-kit gc` removes "
+            "folders that no process uses any more.",
             "format": FORMAT,
             **asdict(self),
         }
