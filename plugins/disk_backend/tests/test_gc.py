@@ -147,6 +147,14 @@ def test_the_configuration_names_the_folder(three: Path, tmp_path: Path) -> None
     assert set(listed(LMCACHE_CONFIG_FILE=str(file))) == {"used", "young", "old"}
 
 
+def test_options_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "kit.yaml"
+    file.write_text("tiers: [LocalDiskBackend]\nbackend_options: {LocalDiskBackend: {path: here}}")
+    result = gc(LMCACHE_CONFIG_FILE=str(file))
+    assert result.exit_code == 1
+    assert "'here' must be absolute" in result.output
+
+
 def test_without_a_configuration_it_is_the_default_folder(three: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert "No KV lies in" in gc(XDG_CACHE_HOME=str(cache)).output

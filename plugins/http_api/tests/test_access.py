@@ -136,7 +136,7 @@ async def test_own_names_and_addresses_are_answered(client, host):
         "x" * 5000,
     ],
 )
-async def test_a_name_of_somebody_else_is_refused(client, controller, host):
+async def test_a_name_of_another_server_is_refused(client, controller, host):
     assert await lookup_for(client, host) == REFUSED
     assert controller.queries == []
 

@@ -109,7 +109,9 @@ def test_a_controller_that_goes_away_is_warned_of_and_its_return_told(talk: Talk
         assert len([line for line in talk.told(logging.INFO) if "found again" in line]) == times
 
 
-def test_a_controller_that_has_forgotten_us_and_says_nothing_more_is_warned_of(talk: Talk) -> None:
+def test_a_controller_that_no_longer_knows_us_and_says_nothing_more_is_warned_of(
+    talk: Talk,
+) -> None:
     talk.client.handle(Registered(()))
     talk.run(60)
     talk.client.handle(NotRegistered())

@@ -142,10 +142,10 @@ class LocalDiskBackend(Backend):
 
     def _heal(self) -> None:
         """Begin anew where the folder was removed or replaced. Raises BackendError."""
-        if self._directory.intact:
+        if self._directory.is_intact():
             return
         with self._changed:
-            if self._directory.intact:  # another thread has healed it meanwhile
+            if self._directory.is_intact():  # another thread has healed it meanwhile
                 return
             self._directory.reopen()
             self._used -= sum(self._disk_bytes_of.values())

@@ -56,8 +56,7 @@ class BlobDirectory:
         self._numbers = count()
         self._open(wait_s=LOCK_WAIT_S)
 
-    @property
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether the folder is still the one that was locked; not after ``rm -rf`` or a mount."""
         try:
             return os.path.samestat(os.stat(self.path / LOCK), os.fstat(self._lock))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from pydantic import ValidationError
 
-from lmcache_kit.cli.output import print_json, print_table
-from lmcache_kit.config import load_config
 from lmcache_kit.errors import BackendError, ConfigError
+from lmcache_kit.interfaces import CommandContext
 from lmcache_kit_disk_backend.abandoned import FoundStore, find, remove
 from lmcache_kit_disk_backend.options import DiskOptions
 
@@ -19,20 +21,12 @@ _COLUMNS = ("folder", "instance", "state", "chunks", "size", "unused for", "last
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-class _Age(click.ParamType):
-    """Seconds, written as a number and a unit."""
-
-    name = "AGE"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        written = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", str(value).strip())
-        if written is None:
-            self.fail(f"{value!r} is no age; write it as 12h, 30d or 8w", param, ctx)
-        return float(written[1]) * _UNITS[written[2]]
+def _seconds(context: click.Context, parameter: click.Parameter, written: str) -> float:
+    """Read an age: a number and a unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", written.strip())
+    if found is None:
+        raise click.BadParameter(f"{written!r} is no age; write it as 12h, 30d or 8w")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 @click.command("gc")
@@ -48,13 +42,22 @@ class _Age(click.ParamType):
 @click.option(
     "--older-than",
     "older_than_s",
-    type=_Age(),
+    callback=_seconds,
+    metavar="AGE",
     default="7d",
     show_default=True,
     help="Remove only what has not been used for so long: 12h, 30d, 8w.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
-def command(*, folders: tuple[Path, ...], delete: bool, older_than_s: float, as_json: bool) -> None:
+@click.pass_obj
+def command(
+    context: CommandContext,
+    *,
+    folders: tuple[Path, ...],
+    delete: bool,
+    older_than_s: float,
+    as_json: bool,
+) -> None:
     """List the folders of KV on disk, and remove those that nobody uses any more.
 
     Each instance has a folder of its own in its `local_disk`, which stays when the instance has
@@ -66,7 +69,8 @@ def command(*, folders: tuple[Path, ...], delete: bool, older_than_s: float, as_
       lmcache-kit gc --folder /var/cache/kv --older-than 30d --delete
     """
     rows = []
-    for base in folders or (_configured(),):
+    bases = folders or (_configured(context),)
+    for base in bases:
         for store in _stores(base, must_exist=bool(folders)):
             old = not store.in_use and store.older_than(older_than_s)
             state = "in use" if store.in_use else "dead" if old else "free"
@@ -78,24 +82,28 @@ def command(*, folders: tuple[Path, ...], delete: bool, older_than_s: float, as_
                 state = f"stays: {why}" if why else "removed"
             rows.append((store, state))
     if as_json:
-        print_json([_as_json(store, state) for store, state in rows])
+        click.echo(json.dumps([_as_json(store, state) for store, state in rows], indent=2))
         return
     if not rows:
-        where = ", ".join(map(str, folders or (_configured(),)))
-        click.echo(f"No KV lies in {where}")
+        click.echo(f"No KV lies in {', '.join(map(str, bases))}")
         return
-    print_table(_COLUMNS, [_as_row(store, state) for store, state in rows])
+    _print_table([_COLUMNS, *(_as_row(store, state) for store, state in rows)])
     dead = [store for store, state in rows if state == "dead"]
     if dead:
         size = _size(sum(store.nbytes for store in dead))
         click.echo(f"{len(dead)} of them with {size} would be removed with --delete")
 
 
-def _configured() -> Path:
+def _configured(context: CommandContext) -> Path:
     """Return the folder that the configuration names, or the backend's default."""
-    given = load_config().config.backend_options.get(BACKEND, {})
-    path = given.get("path") if isinstance(given, dict) else getattr(given, "path", None)
-    return Path(path) if path is not None else DiskOptions().path
+    try:
+        return DiskOptions.model_validate(context.options(BACKEND)).path
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"the options of {BACKEND} cannot be used: {first['msg']}",
+            hint="'lmcache-kit validate' tells more; or name a --folder",
+        ) from None
 
 
 def _stores(base: Path, *, must_exist: bool) -> list[FoundStore]:
@@ -108,6 +116,13 @@ def _stores(base: Path, *, must_exist: bool) -> list[FoundStore]:
         return []
     except OSError as error:
         raise BackendError(f"cannot read {base}: {error.strerror or error}") from None
+
+
+def _print_table(lines: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
 
 
 def _as_row(store: FoundStore, state: str) -> tuple[str, ...]:
