@@ -81,7 +81,7 @@ class UnpinRequest(LocatedFields):
 
 
 class ClearRequest(LocatedFields):
-    """Delete what is stored of these tokens, or everything at a location."""
+    """Delete what is stored of these tokens and what follows them, or everything at a location."""
 
     tokens: SomeTokens | None = Field(None, description="Absent: everything at that location.")
     force: bool = Field(False, description="Pinned chunks as well.")
