@@ -121,7 +121,10 @@ class RouteSpec(_Spec):
 
 @dataclass(frozen=True, slots=True)
 class CommandSpec(_Spec):
-    """A subcommand of ``lmcache-kit``; ``target`` is a click command."""
+    """A subcommand of ``lmcache-kit``; ``target`` is a click command.
+
+    With ``click.pass_obj`` it gets a :class:`~lmcache_kit.interfaces.CommandContext`.
+    """
 
 
 Spec: TypeAlias = BackendSpec | CodecSpec | TransportSpec | FrontendSpec | RouteSpec | CommandSpec

@@ -90,7 +90,9 @@ class Agent:
             started=time.time() if started is None else started,
         )
         self._runner = OperationRunner(executor, wake=self._urgent.wake)
-        self._client = ControllerClient(self._feeds, identity, runner=self._runner)
+        self._client = ControllerClient(
+            self._feeds, identity, url=self._url.removeprefix("tcp://"), runner=self._runner
+        )
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -9,12 +9,17 @@ Only a registered client sends changes and heartbeats. A client that is unregist
 heartbeat; one that was rejected (fenced or refused) asks again every ten, in case the later
 incarnation has died. Every new connection begins unregistered, and so does a client that the
 controller does not know (``NotRegistered``).
+
+A client that is neither registered nor rejected, or whose messages are not taken, is out of touch.
+After ``WARN_S`` seconds of that it warns once; the next registration, or the next message that is
+taken, ends it and is told at INFO.
 """
 
 from __future__ import annotations
 
 import enum
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -54,6 +59,7 @@ Send: TypeAlias = Callable[[FromAgent], bool]
 
 FLUSH_S = 0.02
 SLOW_HEARTBEATS = 10
+WARN_S = 15.0
 _HASTE_S = 0.5
 _MAX_RESULTS = 256
 _MAX_MESSAGES_A_TURN = 64
@@ -86,7 +92,7 @@ class Identity:
 
 
 class ControllerClient:
-    """One cache process's conversation with the controller.
+    """One cache process's conversation with the controller at ``url``.
 
     :meth:`register_worker` and :meth:`register_namespace` may be called from any thread; all else
     belongs to one thread.
@@ -97,10 +103,12 @@ class ControllerClient:
         feeds: Sequence[LocationFeed],
         identity: Identity,
         *,
+        url: str = "controller_url",
         runner: OperationRunner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocked = False
+        self._url = url
         self.counts = AGENT.counters()
         self.feeds = {feed.location: feed for feed in feeds}
         self._identity = identity
@@ -115,6 +123,10 @@ class ControllerClient:
         self._results: deque[Result] = deque(maxlen=_MAX_RESULTS)
         self._next_register = self._next_heartbeat = self._next_flush = 0.0
         self._warned: deque[str] = deque(maxlen=8)
+        self._out_of_touch_since: float | None = None
+        self._out_of_touch_told = False
+        self._malformed_before = 0
+        self._registration_taken = False
 
     @property
     def registered(self) -> bool:
@@ -166,7 +178,8 @@ class ControllerClient:
         if reason not in self._warned:
             self._warned.append(reason)
             log.warning(
-                "lookups do not find the cache of instance %r: %s",
+                "lookups at the controller at %s do not find the cache of instance %r: %s",
+                self._url,
                 self._identity.instance_id,
                 reason,
             )
@@ -192,13 +205,17 @@ class ControllerClient:
                     due = min(due, feed.sync.due)
         if self._has_pending():
             due = min(due, self._next_flush)
-        return max(0.0, due - now)
+        return max(0.0, min(due, self._warning_due()) - now)
 
     def turn(self, send: Send) -> None:
         """Send what is due; :attr:`blocked` tells whether ``send`` refused some of it."""
         self.blocked = False
         now = self._clock()
         self._number(now)
+        self._send_due(send, now)
+        self._watch(now)
+
+    def _send_due(self, send: Send, now: float) -> None:
         if self._state is not _State.REGISTERED:
             if now >= self._next_register and self._register(send):
                 slow = self._state is _State.REJECTED
@@ -219,6 +236,46 @@ class ControllerClient:
                 self._send_changes(feed, send)
             if not self.blocked:
                 self._confirm(feed, send, now)
+
+    def _watch(self, now: float) -> None:
+        """Notice that the controller is out of touch, or that it no longer is."""
+        if self._state is _State.REJECTED:
+            return
+        if self._state is _State.REGISTERED and not self.blocked:
+            if self._out_of_touch_told:
+                log.info("the controller at %s is found again", self._url)
+            self._in_touch()
+        elif self._out_of_touch_since is None:
+            self._out_of_touch_since = now
+            self._malformed_before = self.counts["messages_malformed_total"]
+        elif now >= self._warning_due():
+            self._out_of_touch_told = True
+            log.warning(
+                "lookups do not find the cache of instance %r: no controller answers at %s for "
+                "%.0f s: %s. Is controller_url right, and does the controller run? Serving goes "
+                "on without it, and it is asked again and again",
+                self._identity.instance_id,
+                self._url,
+                now - self._out_of_touch_since,
+                self._what_is_there(),
+            )
+
+    def _warning_due(self) -> float:
+        """Return when to warn that the controller is out of touch; once, and not after a refusal
+        that was told."""
+        if self._out_of_touch_since is None or self._out_of_touch_told or self._warned:
+            return math.inf
+        return self._out_of_touch_since + WARN_S
+
+    def _what_is_there(self) -> str:
+        if self.counts["messages_malformed_total"] > self._malformed_before:
+            return "what answers there is no controller of this version"
+        if self._registration_taken:
+            return "what listens there says nothing"
+        return "nothing there takes messages for a controller"
+
+    def _in_touch(self) -> None:
+        self._out_of_touch_since, self._out_of_touch_told = None, False
 
     def _has_pending(self) -> bool:
         return any(feed.log.has_pending for feed in self.feeds.values())
@@ -272,7 +329,7 @@ class ControllerClient:
             peer_url=identity.peer_url,
             peer_key=identity.peer_key,
         )
-        sent = self._try(send, registration)
+        self._registration_taken = sent = self._try(send, registration)
         self._changed = self._changed or not sent
         return sent
 
@@ -322,7 +379,13 @@ class ControllerClient:
         self._warned.clear()
         self._next_heartbeat = 0.0
         self.counts["registrations_total"] += 1
-        log.info("instance %r is registered", self._identity.instance_id)
+        log.info(
+            "instance %r is registered with the controller at %s%s",
+            self._identity.instance_id,
+            self._url,
+            ", which is found again" if self._out_of_touch_told else "",
+        )
+        self._in_touch()
         for location, after_seq in message.resume:
             if feed := self.feeds.get(location):
                 feed.log.replay(after_seq)

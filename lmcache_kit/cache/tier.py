@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from lmcache_kit.cache.descriptors import ChunkRef, DeleteResult, NamespaceInfo
 from lmcache_kit.cache.index.chunk_index import ChunkIndex
-from lmcache_kit.cache.index.entries import PartialChunk
+from lmcache_kit.cache.index.entries import Entry, PartialChunk
 from lmcache_kit.cache.index.holds import References
 from lmcache_kit.cache.index.state import TierState
 from lmcache_kit.cache.records import ChangeListener, Selected, StoredChunk, Transcoded
@@ -116,17 +116,25 @@ class Tier(ABC):
 
         ``force`` deletes pinned ones, too. Memory in use is freed when its last hold ends. Of
         ``tokens``, a chunk is deleted if it has only these, or the last of these and then others.
-        Without tokens, pending stores are given up, too.
+        No chunk is left behind that a lookup could not reach any more: chunks that follow a deleted
+        one are deleted with it, pending stores are given up with it, and chunks that a pinned one
+        follows stay with that.
         """
         with self._lock:
             self._state.expire_holds()
             if tokens is None:
-                there = [partial.entry for partial in self._index.select(namespaces, None)]
-                there += self._index.pending.values() if namespaces is None else ()
+                meant = [partial.entry for partial in self._index.select(namespaces, None)]
+                meant += [
+                    entry
+                    for entry in self._index.pending.values()
+                    if namespaces is None or entry.namespace.digest in namespaces
+                ]
             else:
-                there = self._index.covered_by(namespaces, tokens)
-            gone = [entry for entry in there if force or not entry.pins]
-            kept = [entry for entry in there if entry.pins and not force]
+                meant = self._index.covered_by(namespaces, tokens)
+            needed = set() if force else self._needed_by_pins(meant)
+            gone = [entry for entry in meant if entry.key not in needed]
+            kept = [entry for entry in meant if entry.key in needed and entry.complete]
+            gone += self._index.followers_of(gone)
             cleared = _selected(
                 [PartialChunk(entry, entry.tokens) for entry in gone if entry.complete]
             )
@@ -134,6 +142,19 @@ class Tier(ABC):
                 self._index.unlink(entry)
             self._counters["cleared_chunks_total"] += cleared.chunks
             return cleared, _selected([PartialChunk(entry, entry.tokens) for entry in kept])
+
+    def _needed_by_pins(self, meant: Sequence[Entry]) -> set[ChunkKey]:
+        """Return those of these chunks, and of what follows them, that are pinned or lead to one
+        that is."""
+        entries = {entry.key: entry for entry in meant}
+        entries |= {entry.key: entry for entry in self._index.followers_of(meant)}
+        needed: set[ChunkKey] = set()
+        for entry in entries.values():
+            at: Entry | None = entry if entry.pins else None
+            while at is not None and at.key not in needed:
+                needed.add(at.key)
+                at = entries.get(at.parent)
+        return needed
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether the index has a chunk."""

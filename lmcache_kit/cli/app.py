@@ -44,6 +44,19 @@ BUILTINS: Mapping[str, Builtin] = {
 }
 
 
+class PluginCommands:
+    """A :class:`~lmcache_kit.interfaces.CommandContext`."""
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        """Read the configuration, and return the options of one plugin in it."""
+        # Deferred: most commands read no configuration.
+        from lmcache_kit.config import load_config
+
+        config = load_config(plugins=load_plugins()).config
+        given = (config.backend_options, config.codec_options, config.transport_options)
+        return next((options[name] for options in given if name in options), {})
+
+
 class App(click.Group):
     """Imports a subcommand when it runs; an error of the kit becomes a message and exit code 1."""
 
@@ -65,6 +78,7 @@ class App(click.Group):
             formatter.write_dl(sorted(rows.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        ctx.obj = PluginCommands()
         try:
             return super().invoke(ctx)
         except KitError as error:

@@ -93,7 +93,7 @@ def unpin(tokens: tuple[int, ...], file: str | None, **options: Any) -> None:
 @everything_option
 @click.option("--force", is_flag=True, default=None, help="Pinned KV as well.")
 def clear(tokens: tuple[int, ...], file: str | None, everything: bool, **options: Any) -> None:
-    """Delete what is stored of these tokens, or everything.
+    """Delete what is stored of these tokens and what follows them, or everything.
 
     \b
     Examples:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import sys
 import uuid
 from array import array
@@ -22,6 +24,7 @@ from lmcache_kit.interfaces.frontend import (
 )
 from lmcache_kit.keys import TOKEN_BYTES, pack_tokens
 
+RESOLVE_S = 2.0
 _TOKENS_END = 1 << (8 * TOKEN_BYTES)
 
 
@@ -43,10 +46,12 @@ class Instances:
         registry, index, counts = self._registry, self._registry.index, self._registry.counts
         counts["lookups_total"] += 1
         counts["lookup_tokens_total"] += len(query.tokens)
-        candidates = -1
+        candidates, process = -1, None
         if query.instance_id is not None:
             process = registry.find(query.instance_id)
             candidates = sum(replica.holder.mask for replica in process.replicas.values())
+        if query.model is not None:
+            registry.check_model(query.model, process)
         packed = pack(query.tokens)
         best: dict[Owner, LocationMatch] = {}
         for base in registry.namespaces():
@@ -89,16 +94,20 @@ class Instances:
                 raise UnknownName("worker", str(wanted), list(map(str, known)))
         return [info for info in infos if info.worker_id in worker_ids]
 
-    def at_address(self, ip: str) -> str | None:
-        """Return the instance at an address: of several the one that registered last."""
+    async def at_address(self, address: str) -> tuple[str, ...]:
+        """Return the instances at an address, those alive first, the latest registration first.
+
+        A host name means the processes that registered under it, and those at its addresses.
+        """
+        name, addresses = await resolve(address)
         at = [
             process
             for process in self._registry.processes()
-            if ip in (process.ip, process.registration.host)
+            if addresses & {canonical(process.ip), canonical(process.registration.host)}
+            or (name and _host_name(process.registration.host) == name)
         ]
-        if not at:
-            return None
-        return max(at, key=lambda process: (process.alive, process.registered_at)).instance_id
+        at.sort(key=lambda process: (process.alive, process.registered_at), reverse=True)
+        return tuple(process.instance_id for process in at)
 
     def _by_instance(self, best: dict[Owner, LocationMatch]) -> tuple[InstanceMatch, ...]:
         """Group matches by instance. Of equally long ones the higher tier comes first."""
@@ -111,6 +120,43 @@ class Instances:
         instances = [InstanceMatch(name, tuple(found)) for name, found in grouped.items()]
         instances.sort(key=lambda instance: (-instance.best.tokens, instance.instance_id))
         return tuple(instances)
+
+
+async def resolve(address: str) -> tuple[str, set[str]]:
+    """Return the host name in ``address``, or an empty one, and its IP addresses.
+
+    A name that the resolver does not know, or not in time, has no addresses.
+    """
+    if ip := canonical(address):
+        return "", {ip}
+    name = _host_name(address)
+    if not name:  # which a resolver takes for this host
+        return "", set()
+    try:
+        async with asyncio.timeout(RESOLVE_S):
+            found = await asyncio.get_running_loop().getaddrinfo(name, None)
+    # A name can be one that no encoding allows, or contain a zero byte.
+    except (OSError, TimeoutError, ValueError):
+        return name, set()
+    return name, {ip for *_, (host, *_) in found if (ip := canonical(str(host)))}
+
+
+def canonical(address: str) -> str:
+    """Return an IP address in its one short form; empty for anything else.
+
+    ``[::1]``, ``0:0::1`` and ``::1%lo`` are ``::1``, and ``::ffff:10.0.0.7`` is ``10.0.0.7``.
+    """
+    try:
+        ip = ipaddress.ip_address(address.strip().removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return ""
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = ip.ipv4_mapped or ipaddress.IPv6Address(int(ip))
+    return str(ip)
+
+
+def _host_name(text: str) -> str:
+    return text.strip().removesuffix(".").lower()
 
 
 def pack(tokens: Sequence[int]) -> bytes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 import uuid
 from collections import Counter
@@ -47,6 +48,8 @@ from lmcache_kit.interfaces.operations import (
     kind,
 )
 from lmcache_kit.protocol.control import MAX_TEXT, StartOperation
+
+logger = logging.getLogger(__name__)
 
 KEEP = 1000
 KEEP_S = 3600.0
@@ -115,6 +118,14 @@ class Operation:
         self.sent_at = 0.0
         self.answered = asyncio.Event()
         self.ended = asyncio.Event()
+
+    def __str__(self) -> str:
+        """Say what it does and where."""
+        place = f"{self.process.instance_id!r}/{self.location!r:.100}"
+        if self.source is None:
+            return f"{self.kind} at {place}"
+        instance_id, location = self.source
+        return f"{self.kind} from {instance_id!r}/{location!r:.100} to {place}"
 
     @property
     def listed(self) -> bool:
@@ -194,8 +205,12 @@ class OperationLog:
         *,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        asked_by: str = "",
     ) -> Operation:
-        """Log a new operation. Raise ControlError when too many are under way."""
+        """Log a new operation. Raise ControlError when too many are under way.
+
+        The begin and the end of a listed one are told at INFO, and that ``asked_by`` asked for it.
+        """
         operation = Operation(
             request,
             process,
@@ -218,6 +233,7 @@ class OperationLog:
             self._counts["operations_total"] += 1
             if idempotency_key is not None:
                 self._keys[idempotency_key] = operation
+            logger.info("event %s begins: %s%s", operation.operation_id, operation, by(asked_by))
         return operation
 
     def same(
@@ -340,12 +356,26 @@ class OperationLog:
         if operation.listed:
             self._ended[operation.operation_id] = operation
             self._counts[f"operations_{status.state}_total"] += 1
+            logger.info(
+                "event %s has ended: %s is %s after %.1f s, %d tokens%s",
+                operation.operation_id,
+                operation,
+                status.state,
+                operation.ended_at - operation.created,
+                status.tokens,
+                f": {operation.status.message!r}" if status.message else "",
+            )
 
     def _forget(self, operation: Operation) -> None:
         del self._ended[operation.operation_id], self._operations[operation.operation_id]
         key = operation.idempotency_key
         if key is not None and self._keys.get(key) is operation:
             del self._keys[key]
+
+
+def by(asked_by: str) -> str:
+    """Return who asked for an operation, to end a line of the log."""
+    return f", asked for by {asked_by!r:.100}" if asked_by else ""
 
 
 def _too_late(operation: Operation) -> DeadlineExceeded:

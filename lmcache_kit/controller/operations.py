@@ -8,6 +8,7 @@ second until it is answered, and so is a cancel. The other end is
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ import msgspec
 
 from lmcache_kit.controller.commands import Send
 from lmcache_kit.controller.moves import check_ends, check_location
-from lmcache_kit.controller.operation_log import Operation, OperationLog
+from lmcache_kit.controller.operation_log import Operation, OperationLog, by
 from lmcache_kit.controller.registry import Connection, Registry
 from lmcache_kit.errors import (
     ControlError,
@@ -38,6 +39,8 @@ from lmcache_kit.protocol.control import (
     OperationReport,
     OperationStarted,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 1024 * 1024
 RESEND_S = 1.0
@@ -81,10 +84,15 @@ class Operations:
         *,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        asked_by: str = "",
     ) -> OperationInfo:
         """Submit a request, and wait until the cache process has accepted it."""
         operation = self.submit(
-            instance_id, request, deadline_s=deadline_s, idempotency_key=idempotency_key
+            instance_id,
+            request,
+            deadline_s=deadline_s,
+            idempotency_key=idempotency_key,
+            asked_by=asked_by,
         )
         await operation.accepted()
         return operation.info()
@@ -95,7 +103,7 @@ class Operations:
         await operation.ended.wait()
         return operation.info()
 
-    async def cancel(self, operation_id: str) -> OperationInfo:
+    async def cancel(self, operation_id: str, *, asked_by: str = "") -> OperationInfo:
         """Ask for the end of an operation, and wait a little for it."""
         self._expire()
         operation = self._log.find(operation_id)
@@ -103,6 +111,7 @@ class Operations:
             if operation.status.state == "cancelled":
                 return operation.info()
             raise ControlError(f"event {operation_id} has ended: {operation.status.state}")
+        logger.info("event %s is to be cancelled%s", operation.operation_id, by(asked_by))
         self.send_cancel(operation)
         with suppress(TimeoutError):
             async with asyncio.timeout(CANCEL_S):
@@ -154,6 +163,7 @@ class Operations:
         *,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        asked_by: str = "",
     ) -> Operation:
         """Log a request and send it, without waiting for the answer."""
         self._expire()
@@ -172,7 +182,12 @@ class Operations:
         if tokens > MAX_TOKENS:
             raise InvalidQuery(f"{tokens} tokens are over the {MAX_TOKENS} that a request may name")
         operation = self._log.open(
-            request, process, source, deadline_s=deadline_s, idempotency_key=idempotency_key
+            request,
+            process,
+            source,
+            deadline_s=deadline_s,
+            idempotency_key=idempotency_key,
+            asked_by=asked_by,
         )
         self._transmit(operation)
         return operation

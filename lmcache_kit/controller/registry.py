@@ -11,10 +11,11 @@ the instance back.
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import TypeAlias
 
@@ -42,6 +43,8 @@ from lmcache_kit.protocol.control import (
     SnapshotPart,
 )
 
+log = logging.getLogger(__name__)
+
 Connection: TypeAlias = Hashable
 """Where a message came from. A registration speaks for its own connection, and no other."""
 
@@ -53,6 +56,7 @@ MAX_PROCESSES = 4096
 MAX_LOCATIONS = 8
 MAX_WORKERS = 1024
 MAX_NAME = 256
+_TOLD = 256
 _SOON = "One that runs registers within seconds"
 HEARTBEAT_RANGE_S = (0.05, 60.0)
 
@@ -71,6 +75,10 @@ class Process:
         self.alive = False
         self.heard = self.heard_at = self.registered_at = 0.0
         self.replicas: dict[str, Replica] = {}
+
+    def __str__(self) -> str:
+        """Name the instance and the host, for the log."""
+        return f"instance {self.instance_id!r} at {_from(self.registration, self.ip)}"
 
     @property
     def instance_id(self) -> str:
@@ -111,6 +119,7 @@ class Registry:
         self._connections: dict[Connection, Process] = {}
         self._namespaces: Counter[Namespace] = Counter()
         self._next_silence = math.inf
+        self._told: deque[tuple[str, bytes, str]] = deque(maxlen=_TOLD)
 
     # Queries.
 
@@ -151,6 +160,21 @@ class Registry:
         self.expire()
         return self._namespaces.keys()
 
+    def check_model(self, model: str, process: Process | None = None) -> None:
+        """Raise UnknownName, which lists the known models, unless a process registered this one.
+
+        ``process``: the only one that counts. Silent ones count too: whoever names their model
+        makes no mistake.
+        """
+        self.expire()
+        known = {
+            namespace.model
+            for each in ([process] if process else self._instances.values())
+            for namespace in each.registration.namespaces
+        }
+        if model not in known:
+            raise UnknownName("model", model, sorted(known), _SOON)
+
     # Messages.
 
     def handle(self, connection: Connection, message: FromAgent, ip: str = "") -> Outgoing:
@@ -176,6 +200,7 @@ class Registry:
                 answers.append(self._replica(process, location).confirm(seq, now))
             case Goodbye():
                 self.counts["goodbyes_total"] += 1
+                log.info("%s has ended and says goodbye", process)
                 self._drop(process)
             case _:
                 pass
@@ -187,6 +212,7 @@ class Registry:
         if process is not None:
             process.heard, process.heard_at = self._clock(), self._wall()
             if not process.alive:
+                log.info("%s is heard of again", process)
                 self._set_alive(process, True)
         return process
 
@@ -202,12 +228,18 @@ class Registry:
         for process in list(self._instances.values()):
             if process.alive and now >= process.silent_after:
                 self.counts["processes_lost_total"] += 1
+                log.info(
+                    "%s is lost: not heard of for %.1f s; lookups do not see it",
+                    process,
+                    now - process.heard,
+                )
                 self._set_alive(process, False)
             due = process.silent_after
             if not process.alive:
                 due = process.heard + max(self._drop_after_s, due - process.heard)
                 if now >= due:
                     self.counts["processes_dropped_total"] += 1
+                    log.info("%s is dropped: not heard of for %.0f s", process, now - process.heard)
                     self._drop(process)
                     continue
             self._next_silence = min(self._next_silence, due)
@@ -217,26 +249,29 @@ class Registry:
     def _register(self, connection: Connection, registration: Register, ip: str) -> Outgoing:
         reason = _reason_to_refuse(registration)
         if reason:
-            self.counts["registrations_refused_total"] += 1
-            return [(connection, Refused(reason))]
+            return self._refuse(connection, registration, ip, reason)
         self.expire()
         out: Outgoing = []
         current = self._instances.get(registration.instance_id)
         if current and current.registration.incarnation != registration.incarnation:
             if current.alive and _age(current.registration) > _age(registration):
                 self.counts["fenced_total"] += 1
+                self._tell(registration, "fenced", ip, f"{current} started later and has its id")
                 return [(connection, Fenced(current.ip or current.registration.host))]
             if current.alive:
                 self.counts["fenced_total"] += 1
+                later = f"a process at {_from(registration, ip)} started later and takes its id"
+                self._tell(current.registration, "fenced", current.ip, later)
                 out.append((current.connection, Fenced(ip or registration.host)))
             self._drop(current)
             current = None
         before = self._connections.get(connection)
         if before and before is not current:
+            log.info("%s is dropped: its connection registers another instance", before)
             self._drop(before)
         if current is None and not self._evict_silent():
-            self.counts["registrations_refused_total"] += 1
-            return [(connection, Refused(f"{self._max_processes} cache processes are known"))]
+            reason = f"{self._max_processes} cache processes are known"
+            return self._refuse(connection, registration, ip, reason)
         process = current or self._admit(registration, connection, ip)
         if process.connection != connection:
             self._move(process, connection)
@@ -244,12 +279,31 @@ class Registry:
         resume = tuple((name, each.seq) for name, each in process.replicas.items())
         return [*out, (connection, Registered(resume))]
 
+    def _refuse(
+        self, connection: Connection, registration: Register, ip: str, reason: str
+    ) -> Outgoing:
+        self.counts["registrations_refused_total"] += 1
+        self._tell(registration, "refused", ip, reason)
+        return [(connection, Refused(reason))]
+
+    def _tell(self, registration: Register, what: str, ip: str, why: str) -> None:
+        """Log why a process is turned away, once: it asks again and again."""
+        once = (registration.instance_id[:MAX_NAME], registration.incarnation[:16], what)
+        if once not in self._told:
+            self._told.append(once)
+            who = f"instance {registration.instance_id!r:.300} at {_from(registration, ip)}"
+            log.info("%s is %s: %s", who, what, why)
+
     def _admit(self, registration: Register, connection: Connection, ip: str) -> Process:
+        self._told = deque(
+            (each for each in self._told if each[1] != registration.incarnation), maxlen=_TOLD
+        )
         process = Process(registration, connection, ip)
         process.registered_at = self._wall()
         self._instances[registration.instance_id] = process
         self._connections[connection] = process
         self.counts["registrations_total"] += 1
+        log.info("%s is registered, with %s", process, ", ".join(map(repr, registration.locations)))
         return process
 
     def _move(self, process: Process, connection: Connection) -> None:
@@ -258,6 +312,7 @@ class Registry:
         self._connections[connection] = process
         process.connection = connection
         self.counts["reconnections_total"] += 1
+        log.info("%s is registered again, on a new connection", process)
         for replica in process.replicas.values():
             replica.restart()
 
@@ -281,7 +336,9 @@ class Registry:
         silent = [process for process in self._instances.values() if not process.alive]
         if not silent:
             return False
-        self._drop(min(silent, key=lambda process: process.heard))
+        longest = min(silent, key=lambda process: process.heard)
+        log.info("%s is dropped for another: too many are known", longest)
+        self._drop(longest)
         return True
 
     def _drop(self, process: Process) -> None:
@@ -310,6 +367,14 @@ class Registry:
             return process.replicas[location]
         except KeyError:
             raise ProtocolError(f"location {location!r:.100} is not registered") from None
+
+
+def _from(registration: Register, ip: str) -> str:
+    """Return the host and the address that a registration came from."""
+    host = registration.host[:MAX_NAME]
+    if host and ip and host != ip:
+        return f"{host!r} ({ip})"
+    return repr(host) if host else ip or "an unknown address"
 
 
 def _age(registration: Register) -> tuple[float, bytes]:

@@ -12,6 +12,7 @@ from lmcache_kit.interfaces.backend import (
     Backend,
     Blob,
     BlobRecord,
+    CountsDamage,
     Data,
     OpenBlob,
     Readable,
@@ -20,6 +21,7 @@ from lmcache_kit.interfaces.backend import (
 )
 from lmcache_kit.interfaces.cache import CacheInfo
 from lmcache_kit.interfaces.codec import BlobInfo, ChunkInfo, Codec, Rope
+from lmcache_kit.interfaces.commands import CommandContext
 from lmcache_kit.interfaces.eviction import EvictionPolicy
 from lmcache_kit.interfaces.frontend import (
     ControllerAPI,
@@ -43,7 +45,9 @@ __all__ = [
     "CacheInfo",
     "ChunkInfo",
     "Codec",
+    "CommandContext",
     "ControllerAPI",
+    "CountsDamage",
     "Data",
     "Dial",
     "EvictionPolicy",

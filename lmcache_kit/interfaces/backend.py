@@ -72,6 +72,18 @@ class ReportsMetrics(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsDamage(Protocol):
+    """What a backend may also be: it notices damaged blobs itself, drops them and counts them."""
+
+    def damaged_blobs(self) -> int:
+        """Return how many there were since it was built, without waiting for the store.
+
+        The tier adds them to its ``corrupt_total``.
+        """
+        ...
+
+
 class Backend(ABC):
     """A tier below memory: a store of blobs under keys of 16 bytes.
 

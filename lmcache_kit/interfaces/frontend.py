@@ -137,7 +137,8 @@ class InstancesAPI(Protocol):
     def lookup(self, query: LookupQuery) -> LookupAnswer:
         """Answer from the index, without asking any cache process.
 
-        Raise UnknownName for an unknown instance and InvalidQuery for an impossible token.
+        Raise UnknownName for an instance or a model that no cache process has registered, and
+        InvalidQuery for an impossible token.
         """
         ...
 
@@ -154,8 +155,11 @@ class InstancesAPI(Protocol):
         """List registered workers. Raise UnknownName for an unknown instance or worker."""
         ...
 
-    def at_address(self, ip: str) -> str | None:
-        """Return the instance whose cache process registered from this address."""
+    async def at_address(self, address: str) -> tuple[str, ...]:
+        """Return the instances whose cache processes registered from this IP address or host name.
+
+        Those that are alive come first, and of these the one that registered last.
+        """
         ...
 
 
@@ -169,12 +173,14 @@ class OperationsAPI(Protocol):
         *,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        asked_by: str = "",
     ) -> OperationInfo:
         """Send a request to an instance, and return once its cache process has accepted it.
 
         A move goes to its destination. The operation ends within ``deadline_s`` seconds, one way
         or the other; None takes the controller's default for this kind. A second request with
-        the same ``idempotency_key`` returns the operation of the first.
+        the same ``idempotency_key`` returns the operation of the first. The controller's log says
+        that ``asked_by`` asked for it, such as the address of a client.
 
         Raise the cache process's refusal, NoWorker, DeadlineExceeded, OperationFailed, or
         ControlError for an idempotency key that stands for another request.
@@ -185,8 +191,8 @@ class OperationsAPI(Protocol):
         """Wait for the end, which comes by the deadline. Raise UnknownName."""
         ...
 
-    async def cancel(self, operation_id: str) -> OperationInfo:
-        """Stop an operation, which may take a while to end.
+    async def cancel(self, operation_id: str, *, asked_by: str = "") -> OperationInfo:
+        """Stop an operation, which may take a while to end. ``asked_by``: see :meth:`start`.
 
         Raise UnknownName, or ControlError for an operation that has ended otherwise.
         """

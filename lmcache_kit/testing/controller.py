@@ -85,9 +85,9 @@ class FakeInstances:
         check_instance(instance_id)
         return [WorkerInfo(INSTANCE, 0, "127.0.0.1", 5555, None, 1e9, 1e9, alive=True)]
 
-    def at_address(self, ip: str) -> str | None:
-        self._controller.note("at_address")
-        return INSTANCE if ip == "127.0.0.1" else None
+    async def at_address(self, address: str) -> tuple[str, ...]:
+        await self._controller.enter("at_address")
+        return (INSTANCE,) if address == "127.0.0.1" else ()
 
 
 class FakeOperations:
@@ -103,6 +103,7 @@ class FakeOperations:
         *,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        asked_by: str = "",
     ) -> OperationInfo:
         await self._controller.enter("start")
         self._controller.requests.append(request)
@@ -112,7 +113,7 @@ class FakeOperations:
         await self._controller.enter("wait")
         return _info(operation_id)
 
-    async def cancel(self, operation_id: str) -> OperationInfo:
+    async def cancel(self, operation_id: str, *, asked_by: str = "") -> OperationInfo:
         await self._controller.enter("cancel")
         return msgspec.structs.replace(_info(operation_id), state="cancelled")
 

@@ -693,12 +693,27 @@ class EngineAgainstModel(RuleBasedStateMachine):
     def clear(self, really: int, force: bool) -> None:
         if not really:
             self.expire_holds()
-            gone = [chunk for chunk in self.stored() if force or chunk not in self.pinned()]
-            kept = [chunk for chunk in self.stored() if chunk not in gone]
-            expected = (whole(gone), whole(kept))
+            linked = [chunk for chunk in self.chunks if chunk.linked]
+            kept = [] if force else [chunk for chunk in linked if self.leads_to_a_pin(chunk)]
+            gone = [chunk for chunk in linked if chunk not in kept]
+            complete = [[chunk for chunk in each if chunk.complete] for each in (gone, kept)]
+            expected = (whole(complete[0]), whole(complete[1]))
             assert self.engine.memory_tier.clear(force=force) == expected
-            for chunk in self.chunks:
-                chunk.linked &= chunk in kept
+            for chunk in gone:
+                chunk.linked = False
+
+    def followers(self, chunks: list[Chunk]) -> list[Chunk]:
+        """What follows these at any distance, being stored or not."""
+        found: list[Chunk] = []
+        parents = {chunk.key for chunk in chunks}
+        while parents:
+            more = [c for c in self.chunks if c.linked and c.parent in parents and c not in found]
+            found += more
+            parents = {chunk.key for chunk in more}
+        return [chunk for chunk in found if chunk not in chunks]
+
+    def leads_to_a_pin(self, chunk: Chunk) -> bool:
+        return any(each in self.pinned() for each in [chunk, *self.followers([chunk])])
 
     @rule(space=namespaces, tokens=prompts, force=st.booleans())
     def clear_tokens(self, space: bytes, tokens: list[int], force: bool) -> None:
@@ -714,9 +729,10 @@ class EngineAgainstModel(RuleBasedStateMachine):
                 and (same == len(text) or same == len(wanted))
             ):
                 meant.append(chunk)
-        gone = [chunk for chunk in meant if force or chunk not in self.pinned()]
-        kept = [chunk for chunk in meant if chunk not in gone]
-        expected = (whole(gone), whole(kept))
+        kept = [] if force else [chunk for chunk in meant if self.leads_to_a_pin(chunk)]
+        gone = [chunk for chunk in meant if chunk not in kept]
+        gone += self.followers(gone)
+        expected = (whole([chunk for chunk in gone if chunk.complete]), whole(kept))
         assert self.engine.memory_tier.clear([space], pack_tokens(tokens), force=force) == expected
         for chunk in gone:
             chunk.linked = False

@@ -23,15 +23,22 @@ class Time(Protocol):
     now: float
 
 
-def store(
-    engine: CacheEngine, tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE
-) -> None:
+def items(tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE) -> list[StoreItem]:
     packed = pack_tokens(tokens)
-    items = [
+    return [
         StoreItem(link.parent, packed[link.start * 4 : link.end * 4], nbytes)
         for link in chain(space, packed, CHUNK)
     ]
-    grants = engine.allocate(space, 0, 1, CHUNK, items, "worker")
+
+
+def keys(tokens: Sequence[int]) -> list[bytes]:
+    return [link.key for link in chain(NAMESPACE, pack_tokens(tokens), CHUNK)]
+
+
+def store(
+    engine: CacheEngine, tokens: Sequence[int], nbytes: int = 100, space: bytes = NAMESPACE
+) -> None:
+    grants = engine.allocate(space, 0, 1, CHUNK, items(tokens, nbytes, space), "worker")
     written = [(grant.ticket, 7) for grant in grants if grant.status == "granted"]
     assert engine.commit(written, "worker") == len(written)
 
@@ -255,8 +262,54 @@ def test_clearing_a_prompt_leaves_chunks_that_go_on_otherwise(make_engine: MakeE
 def test_clearing_reaches_behind_a_hole(make_engine: MakeEngine) -> None:
     engine = make_engine()
     store(engine, range(12))
-    clear(engine, range(4))
+    engine.drop_corrupt(keys(range(12))[0])
     assert clear(engine, range(12)) == Selected(8, 2, 200)
+
+
+def test_clearing_the_head_of_prompts_clears_all_that_follow_it(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    store(engine, range(12))
+    store(engine, [*range(6), 70, 80, 90])
+    store(engine, range(100, 108))
+    assert clear(engine, range(4)) == Selected(4 + 8 + 5, 5, 500)
+    assert engine.stats()["allocated_bytes"] == 200
+    assert hit(engine, range(100, 108)) == 8
+
+
+def test_clearing_a_head_gives_up_what_is_being_stored_behind_it(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    store(engine, range(4))
+    [_, item] = items(range(8))
+    [grant] = engine.allocate(NAMESPACE, 0, 1, CHUNK, [item], "worker")
+    assert clear(engine, range(4)) == Selected(4, 1, 100)
+    assert engine.commit([(grant.ticket, 0)], "worker") == 0
+    assert engine.stats()["allocated_bytes"] == 0
+
+
+def test_clearing_a_namespace_gives_up_what_is_being_stored_there(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    store(engine, range(4))
+    [_, item] = items(range(8))
+    [grant] = engine.allocate(NAMESPACE, 0, 1, CHUNK, [item], "worker")
+    assert engine.memory_tier.clear([OTHER])[0] == Selected()
+    assert engine.memory_tier.clear([NAMESPACE])[0] == Selected(4, 1, 100)
+    assert engine.commit([(grant.ticket, 0)], "worker") == 0
+
+
+def test_the_head_of_a_pinned_prompt_stays(make_engine: MakeEngine) -> None:
+    """Also where the head was stored anew after the pin, so that it is not pinned itself."""
+    engine = make_engine()
+    store(engine, range(12))
+    pin(engine, range(8))
+    engine.drop_corrupt(keys(range(8))[0])
+    store(engine, range(4))
+    for tokens in (pack_tokens(range(4)), None):
+        gone, kept = engine.memory_tier.clear([NAMESPACE], tokens)
+        assert hit(engine, range(8)) == 8
+        assert kept.tokens == (4 if tokens else 8)
+    assert gone == Selected(4, 1, 100)
+    assert engine.memory_tier.clear([NAMESPACE], pack_tokens(range(4)), force=True)[0].tokens == 8
+    assert engine.stats()["allocated_bytes"] == 0
 
 
 def test_pinned_chunks_are_cleared_only_by_force(make_engine: MakeEngine) -> None:

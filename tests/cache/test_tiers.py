@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -161,7 +162,8 @@ def test_whatever_a_store_raises_serving_goes_on(make: MakeCache, error: Excepti
     cache.store(range(8))
     assert cache.hit(range(8)) == 8
     assert cache.stat("failures_total", "A") == 1
-    assert cache.stat("refused_total", "A") == 2
+    assert cache.stat("write_failed_total", "A") == 2
+    assert cache.stat("refused_total", "A") == 0
 
 
 @pytest.mark.parametrize("tamper", ["data", "meta", "swap", "cut", "none"])
@@ -269,6 +271,16 @@ def test_clearing_a_tier_removes_from_the_store_and_leaves_memory(make: MakeCach
     assert cache.stores[0].blobs == {}
     assert len(cache.stores[1].blobs) == 2
     assert cache.stat("chunks") == 2
+
+
+def test_clearing_a_head_in_a_tier_clears_what_follows_it(make: MakeCache) -> None:
+    cache = make(Dict())
+    cache.store(range(12))
+    cache.store(range(100, 104))
+    gone, _ = cache.tiers[0].clear(None, pack_tokens(range(4)))
+    assert (gone.tokens, gone.chunks) == (12, 3)
+    assert list(cache.stores[0].blobs) == keys(range(100, 104))
+    assert cache.hit(range(12)) == 12  # from memory, which was not cleared
 
 
 def test_what_a_store_does_not_let_go_of_is_not_served_and_goes_later(
@@ -400,3 +412,53 @@ def test_a_tier_closes_after_what_waits_is_written(make: MakeCache) -> None:
     assert cache.stores[0].closed
     with pytest.raises(BackendError, match="A is closed"):
         cache.tiers[0].clear()
+
+
+def test_what_has_gone_from_a_store_is_dropped_from_its_index_and_written_again(
+    make: MakeCache, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = make(Dict())
+    cache.store(range(12))
+    for key in keys(range(12))[1:]:
+        del cache.stores[0].blobs[key]
+    clock.now += 60
+    cache.engine.expire()
+    cache.settle()
+    assert cache.stat("chunks", "A") == 1
+    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "A: 2 of 3 chunks have gone" in warning
+    cache.forget_memory()
+    cache.store(range(12))
+    assert list(cache.stores[0].blobs) == keys(range(12))
+
+
+def test_a_store_that_has_everything_is_not_asked_for_each_chunk(
+    make: MakeCache, clock: Clock
+) -> None:
+    cache = make(Dict(), SharedDict())
+    cache.store(range(12))
+    for store in cache.stores:
+        store.calls.clear()
+    for _ in range(10):
+        clock.now += 1
+        cache.engine.expire()
+        cache.settle()
+    assert cache.stores[0].calls == ["usage", "usage"]
+    assert cache.stores[1].calls == []
+
+
+def test_writes_that_a_resting_store_misses_are_no_refusals(make: MakeCache, clock: Clock) -> None:
+    cache = make(SharedDict())
+    cache.stores[0].broken = BackendError("down")
+    cache.store(range(12))
+    assert cache.stat("write_failed_total", "A") == 3
+    assert (cache.stat("refused_total", "A"), cache.stat("failures_total", "A")) == (0, 1)
+
+
+def test_damage_that_a_backend_notices_counts_as_corrupt(make: MakeCache) -> None:
+    class Noticing(Dict):
+        def damaged_blobs(self) -> int:
+            return 3
+
+    cache = make(Noticing())
+    assert cache.stat("corrupt_total", "A") == 3

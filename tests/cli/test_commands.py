@@ -339,3 +339,27 @@ def test_doctor_says_whether_a_controller_listens() -> None:
     (check,) = findings(**environ)["controller"]
     assert check["state"] == "warn"
     assert check["remedy"].startswith("Start one: lmcache_controller --monitor-port")
+
+
+def test_a_plugins_subcommand_gets_its_options_from_the_configuration(
+    site: FakeSite, tmp_path: Path
+) -> None:
+    site.install(
+        "acme-command",
+        "@hookimpl\ndef register_commands():\n"
+        "    return [CommandSpec('show', 'acme_show:show', 'Show options.')]",
+    )
+    site.module(
+        "acme_show",
+        "import click\n@click.command()\n@click.argument('name')\n@click.pass_obj\n"
+        "def show(context, name): click.echo(sorted(context.options(name).items()))",
+    )
+    file = tmp_path / "kit.yaml"
+    file.write_text("tiers: [Vault]\nbackend_options: {Vault: {size: 3}}\n")
+    environ = {"LMCACHE_CONFIG_FILE": str(file)}
+    assert kit("show", "Vault", **environ).output == "[('size', 3)]\n"
+    assert kit("show", "Other", **environ).output == "[]\n"
+    file.write_text("no_such_key: 1\n")
+    result = kit("show", "Vault", **environ)
+    assert result.exit_code == 1
+    assert "no_such_key" in result.output

@@ -103,7 +103,7 @@ def test_it_ends_although_a_request_is_in_flight(start):
     running = start(*FREE_PORTS)
     port = int(running.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as half:
-        half.sendall(b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        half.sendall(b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
         assert running.get("/healthz") == 200
         assert running.stop(signal.SIGTERM)[0] == 0
 

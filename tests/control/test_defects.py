@@ -255,7 +255,8 @@ def test_5_every_chunk_size_and_model_is_found_at_once(
     b.store(chunks_of(PROMPT[:7], other))
     eventually(lambda: controller.held(PROMPT) == {"a": 12, "b": 7})
     assert controller.held(PROMPT, model="other/model") == {"b": 7}
-    assert controller.held(PROMPT, model="third/model") == {}
+    with pytest.raises(UnknownName, match="third/model"):
+        controller.held(PROMPT, model="third/model")
     assert controller.held(PROMPT, cache_salt="tenant") == {}
 
 

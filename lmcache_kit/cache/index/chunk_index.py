@@ -130,6 +130,26 @@ class ChunkIndex:
                 ]
         return found
 
+    def followers_of(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the chunks that follow any of these, at whatever distance; pending ones too.
+
+        Chunks that are among ``entries`` are left out.
+        """
+        pending: dict[ChunkKey, list[Entry]] = {}
+        for entry in self.pending.values():
+            pending.setdefault(entry.parent, []).append(entry)
+        todo = list(entries)
+        known = {entry.key for entry in todo}
+        found: list[Entry] = []
+        while todo:
+            parent = todo.pop().key
+            for entry in (*self.children.get(parent, ()), *pending.get(parent, ())):
+                if entry.key not in known:
+                    known.add(entry.key)
+                    found.append(entry)
+                    todo.append(entry)
+        return found
+
     def put(self, entry: Entry) -> None:
         """Link a pending entry."""
         self.entries[entry.key] = entry

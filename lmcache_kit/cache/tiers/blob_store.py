@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 
 from lmcache_kit.cache.descriptors import ChunkDescriptor, Encoding, NamespaceInfo
 from lmcache_kit.cache.index.entries import Entry
@@ -16,6 +16,7 @@ from lmcache_kit.cache.tiers.blob_reader import BlobReader
 from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 from lmcache_kit.cache.tiers.serial_executor import SerialExecutor
 from lmcache_kit.cache.tiers.store_index import StoredPayload, StoreIndex
+from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces import Backend
 from lmcache_kit.interfaces.backend import BlobRecord
 from lmcache_kit.keys import KEY_BYTES, ChunkKey, chain
@@ -26,6 +27,8 @@ MAX_KNOWN = 1 << 20
 MAX_KNOWN_SHARED = 1 << 17
 """Limits of an index, in chunks of about two kilobytes each. A shared store is asked for others."""
 CLOSE_S = 5.0
+CHECK_S = 5.0
+"""So often a store is asked whether it still has as much as its index."""
 _TRIES = 3
 """Freed room may be fragmented where a store rounds sizes up."""
 
@@ -58,6 +61,7 @@ class BlobStore:
         self._clock = state.clock
         self._scanned = False
         self._closed = False
+        self._checked_at = state.clock()
 
     @property
     def shared(self) -> bool:
@@ -91,14 +95,18 @@ class BlobStore:
         self.executor.join()
 
     def retry(self) -> None:
-        """Enqueue again what failed: the scan, or else removals."""
+        """Enqueue again what failed: the scan, or else removals. Else see whether all is there."""
         with self._lock:
             idle = not self.executor.waiting and not self.resting
             unswept = bool(self._index.pending_deletes)
+            now = self._clock()
         if idle and not self._scanned:
             self.executor.enqueue(self._scan)
         elif idle and unswept:
             self.executor.enqueue(self.sweep)
+        elif idle and not self.shared and now - self._checked_at >= CHECK_S:
+            self._checked_at = now
+            self.executor.enqueue(self._drop_lost)
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether the index has a chunk."""
@@ -191,8 +199,12 @@ class BlobStore:
         namespace: NamespaceInfo,
         pieces: Sequence[memoryview],
     ) -> bool:
-        """Write a blob unless another process has put it there already."""
-        if self.shared and all(self._breaker.call(self._backend.contains, [descriptor.key])):
+        """Write a blob unless another process has put it there already. Raises BackendError."""
+        with self._counting_failures():
+            is_there = self.shared and all(
+                self._breaker.call(self._backend.contains, [descriptor.key])
+            )
+        if is_there:
             with self._lock:
                 self._enter(BlobHeader(packed_tight(descriptor), namespace))
             return True
@@ -209,19 +221,27 @@ class BlobStore:
         Called on ``executor``. Raises BackendError.
         """
         header = BlobHeader(packed_tight(descriptor), namespace)
-        put = False
-        try:
+        with self._counting_failures():
             self.sweep()
             put = self._put(header, pieces)
-        finally:
-            with self._lock:
-                if put:
-                    self._counters["written_chunks_total"] += 1
-                    self._counters["written_bytes_total"] += descriptor.nbytes
-                    self._enter(header)
-                else:
-                    self._counters["refused_total"] += 1
+        with self._lock:
+            if put:
+                self._counters["written_chunks_total"] += 1
+                self._counters["written_bytes_total"] += descriptor.nbytes
+                self._enter(header)
+            else:
+                self._counters["refused_total"] += 1
         return put
+
+    @contextmanager
+    def _counting_failures(self) -> Iterator[None]:
+        """Count a chunk as not written where the store fails."""
+        try:
+            yield
+        except BackendError:
+            with self._lock:
+                self._counters["write_failed_total"] += 1
+            raise
 
     def _put(self, header: BlobHeader, pieces: Sequence[memoryview]) -> bool:
         descriptor, meta = header.descriptor, header.encode()
@@ -315,6 +335,33 @@ class BlobStore:
             with self._lock:
                 for key in pending_deletes:
                     del self._index.pending_deletes[key]
+
+    def _drop_lost(self) -> None:
+        """Drop from the index what has gone from the store, as when its folder was removed.
+
+        Raises BackendError.
+        """
+        known = len(self._index.entries)
+        if self._breaker.call(self._backend.usage).entries >= known:
+            return
+        with self._lock:
+            keys = list(self._index.entries)
+        there = self._breaker.call(self._backend.contains, keys)
+        lost = 0
+        with self._lock:
+            for key, is_there in zip(keys, there, strict=True):
+                entry = self._index.entries.get(key)
+                if entry is not None and not is_there:
+                    self._index.unlink(entry)
+                    del self._index.pending_deletes[key]
+                    lost += 1
+        if lost:
+            logger.warning(
+                "%s: %d of %d chunks have gone from the store, and are dropped from the index",
+                self.location,
+                lost,
+                known,
+            )
 
     def _scan(self) -> None:
         """Enter all blobs of the store into the index, once. Raises BackendError."""

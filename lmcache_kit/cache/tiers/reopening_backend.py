@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lmcache_kit.errors import BackendError, ConfigError, KitError
 from lmcache_kit.interfaces import Backend, Blob, BlobRecord, OpenBlob, StoreUsage
-from lmcache_kit.interfaces.backend import ReportsMetrics
+from lmcache_kit.interfaces.backend import CountsDamage, ReportsMetrics
 
 AGAIN_S = 0.5
 """An attempt that failed this shortly ago stands for the next one."""
@@ -87,6 +87,10 @@ class ReopeningBackend(Backend):
     def metrics(self) -> Mapping[str, float]:
         """See :class:`~lmcache_kit.interfaces.ReportsMetrics`; none before it is open."""
         return self._backend.metrics() if isinstance(self._backend, ReportsMetrics) else {}
+
+    def damaged_blobs(self) -> int:
+        """See :class:`~lmcache_kit.interfaces.CountsDamage`; none before it is open."""
+        return self._backend.damaged_blobs() if isinstance(self._backend, CountsDamage) else 0
 
     def close(self) -> None:
         self._closed = True

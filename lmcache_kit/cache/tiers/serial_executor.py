@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,8 @@ from contextlib import suppress
 from typing import TypeVar
 
 from lmcache_kit.errors import BackendError
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1 << 16
 _T = TypeVar("_T")
@@ -29,7 +32,8 @@ class SerialExecutor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmcache-kit-tier")
 
     def enqueue(self, change: Callable[[], object]) -> None:
-        """Call ``change`` in its turn. A BackendError that it raises is dropped."""
+        """Call ``change`` in its turn. A BackendError that it raises is dropped, any other error is
+        logged."""
         with self._lock:
             if self.waiting >= MAX_WAITING:
                 self.passed_over += 1
@@ -39,8 +43,13 @@ class SerialExecutor:
         def run() -> None:
             with self._lock:
                 self.waiting -= 1
-            with suppress(BackendError):
+            try:
                 change()
+            except BackendError:
+                pass
+            except Exception:
+                # The thread's boundary: nobody asks for the result, so that a defect would be lost.
+                logger.exception("%s: a change of the store failed", self._name)
 
         self._submit(run)
 

@@ -18,7 +18,8 @@ from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 from lmcache_kit.cache.tiers.serial_executor import SerialExecutor
 from lmcache_kit.cache.tiers.store_index import StoreIndex
 from lmcache_kit.cache.tiers.transcoding import decode_stored, encode_stored
-from lmcache_kit.interfaces import Backend, EvictionPolicy, ReportsMetrics
+from lmcache_kit.errors import BackendError
+from lmcache_kit.interfaces import Backend, CountsDamage, EvictionPolicy, ReportsMetrics
 from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import ChunkKey
 
@@ -51,6 +52,7 @@ class StoreTier(Tier):
         self._store_index = state.index
         self._get_codec = get_codec
         self._reporter = backend if isinstance(backend, ReportsMetrics) else None
+        self._damage = backend if isinstance(backend, CountsDamage) else None
 
     @property
     def executor(self) -> SerialExecutor:
@@ -73,11 +75,12 @@ class StoreTier(Tier):
 
     def stats(self) -> dict[str, float]:
         """Return the metrics of the tier, and those that its backend reports."""
-        reported = self._reported()
+        reported, damaged = self._reported()
         with self._lock:
             return {
                 **reported,
                 **self._counters,
+                "corrupt_total": self._counters["corrupt_total"] + damaged,
                 "chunks": len(self._index.entries),
                 "stored_bytes": self._store_index.nbytes,
                 "pins": len(self._pins),
@@ -88,13 +91,17 @@ class StoreTier(Tier):
                 "resting": float(self.store.resting),
             }
 
-    def _reported(self) -> dict[str, float]:
+    def _reported(self) -> tuple[dict[str, float], int]:
+        """Return what the backend reports: its metrics, and how many blobs it found damaged."""
         try:
-            return dict(self._reporter.metrics()) if self._reporter else {}
+            return (
+                dict(self._reporter.metrics()) if self._reporter else {},
+                self._damage.damaged_blobs() if self._damage else 0,
+            )
         # A backend is third-party code: its metrics are left out, and the tier goes on.
         except Exception as error:  # noqa: BLE001
             logger.warning("%s does not report its metrics: %r", self.location, error)
-            return {}
+            return {}, 0
 
     # What operators ask for. Each of these may wait for the store.
 

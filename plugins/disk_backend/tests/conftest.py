@@ -11,6 +11,7 @@ from lmcache_kit_disk_backend.backend import LocalDiskBackend
 from lmcache_kit_disk_backend.options import DiskOptions
 
 GIB = 1 << 30
+NOT_BLOBS = {"lock", "owner.json"}
 
 
 @pytest.fixture
@@ -34,10 +35,10 @@ def store(open_store: Callable[..., LocalDiskBackend]) -> LocalDiskBackend:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[[], list[Path]]:
-    """All files in the store's folder but its lock."""
+    """All files of blobs in the store's folder."""
 
     def find() -> list[Path]:
         found = (tmp_path / "store").rglob("*")
-        return sorted(path for path in found if not path.is_dir() and path.name != "lock")
+        return sorted(path for path in found if not path.is_dir() and path.name not in NOT_BLOBS)
 
     return find

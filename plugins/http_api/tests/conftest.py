@@ -67,6 +67,7 @@ class FakeController:
         self.asked = asyncio.Event()
         self.values: dict[str, float] = {}
         self.submitted: list[Submitted] = []
+        self.callers: list[str] = []
         self.taken = TAKEN
         self.end_status: OperationInfo | None = None
         self.known: list[OperationInfo] = []
@@ -121,9 +122,9 @@ class FakeController:
         self.worker_queries.append((instance_id, worker_ids))
         return self.infos
 
-    def at_address(self, ip: str) -> str | None:
+    async def at_address(self, address: str) -> tuple[str, ...]:
         self._fail()
-        return "here" if ip == "10.0.0.7" else None
+        return {"10.0.0.7": ("here",), "gpu-1": ("b", "a")}.get(address, ())
 
     async def start(
         self,
@@ -132,8 +133,10 @@ class FakeController:
         *,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        asked_by: str = "",
     ) -> OperationInfo:
         self._fail()
+        self.callers.append(asked_by)
         self.submitted.append(Submitted(instance_id, request, deadline_s, idempotency_key))
         return self.taken
 
@@ -143,7 +146,8 @@ class FakeController:
             await asyncio.sleep(60)
         return self.end_status
 
-    async def cancel(self, operation_id: str) -> OperationInfo:
+    async def cancel(self, operation_id: str, *, asked_by: str = "") -> OperationInfo:
+        self.callers.append(asked_by)
         return msgspec.structs.replace(self.get(operation_id), state="cancelled")
 
     def get(self, operation_id: str) -> OperationInfo:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from lmcache_kit_http_api.frontend import HttpFrontend
 from lmcache_kit_http_api.options import HttpOptions
@@ -94,3 +96,82 @@ def test_a_token_that_no_header_can_carry_is_refused(token):
 
 def test_the_token_is_not_shown_with_the_options():
     assert "s3cret" not in repr(HttpOptions(token="s3cret"))
+
+
+async def lookup_for(client, host):
+    status, reply = await client.send("POST", "/lookup", json=LOOKUP, headers={"Host": host})
+    return status, reply.get("error", {}).get("code")
+
+
+REFUSED = (403, "foreign_host")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LocalHost.:9000",
+        "127.0.0.1:9000",
+        "[::1]:9000",
+        "[0:0::1]",
+        "10.0.0.7",
+        "app.localhost:9000",
+        socket.gethostname(),
+    ],
+)
+async def test_own_names_and_addresses_are_answered(client, host):
+    assert await lookup_for(client, host) == (200, None)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:9000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:9000",
+        "evil-localhost",
+        "[evil]:9000",
+        "10.0.0.7.:x",
+        "x" * 5000,
+    ],
+)
+async def test_a_name_of_another_server_is_refused(client, controller, host):
+    assert await lookup_for(client, host) == REFUSED
+    assert controller.queries == []
+
+
+async def test_the_refusal_says_which_name_and_how_to_allow_it(client):
+    status, reply = await client.send("GET", "/metrics", headers={"Host": "cache.example:9000"})
+    assert status == 403
+    assert reply["error"]["message"] == "this server is not called 'cache.example:9000'"
+    assert "http.allowed_hosts=NAME" in reply["error"]["hint"]
+    assert "localhost" in reply["error"]["hint"]
+
+
+async def test_a_health_probe_may_use_any_name(client):
+    assert (await client.send("GET", "/healthz", headers={"Host": "probe.example"}))[0] == 200
+
+
+async def test_further_names_can_be_allowed(serve):
+    client = await serve(allowed_hosts="cache.example, *.svc")
+    assert await lookup_for(client, "cache.example:9000") == (200, None)
+    assert await lookup_for(client, "a.b.svc") == (200, None)
+    assert await lookup_for(client, "localhost") == (200, None)
+    assert await lookup_for(client, "svc") == REFUSED
+    assert await lookup_for(client, "www.cache.example") == REFUSED
+    assert await lookup_for(await serve(allowed_hosts="*"), "evil.example") == (200, None)
+
+
+async def test_with_a_token_any_name_will_do_unless_names_are_given(serve):
+    """Whoever binds to all addresses and asks for a token is called by names of a network."""
+    headers = {"Authorization": "Bearer s3cret", "Host": "cache.example"}
+    for options, expected in (({}, 200), ({"allowed_hosts": "other.example"}, 403)):
+        client = await serve(token="s3cret", **options)
+        assert (await client.send("POST", "/lookup", json=LOOKUP, headers=headers))[0] == expected
+
+
+@pytest.mark.parametrize("hosts", ["a b", "a/b", "http://a", "*a", ("",)])
+def test_a_name_that_no_host_can_have_is_refused(hosts):
+    with pytest.raises(ValidationError, match="allowed_hosts"):
+        HttpOptions(allowed_hosts=hosts)

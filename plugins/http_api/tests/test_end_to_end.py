@@ -129,7 +129,7 @@ async def test_the_worker_is_well_listed_and_found_by_its_address(rest, engine):
     assert (info["instance_id"], info["worker_id"]) == (INSTANCE, 0)
     assert (info["ip"], info["port"], info["alive"]) == ("127.0.0.1", 8001, True)
     _, reply = await rest.post("/query_instance", {"event_id": "e", "ip": "127.0.0.1"})
-    assert reply == {"event_id": "e", "res": INSTANCE}
+    assert reply == {"event_id": "e", "res": INSTANCE, "instances": [INSTANCE]}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
 from lmcache_kit_http_api.models import LookupReply
+
+from lmcache_kit.errors import UnknownName
 
 SEED_TOKENS = [128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13]
 
@@ -96,3 +99,58 @@ async def test_the_reply_is_one_of_the_documented_model(client, controller, deta
     _, reply = await client.post("/lookup", {"tokens": [1], "detail": detail})
     shown = LookupReply.model_validate_json(json.dumps(reply)).model_dump(mode="json")
     assert shown == {"detail": None, **reply}
+
+
+TOKENIZED = {"count": 3, "max_model_len": 2048, "tokens": [1, 2, 3], "token_strs": ["a", "b", "c"]}
+PLACE = {"instance_id": "a", "location": "ram"}
+TO = {"old_position": ["a", "ram"], "new_position": ["b", "ram"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/lookup", {}),
+        ("/pin", PLACE),
+        ("/unpin", PLACE),
+        ("/clear", PLACE),
+        ("/compress", {**PLACE, "method": "cachegen"}),
+        ("/decompress", {**PLACE, "method": "cachegen"}),
+        ("/move", TO),
+    ],
+)
+@pytest.mark.parametrize("strings", [["a", "b", "c"], None, "absent"])
+async def test_the_reply_of_vllms_tokenize_can_be_posted_as_it_is(
+    client, controller, path, more, strings
+):
+    controller.end()
+    body = {**TOKENIZED, "token_strs": strings, **more}
+    if strings == "absent":
+        del body["token_strs"]
+    assert (await client.post(path, body))[0] == 200
+    asked = controller.queries or controller.requests
+    assert unpacked(asked[0].tokens) == [1, 2, 3]
+
+
+def unpacked(tokens):
+    return list(struct.unpack("<3I", tokens)) if isinstance(tokens, bytes) else list(tokens)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("prompt", "a"), ("counts", 3), ("count", "3"), ("token_strs", [1]), ("max_model_len", -1)],
+)
+async def test_other_fields_and_other_types_stay_refused(client, field, value):
+    status, _, message, hint = await client.error("/lookup", {**TOKENIZED, field: value})
+    assert status == 422
+    assert message.startswith(f"{field}")
+    assert "token_strs" not in hint
+
+
+async def test_an_unknown_model_is_404_and_lists_the_known_ones(client, controller):
+    controller.failure = UnknownName("model", "lama", ["llama", "qwen"])
+    assert await client.error("/lookup", {"tokens": [1], "model": "lama"}) == (
+        404,
+        "unknown_model",
+        "unknown model 'lama'",
+        "Known: llama, qwen",
+    )

@@ -15,6 +15,7 @@ from lmcache_kit.interfaces.operations import (
     Unpin,
 )
 from lmcache_kit.keys import pack_tokens
+from plugins.http_api.tests.conftest import TAKEN
 
 SEED = {
     "tokens": [128000, 849, 21435, 279, 26431, 315, 85748, 6636, 304, 4221, 4211, 13],
@@ -242,3 +243,12 @@ async def test_operations_ask_for_the_token_as_everything_does(serve):
     client = await serve(token="secret")
     for method, path in (("GET", "/pins"), ("GET", "/events/e1"), ("POST", "/clear")):
         assert (await client.send(method, path))[0] == 401
+
+
+async def test_the_controller_learns_who_asked(client, controller):
+    controller.end()
+    controller.known = [TAKEN]
+    place = {"instance_id": "a", "location": "ram"}
+    await client.post("/clear", place)
+    await client.send("POST", "/events/e1/cancel")
+    assert controller.callers == ["127.0.0.1", "127.0.0.1"]

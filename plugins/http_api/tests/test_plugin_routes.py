@@ -50,7 +50,7 @@ class Reply(BaseModel):
     told: str
 
 async def who(controller, request):
-    return Reply(told=str(controller.instances.at_address(request.ip)))
+    return Reply(told=", ".join(await controller.instances.at_address(request.ip)))
 
 async def everyone(controller, request):
     return Reply(told=repr(request))

@@ -86,12 +86,20 @@ async def test_worker_info_passes_on_which_instance_and_workers(client, controll
 
 async def test_query_instance_sends_the_event_back_and_names_the_instance(client):
     asked = {"event_id": "mine", "ip": "10.0.0.7"}
-    assert await client.post("/query_instance", asked) == (200, {"event_id": "mine", "res": "here"})
+    assert await client.post("/query_instance", asked) == (
+        200,
+        {"event_id": "mine", "res": "here", "instances": ["here"]},
+    )
+
+
+async def test_query_instance_names_all_instances_of_an_address(client):
+    status, reply = await client.post("/query_instance", {"ip": "gpu-1"})
+    assert (status, reply["res"], reply["instances"]) == (200, "b", ["b", "a"])
 
 
 async def test_query_instance_answers_null_when_nobody_registered_from_there(client):
     status, reply = await client.post("/query_instance", {"ip": "10.9.9.9"})
-    assert (status, reply["res"]) == (200, None)
+    assert (status, reply["res"], reply["instances"]) == (200, None, [])
     assert len(reply["event_id"]) == 32
 
 

@@ -49,8 +49,9 @@ def has_ipv6() -> bool:
     [
         b"GARBAGE\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-        b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /lookup HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"POST /lookup HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
         b"POST /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n",
     ],
@@ -66,13 +67,13 @@ async def test_after_what_is_not_http_the_next_client_is_served(client):
 
 async def test_a_body_that_stops_half_way_is_408(serve):
     client = await serve(request_timeout_s=0.1)
-    sent = b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+    sent = b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
     assert error_in(await exchange(client, sent)) == (408, "body_timeout")
 
 
 async def test_a_client_that_waits_for_a_word_is_told_to_go_on(client):
     head = (
-        b"POST /lookup HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(BODY)
     )
     answer = await exchange(client, head, BODY)
@@ -82,21 +83,21 @@ async def test_a_client_that_waits_for_a_word_is_told_to_go_on(client):
 async def test_a_client_that_waits_for_a_word_with_too_much_is_refused_at_once(serve):
     client = await serve(max_body_bytes=10)
     head = (
-        b"POST /lookup HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         b"Expect: 100-continue\r\nContent-Length: 11\r\n\r\n"
     )
     assert error_in(await exchange(client, head)) == (413, "body_too_large")
 
 
 async def test_another_expectation_is_417(client):
-    head = b"POST /lookup HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: more\r\n"
+    head = b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: more\r\n"
     answer = await exchange(client, head + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
     assert error_in(answer) == (417, "unknown_expectation")
 
 
 async def test_a_token_that_is_no_text_is_403(serve):
     client = await serve(token="s3cret")
-    head = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     answer = await exchange(client, head + b"Authorization: Bearer \xff\xfe\r\n\r\n")
     assert error_in(answer) == (403, "token_wrong")
 
@@ -104,15 +105,16 @@ async def test_a_token_that_is_no_text_is_403(serve):
 async def test_a_client_that_goes_away_does_no_harm(client):
     port = int(client.base.rpartition(":")[2])
     _, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    writer.write(b"POST /lookup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
     await writer.drain()
     writer.transport.abort()
     assert (await client.post("/lookup", {"tokens": [1]}))[0] == 200
 
 
 async def test_one_connection_serves_many_requests(client):
-    one = b"POST /lookup HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
-    last = one.replace(b"Host: x", b"Host: x\r\nConnection: close")
+    head = b"POST /lookup HTTP/1.1\r\nHost: localhost\r\n"
+    one = head + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+    last = one.replace(b"Host: localhost", b"Host: localhost\r\nConnection: close")
     assert (await exchange(client, one, one + last)).count(b"HTTP/1.1 200 OK") == 3
 
 
@@ -179,6 +181,25 @@ async def test_an_idle_connection_does_not_hold_up_stopping(serve, controller):
         await session.get("/healthz")
         async with asyncio.timeout(10):
             await frontend.stop()
+
+
+WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answers"),
+    [
+        ([], 0),
+        ([WHOLE[:-2]], 0),
+        ([b"G"], 0),
+        ([WHOLE], 1),
+        ([WHOLE, WHOLE[:-2]], 1),
+    ],
+    ids=["silent", "half a head", "one byte", "after a request", "half a second head"],
+)
+async def test_a_connection_without_a_whole_head_ends(serve, sent, answers):
+    client = await serve(idle_timeout_s=0.1)
+    assert (await exchange(client, *sent)).count(b"HTTP/1.1 200 OK") == answers
 
 
 async def test_stopping_twice_and_before_starting_is_fine(controller):

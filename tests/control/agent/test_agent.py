@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 
 import msgspec
 import pytest
 import zmq
 
-from lmcache_kit.agent import event_log
+from lmcache_kit.agent import controller_client, event_log
 from lmcache_kit.agent.agent import Agent
 from lmcache_kit.agent.controller_client import ControllerClient, Send
 from lmcache_kit.cache.records import StoredChunk
@@ -20,7 +21,7 @@ from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol.address import connect_url
 from tests.control.conftest import Running, StartAgent, StartController
 from tests.control.fakes import LAYOUT, LOCATION, NAMESPACE, FakeTier, chunks_of
-from tests.support.proxies import Proxy
+from tests.support.proxies import Listener, Proxy
 from tests.support.waiting import eventually
 
 PROMPT = list(range(100, 112))
@@ -359,3 +360,26 @@ def test_an_address_that_cannot_be_one_is_refused(wrong: str) -> None:
 )
 def test_addresses_are_read_as_people_write_them(written: str, meant: str) -> None:
     assert connect_url(written) == meant
+
+
+def test_what_is_no_controller_is_warned_of_with_its_address(
+    start_agent: StartAgent, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of another protocol, which answers in its own way."""
+    monkeypatch.setattr(controller_client, "WARN_S", 0.2)
+    asked = 0
+
+    def serve(connection: socket.socket) -> None:
+        nonlocal asked
+        connection.recv(100)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        asked += 1
+
+    with Listener(serve) as other, caplog.at_level(logging.WARNING):
+        agent, _ = start_agent(other.address)
+        eventually(lambda: caplog.records)
+        before = asked
+        eventually(lambda: asked > before + 2)
+        agent.stop()
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert f"no controller answers at {other.address}" in warning

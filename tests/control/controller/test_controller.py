@@ -368,9 +368,6 @@ def test_workers_are_told_with_the_address_they_came_from(
     assert (one.worker_id, one.port, one.alive) == (1, 8002, True)
     assert (zero.registration_time, zero.last_heartbeat_time) == (1e9, 1e9)
     assert controller.call(controller.controller.instances.workers, "a", [1]) == [one]
-    assert controller.call(controller.controller.instances.at_address, "127.0.0.1") == "a"
-    assert controller.call(controller.controller.instances.at_address, "box") == "a"
-    assert controller.call(controller.controller.instances.at_address, "10.1.2.3") is None
 
 
 def test_every_counter_is_there_from_the_start(controller: Running) -> None:

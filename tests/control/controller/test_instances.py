@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 
 import msgspec
@@ -10,11 +11,12 @@ import pytest
 from lmcache_kit.controller.commands import Commands
 from lmcache_kit.controller.instances import Instances
 from lmcache_kit.controller.registry import Registry
-from lmcache_kit.errors import ControlError, InvalidQuery
+from lmcache_kit.errors import ControlError, InvalidQuery, UnknownName
 from lmcache_kit.interfaces.frontend import LookupQuery
 from lmcache_kit.keys import Namespace
 from lmcache_kit.protocol.control import Batch, PartialChunkEntry, Register
 from tests.control.fakes import NAMESPACE, chunks_of
+from tests.support.clocks import FakeClock
 
 PROMPT = list(range(100, 112))
 
@@ -22,8 +24,8 @@ PROMPT = list(range(100, 112))
 class Filled:
     """A registry in which instances hold what a test says."""
 
-    def __init__(self) -> None:
-        self.registry = Registry()
+    def __init__(self, clock: FakeClock | None = None) -> None:
+        self.registry = Registry(clock=clock, wall=clock) if clock else Registry()
         commands = Commands(self.registry.counts, lambda connection, message: None)
         self.instances = Instances(self.registry, commands)
         self.seqs: dict[tuple[str, str], int] = {}
@@ -155,3 +157,100 @@ def test_what_is_no_token_is_named(index: Filled, wrong: object) -> None:
         index.ask([1, 2, wrong, -5])  # type: ignore[list-item]
     assert isinstance(info.value, ControlError)
     assert isinstance(info.value, ValueError)
+
+
+def test_a_model_that_nobody_registered_is_unknown_and_the_known_ones_are_told(
+    index: Filled,
+) -> None:
+    index.put("a", PROMPT)
+    other = msgspec.structs.replace(NAMESPACE, model="other")
+    index.put("b", PROMPT, namespace=other)
+    known = sorted([NAMESPACE.model, "other"])
+    with pytest.raises(UnknownName, match="unknown model 'nope'") as info:
+        index.ask(PROMPT, model="nope")
+    assert info.value.known == known
+    assert [found[0] for found in index.ask(PROMPT, model="other")] == ["b"]
+
+
+def test_of_one_instance_only_its_own_models_are_known(index: Filled) -> None:
+    index.put("a", PROMPT)
+    index.put("b", PROMPT, namespace=msgspec.structs.replace(NAMESPACE, model="other"))
+    with pytest.raises(UnknownName, match="unknown model 'other'") as info:
+        index.ask(PROMPT, model="other", instance_id="a")
+    assert info.value.known == [NAMESPACE.model]
+
+
+def test_a_model_whose_instance_is_silent_is_known_and_finds_nothing() -> None:
+    clock = FakeClock()
+    index = Filled(clock)
+    index.put("a", PROMPT)
+    clock.now += 60
+    assert index.ask(PROMPT, model=NAMESPACE.model) == []
+
+
+class Addressed:
+    """A registry with instances that registered from hosts and addresses."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.index = Filled(self.clock)
+
+    def register(self, name: str, host: str, ip: str) -> None:
+        self.clock.now += 1
+        incarnation = name.encode().ljust(16)
+        message = Register(name, incarnation, 1.0, host, 1.0, ("ram",), (), (NAMESPACE,))
+        self.index.registry.handle(name, message, ip)
+
+    def at(self, address: str) -> list[str]:
+        return list(asyncio.run(self.index.instances.at_address(address)))
+
+
+@pytest.fixture
+def addressed() -> Addressed:
+    made = Addressed()
+    made.register("first", "gpu-1.example", "10.0.0.7")
+    made.register("second", "gpu-1.example", "::ffff:10.0.0.7")
+    made.register("third", "gpu-2", "fd00::7")
+    made.register("fourth", "", "::1")
+    return made
+
+
+def test_all_instances_of_an_address_are_named_the_latest_first(addressed: Addressed) -> None:
+    assert addressed.at("10.0.0.7") == ["second", "first"]
+    assert addressed.at("10.0.0.8") == []
+
+
+def test_of_the_instances_of_an_address_those_that_are_alive_come_first(
+    addressed: Addressed,
+) -> None:
+    addressed.clock.now += 60
+    addressed.index.registry.hear("first")
+    assert addressed.at("10.0.0.7") == ["first", "second"]
+
+
+@pytest.mark.parametrize("name", ["gpu-1.example", "GPU-1.Example."])
+def test_instances_are_found_by_the_name_of_their_host(addressed: Addressed, name: str) -> None:
+    assert addressed.at(name) == ["second", "first"]
+
+
+@pytest.mark.parametrize("written", ["fd00::7", "FD00:0:0::0007", "[fd00::7]", "fd00::7%eth0"])
+def test_an_ipv6_address_may_be_written_in_each_of_its_ways(
+    addressed: Addressed, written: str
+) -> None:
+    assert addressed.at(written) == ["third"]
+
+
+def test_an_ipv4_address_is_found_when_it_is_written_as_ipv6(addressed: Addressed) -> None:
+    assert addressed.at("::ffff:10.0.0.7") == ["second", "first"]
+
+
+def test_a_name_that_leads_to_an_address_finds_who_registered_from_there(
+    addressed: Addressed,
+) -> None:
+    addressed.register("local", "", "127.0.0.1")
+    assert "local" in addressed.at("localhost")
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "no.such.name.invalid", "a" * 300, "\0", "a..b"])
+def test_a_name_that_leads_nowhere_finds_nobody(addressed: Addressed, name: str) -> None:
+    assert addressed.at(name) == []

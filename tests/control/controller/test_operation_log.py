@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -230,3 +231,38 @@ def test_asking_for_pins_is_no_event(book: Book) -> None:
     book.log.finish(operation, OperationStatus("done"))
     assert operation.ended.is_set()
     assert book.counts["operations_total"] == book.counts["operations_done_total"] == 0
+
+
+def test_begin_and_end_are_told_with_who_asked(
+    book: Book, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        operation = book.open(asked_by="10.0.0.7")
+        book.log.accept(operation, Scope(12, 3))
+        book.clock.now += 2
+        book.log.finish(operation, OperationStatus("partial", 8, message="one was pinned"))
+        book.log.expire()
+    begun, ended = [record.getMessage() for record in caplog.records]
+    assert operation.operation_id in begun
+    assert "compress at 'a'/'ram', asked for by '10.0.0.7'" in begun
+    assert operation.operation_id in ended
+    assert "compress at 'a'/'ram' is partial after 2.0 s, 8 tokens: 'one was pinned'" in ended
+
+
+def test_an_end_without_a_report_is_told_as_well(
+    book: Book, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        book.open(deadline_s=5.0)
+        book.clock.now += 5
+        book.log.expire()
+    begun, ended = [record.getMessage() for record in caplog.records]
+    assert "asked for by" not in begun
+    assert "is expired after 5.0 s" in ended
+
+
+def test_listing_pins_is_not_told(book: Book, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        operation = book.open(ListPins(location="ram"))
+        book.log.finish(operation, OperationStatus("done"))
+    assert caplog.records == []

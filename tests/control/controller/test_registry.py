@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -213,3 +214,83 @@ def test_the_peer_key_is_in_no_repr() -> None:
     said = Register("a", b"i" * 16, 1.0, "", 1.0, ("ram",), (), (), "box:1", key)
     shown = repr(said) + repr(Identity("a", b"i" * 16, peer_url="box:1", peer_key=key))
     assert "secret" not in shown
+
+
+class TestLog:
+    """What an operator reads at INFO."""
+
+    @pytest.fixture(autouse=True)
+    def at_info(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "lmcache_kit.controller")
+        self.caplog = caplog
+
+    def lines(self) -> list[str]:
+        """What was logged since the last call."""
+        lines = [record.getMessage() for record in self.caplog.records]
+        self.caplog.clear()
+        return lines
+
+    def test_one_life_of_an_instance_is_told(self, world: World) -> None:
+        world.register("c1")
+        [registered] = self.lines()
+        assert "instance 'a' at 'host1' is registered, with 'ram'" in registered
+        world.clock.now += 3.1
+        world.registry.expire()
+        [lost] = self.lines()
+        assert "instance 'a' at 'host1' is lost" in lost
+        world.say("c1", Heartbeat(()))
+        [back] = self.lines()
+        assert "is heard of again" in back
+        world.register("c2")
+        [reconnected] = self.lines()
+        assert "new connection" in reconnected
+        world.say("c2", Goodbye())
+        [ended] = self.lines()
+        assert "says goodbye" in ended
+        world.registry.handle("c3", _registration(), "10.0.0.7")
+        [other] = self.lines()
+        assert "'host1' (10.0.0.7)" in other
+        world.clock.now += 200
+        world.registry.expire()
+        lost, dropped = self.lines()
+        assert "is dropped" in dropped
+
+    def test_a_fenced_one_is_told_once(self, world: World) -> None:
+        world.register("c2", life=2)
+        self.lines()
+        for _ in range(5):
+            world.register("c1", life=1)
+        [fenced] = self.lines()
+        assert "instance 'a' at 'host1' is fenced" in fenced
+        assert "'host2' started later" in fenced
+
+    def test_one_that_a_later_one_fences_is_told(self, world: World) -> None:
+        world.register("c1", life=1)
+        self.lines()
+        world.register("c2", life=2)
+        fenced, registered = self.lines()
+        assert "instance 'a' at 'host1' is fenced: a process at 'host2' started later" in fenced
+        assert "'host2' is registered" in registered
+
+    def test_a_refused_one_is_told_once_with_the_reason(self, world: World) -> None:
+        for _ in range(5):
+            world.register("c1", locations=())
+        [refused] = self.lines()
+        assert "is refused: not 1 to 8 locations" in refused
+
+    def test_heartbeats_and_changes_are_not_told(self, holding: World) -> None:
+        self.lines()
+        for _ in range(10):
+            holding.clock.now += 1
+            holding.say("c1", Heartbeat(()))
+        assert self.lines() == []
+
+    def test_no_name_can_write_a_line_of_its_own(self, world: World) -> None:
+        forged = "a\n2030-01-01 INFO all is well"
+        world.register("c1", name=forged, host=forged, locations=(forged,))
+        world.register("c2", name=forged, life=2, locations=())
+        assert not any("\n" in line for line in self.lines())
+
+
+def _registration() -> Register:
+    return Register("a", b"j" * 16, 5.0, "host1", 1.0, ("ram",), (), (NAMESPACE,))

@@ -18,6 +18,7 @@ from lmcache_kit_disk_backend.blob_directory import BlobDirectory, backend_error
 from lmcache_kit_disk_backend.blob_file import (
     BlobHeader,
     DamagedFile,
+    MissingFile,
     open_for_reading,
     read_blob,
     read_header,
@@ -51,6 +52,7 @@ class LocalDiskBackend(Backend):
         self._disk_bytes_of: dict[bytes, int] = {}  # key -> bytes in whole blocks; the oldest first
         self._used = 0  # the sum of these, and what is being written
         self._newest_ns = 0
+        self._damaged = 0
         self._calls = 0
         self._open = True
         self._directory = BlobDirectory(options.path, options.subfolder)
@@ -70,6 +72,7 @@ class LocalDiskBackend(Backend):
         header = BlobHeader(meta, sum(part.nbytes for part in data))
         nbytes = self._disk_bytes(header.file_bytes)
         with self._call():
+            self._heal()
             with self._changed:
                 if self._used + nbytes > self._capacity:
                     return False
@@ -95,6 +98,7 @@ class LocalDiskBackend(Backend):
 
     def remove(self, keys: Sequence[bytes]) -> None:
         with self._call():
+            self._heal()
             for key in keys:
                 path = self._directory.file(key)
                 try:
@@ -112,7 +116,12 @@ class LocalDiskBackend(Backend):
 
     def usage(self) -> StoreUsage:
         with self._call(), self._changed:
+            self._heal()
             return StoreUsage(len(self._disk_bytes_of), self._used, self._capacity)
+
+    def damaged_blobs(self) -> int:
+        """See :class:`~lmcache_kit.interfaces.CountsDamage`."""
+        return self._damaged
 
     def close(self) -> None:
         with self._changed:
@@ -134,6 +143,25 @@ class LocalDiskBackend(Backend):
             with self._changed:
                 self._calls -= 1
                 self._changed.notify_all()
+
+    def _heal(self) -> None:
+        """Begin anew where the folder was removed or replaced. Raises BackendError."""
+        if self._directory.is_intact():
+            return
+        with self._changed:
+            if self._directory.is_intact():  # another thread has healed it meanwhile
+                return
+            self._directory.reopen()
+            self._used -= sum(self._disk_bytes_of.values())
+            lost = len(self._disk_bytes_of)
+            self._disk_bytes_of.clear()
+            self._recover()
+            logger.warning(
+                "%s was removed or replaced: %d blobs are gone, and %d lie there now",
+                self._directory.path,
+                lost,
+                len(self._disk_bytes_of),
+            )
 
     def _recover(self) -> None:
         for found in self._directory.recover():
@@ -191,7 +219,9 @@ class LocalDiskBackend(Backend):
                 try:
                     with open_for_reading(path) as fd:
                         return read(fd)
-                except DamagedFile:
+                except DamagedFile as damage:
+                    if isinstance(damage, MissingFile):
+                        self._heal()
                     self._remove_damaged(key, path)
                     return None
             except OSError as error:
@@ -209,7 +239,11 @@ class LocalDiskBackend(Backend):
                 with open_for_reading(path) as fd:
                     read_header(fd, key)
                     return
+            except MissingFile:
+                self._drop_from_index(key)
+                logger.info("%s: the file is gone; its chunk is a miss", path)
             except DamagedFile as damage:
+                self._damaged += 1
                 if path.is_file() and not path.is_symlink():
                     try:
                         path.unlink()

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmcache_kit.errors import BackendError
+from lmcache_kit_disk_backend.owner import Owner
 
+LOCK = "lock"
 LOCK_WAIT_S = 2.0
 """How long to wait for the lock of a process that was just killed."""
 _LOCK_POLL_S = 0.02
@@ -53,20 +55,33 @@ class BlobDirectory:
 
     def __init__(self, path: Path, subfolder: str) -> None:
         self.path = path / hashlib.sha256(subfolder.encode()).hexdigest()[:32]
+        self._subfolder = subfolder
         self._numbers = count()
+        self._open(wait_s=LOCK_WAIT_S)
+
+    def is_intact(self) -> bool:
+        """Whether the folder is still the one that was locked; not after ``rm -rf`` or a mount."""
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.path.samestat(os.stat(self.path / LOCK), os.fstat(self._lock))
+        except OSError:
+            return False
+
+    def reopen(self) -> None:
+        """Create the folder again, or take over what lies in its place. Raises BackendError."""
+        gone = self._lock
+        self._open(wait_s=0.0)
+        os.close(gone)
+
+    def _open(self, wait_s: float) -> None:
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._check_owner()
             self.block_bytes = os.statvfs(self.path).f_frsize
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise backend_error("use", self.path, error) from error
-        try:
-            self._take_lock()
-        except BaseException:
-            os.close(self._lock)
-            raise
+        self._lock = take_lock(self.path, wait_s)
+        Owner.of_this_process(self._subfolder).write(self.path)
 
     def file(self, key: bytes) -> Path:
         name = key.hex()
@@ -116,29 +131,58 @@ class BlobDirectory:
                 hint="Remove it, or set another path or subfolder",
             )
 
-    def _take_lock(self) -> None:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise self._in_use() from error
-                time.sleep(_LOCK_POLL_S)
-            except OSError as error:
-                raise backend_error("lock", self.path, error) from error
-        # Record the holder for the error message of another process.
-        with suppress(OSError):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
-    def _in_use(self) -> BackendError:
-        holder = os.pread(self._lock, 20, 0).decode("ascii", "replace")
-        return BackendError(
-            f"{self.path} is in use by process {holder or '(unknown)'}",
-            hint="Stop that process, or set another path, subfolder or lmcache_instance_id",
-        )
+def is_blob_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is the file of a blob, complete or not, in the folder of its name."""
+    named = _KEY.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name)
+    prefix = os.path.basename(os.path.dirname(entry.path))
+    return bool(named) and entry.name.startswith(prefix) and entry.is_file(follow_symlinks=False)
+
+
+def take_lock(folder: Path, wait_s: float) -> int:
+    """Lock the folder of a store, and return the descriptor that holds the lock.
+
+    Raises BackendError that names the holder when it is not free within ``wait_s`` seconds.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise backend_error("use", folder, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it before may have removed the file.
+            if os.path.samestat(os.stat(folder / LOCK), os.fstat(lock)):
+                break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                refusal = _in_use(folder, lock)
+                os.close(lock)
+                raise refusal from error
+            time.sleep(_LOCK_POLL_S)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(lock)
+            raise backend_error("lock", folder, error) from error
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+    # Record the holder for the error message of another process.
+    with suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return lock
+
+
+def _in_use(folder: Path, lock: int) -> BackendError:
+    holder = os.pread(lock, 20, 0).decode("ascii", "replace")
+    return BackendError(
+        f"{folder} is in use by process {holder or '(unknown)'}",
+        hint="Stop that process, or set another path, subfolder or lmcache_instance_id",
+    )
 
 
 def backend_error(action: str, path: Path, error: OSError) -> BackendError:

@@ -36,6 +36,10 @@ class DamagedFile(Exception):
     """The file is not a complete blob of its key; the message says why."""
 
 
+class MissingFile(DamagedFile):
+    """There is no file of that name."""
+
+
 class BlobHeader(NamedTuple):
     """Contents of a blob's file before the data, and the length of the data."""
 
@@ -60,14 +64,16 @@ class BlobHeader(NamedTuple):
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[int]:
-    """Open a file descriptor. Raises DamagedFile for a missing file or a link, and OSError."""
+    """Open a file descriptor. Raises MissingFile, DamagedFile for a link, and OSError."""
     try:
         # O_NONBLOCK: do not wait when something else, such as a pipe, has the name.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        raise DamagedFile("the file is gone") from error
+        if error.errno == errno.ENOENT:
+            raise MissingFile("the file is gone") from error
+        if error.errno == errno.ELOOP:
+            raise DamagedFile("a link has its name") from error
+        raise
     try:
         yield fd
     finally:

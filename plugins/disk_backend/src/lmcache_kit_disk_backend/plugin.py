@@ -1,9 +1,9 @@
-"""Plugin hooks: the backend ``LocalDiskBackend``."""
+"""Plugin hooks: the backend ``LocalDiskBackend`` and the command ``gc``."""
 
 from __future__ import annotations
 
 from lmcache_kit.hookspecs import hookimpl
-from lmcache_kit.specs import BackendSpec, ConfigKey
+from lmcache_kit.specs import BackendSpec, CommandSpec, ConfigKey
 
 
 @hookimpl
@@ -32,5 +32,16 @@ def register_backends() -> list[BackendSpec]:
                 ),
             ),
             inherits={"lmcache_instance_id": "subfolder"},
+        )
+    ]
+
+
+@hookimpl
+def register_commands() -> list[CommandSpec]:
+    return [
+        CommandSpec(
+            name="gc",
+            target="lmcache_kit_disk_backend.command:command",
+            summary="List folders of KV on disk, and remove those that nobody uses.",
         )
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import inspect
 import re
@@ -72,8 +73,9 @@ def _endpoint(route: Route, context: Context, options: HttpOptions) -> Handler:
         elif model is not None:
             asked = parse(model, await _body(request, options), limits)
         if is_async:
+            asking = dataclasses.replace(context, caller=request.remote or "")
             async with asyncio.timeout(options.request_timeout_s):
-                reply = await route.handler(context, asked)
+                reply = await route.handler(asking, asked)
         else:
             reply = route.handler(context, asked)
         if isinstance(reply, Document):

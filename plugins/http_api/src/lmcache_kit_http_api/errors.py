@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _LISTED_NAMES = 20
 _WHY_NONE = {
     "instance": " yet; does its configuration say enable_controller: true?",
+    "model": " yet; instances register theirs once vLLM has loaded it",
     "method": "; install a codec beside the cache process, such as lmcache-kit-cachegen",
 }
 _SHOWN_CHARACTERS = 200

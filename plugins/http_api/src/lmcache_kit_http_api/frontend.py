@@ -81,6 +81,7 @@ class HttpFrontend(Frontend):
             self._runner.server,
             loop=asyncio.get_running_loop(),
             access_log=_NO_ACCESS_LOG,
+            keepalive_timeout=self._options.idle_timeout_s,
             lingering_time=_LINGER_S,
         )
 

@@ -61,12 +61,14 @@ class Context:
 
     ``metrics`` and ``openapi`` render their documents. A handler that waits for longer than
     ``answer_within_s`` is cut off soon after, and should raise an error of its own before.
+    ``caller``: the address of the client, for async handlers.
     """
 
     controller: ControllerAPI
     metrics: Callable[[], Document]
     openapi: Callable[[], Document]
     answer_within_s: float
+    caller: str = ""
 
 
 def lookup(context: Context, request: LookupRequest) -> dict[str, Any]:
@@ -95,11 +97,13 @@ def query_worker_info(context: Context, request: QueryWorkerInfoRequest) -> Quer
     )
 
 
-def query_instance(context: Context, request: QueryInstanceRequest) -> QueryInstanceReply:
+async def query_instance(context: Context, request: QueryInstanceRequest) -> QueryInstanceReply:
     """Answer null, which is no error, when no instance is at that address."""
+    found = await context.controller.instances.at_address(request.ip)
     return QueryInstanceReply(
         event_id=request.event_id or _new_event_id(),
-        res=context.controller.instances.at_address(request.ip),
+        res=found[0] if found else None,
+        instances=found,
     )
 
 
@@ -151,7 +155,9 @@ def events(context: Context, request: EventsRequest) -> EventsReply:
 
 async def cancel(context: Context, request: EventRequest) -> EventReply:
     """Answer when it has ended, or after a little while."""
-    return operations.to_event(await context.controller.operations.cancel(request.event_id))
+    return operations.to_event(
+        await context.controller.operations.cancel(request.event_id, asked_by=context.caller)
+    )
 
 
 def check_finish(context: Context, request: EventRequest) -> CheckFinishReply:
@@ -205,6 +211,7 @@ async def _accepted(context: Context, request: OperationRequest) -> OperationInf
         wanted,
         deadline_s=request.deadline_s,
         idempotency_key=request.idempotency_key,
+        asked_by=context.caller,
     )
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 
-from lmcache_kit_http_api.errors import ApiError, from_exception
+from lmcache_kit_http_api.errors import ApiError, clip, from_exception
+from lmcache_kit_http_api.hosts import HostCheck
 from lmcache_kit_http_api.metrics import HttpMetrics
 from lmcache_kit_http_api.options import HttpOptions
 from lmcache_kit_http_api.routes import Route
@@ -33,6 +34,9 @@ def guard(
     is served to everyone; strangers do not learn which routes there are.
     """
     token = options.token.get_secret_value().encode() if options.token else None
+    # A web page that has no token gains nothing by another name for this server.
+    check = HostCheck((options.host, *options.allowed_hosts))
+    hosts = check if token is None or options.allowed_hosts else None
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -41,6 +45,8 @@ def guard(
         response: web.StreamResponse
         try:
             if route is None or not route.open:
+                if hosts is not None:
+                    _check_host(request, hosts)
                 _admit(request, token)
             response = await handler(request)
         # The boundary: whatever a handler raises, the client gets a reply in our shape.
@@ -50,6 +56,19 @@ def guard(
         return response
 
     return guarded
+
+
+def _check_host(request: web.Request, hosts: HostCheck) -> None:
+    """Raise ApiError 403 for a request that was meant for a host of another name."""
+    given = request.headers.get(hdrs.HOST)
+    if given and not hosts.accepts(given):
+        raise ApiError(
+            403,
+            "foreign_host",
+            f"this server is not called {clip(given)!r}",
+            hint=f"Known: {clip(', '.join(hosts.names))}, and any IP address; "
+            "add names with --frontend-option http.allowed_hosts=NAME,NAME",
+        )
 
 
 def _admit(request: web.Request, expected: bytes | None) -> None:

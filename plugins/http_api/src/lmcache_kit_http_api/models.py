@@ -48,6 +48,8 @@ Tokens = Annotated[list[Token], _FailFast(), AfterValidator(_within_limit)]
 WorkerIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_WORKER)]], Field(max_length=4096)]
 Match = tuple[str, int]
 
+_TOKENIZE = "A field of the reply of vLLM's `/tokenize`; has no effect."
+
 
 class Request(BaseModel):
     """Base of all requests. Types are strict: ``true`` and ``1.0`` are no numbers. Unknown fields
@@ -76,7 +78,16 @@ class ErrorReply(Reply):
     error: ErrorBody
 
 
-class LookupRequest(Request):
+class TokensRequest(Request):
+    """Base of requests with tokens, for which the reply of vLLM's ``/tokenize`` can be posted as it
+    is: the fields that stand there beside ``tokens`` are known and have no effect."""
+
+    count: Annotated[int, Field(ge=0)] | None = Field(None, description=_TOKENIZE)
+    max_model_len: Annotated[int, Field(ge=0)] | None = Field(None, description=_TOKENIZE)
+    token_strs: list[str] | None = Field(None, description=_TOKENIZE)
+
+
+class LookupRequest(TokensRequest):
     """Who holds the KV of these tokens?"""
 
     tokens: Tokens = Field(
@@ -205,17 +216,21 @@ class QueryWorkerInfoReply(Reply):
 
 
 class QueryInstanceRequest(Request):
-    """Which instance registered from this address?"""
+    """Which instances registered from this address?"""
 
     event_id: Name | None = Field(None, description="Sent back; made up when absent.")
-    ip: Name
+    ip: Name = Field(description="An IPv4 or IPv6 address, or the name of a host.")
 
 
 class QueryInstanceReply(Reply):
-    """``res`` is null when no instance registered from there."""
+    """``res`` is null when no instance registered from there, and the first of ``instances`` when
+    several did."""
 
     event_id: str
     res: str | None
+    instances: tuple[str, ...] = Field(
+        description="All of them: those alive first, and of these the latest registration first."
+    )
 
 
 class HealthzReply(Reply):

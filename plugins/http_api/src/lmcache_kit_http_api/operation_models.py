@@ -15,7 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lmcache_kit.interfaces.operations import OperationState
-from lmcache_kit_http_api.models import Name, Reply, Request, Salt, Tokens
+from lmcache_kit_http_api.models import Name, Reply, Request, Salt, Tokens, TokensRequest
 
 MAX_SECONDS = 10 * 365 * 86400.0
 
@@ -32,7 +32,7 @@ Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 OperationName = Literal["pin", "unpin", "clear", "compress", "decompress", "move"]
 
 
-class OperationFields(Request):
+class OperationFields(TokensRequest):
     """Fields of every operation."""
 
     tokens: Tokens | None = None
@@ -81,7 +81,7 @@ class UnpinRequest(LocatedFields):
 
 
 class ClearRequest(LocatedFields):
-    """Delete what is stored of these tokens, or everything at a location."""
+    """Delete what is stored of these tokens and what follows them, or everything at a location."""
 
     tokens: SomeTokens | None = Field(None, description="Absent: everything at that location.")
     force: bool = Field(False, description="Pinned chunks as well.")

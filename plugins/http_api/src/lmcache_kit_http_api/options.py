@@ -6,7 +6,7 @@ import ipaddress
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from lmcache_kit.errors import ConfigError
 
@@ -16,6 +16,16 @@ def _sendable(token: SecretStr) -> SecretStr:
     if not value or not all("!" <= c <= "~" for c in value):
         raise ValueError("must be printable ASCII without spaces, and not empty")
     return token
+
+
+def _listed(value: object) -> object:
+    """Split a text with commas, as the command line has it."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return value
+
+
+_HostName = Annotated[str, StringConstraints(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_.-]+)$")]
 
 
 class HttpOptions(BaseModel):
@@ -35,6 +45,13 @@ class HttpOptions(BaseModel):
     insecure: bool = Field(
         default=False, description="allow an address other than loopback without a token"
     )
+    allowed_hosts: Annotated[tuple[_HostName, ...], BeforeValidator(_listed)] = Field(
+        default=(),
+        description="names by which clients may call this server, separated by commas, beside "
+        "`localhost`, this host's own name, `host` and every IP address; `*.example` is any name "
+        "below `example`, `*` any name. Without a token all others are refused; with a token only "
+        "if this is set",
+    )
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024,
         ge=1,
@@ -46,6 +63,11 @@ class HttpOptions(BaseModel):
         default=30.0,
         gt=0,
         description="seconds for the body to arrive and, anew, for the reply",
+    )
+    idle_timeout_s: float = Field(
+        default=75.0,
+        gt=0,
+        description="seconds after which a connection ends that has not sent a whole head",
     )
     shutdown_grace_s: float = Field(
         default=1.0, ge=0, description="seconds for requests in flight when the frontend stops"

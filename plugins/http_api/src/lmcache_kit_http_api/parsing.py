@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lmcache_kit_http_api.errors import ApiError, clip
+from lmcache_kit_http_api.models import TokensRequest
 
 if TYPE_CHECKING:
     from multidict import MultiMapping
@@ -48,8 +49,11 @@ def parse_url(model: type[_R], names: Mapping[str, str], query: MultiMapping[str
 
 
 def field_names(model: type[BaseModel]) -> list[str]:
-    """As they stand in a request."""
-    return [field.alias or name for name, field in model.model_fields.items()]
+    """Return the fields that have an effect, as they stand in a request."""
+    passed_over = TokensRequest.model_fields if issubclass(model, TokensRequest) else {}
+    return [
+        field.alias or name for name, field in model.model_fields.items() if name not in passed_over
+    ]
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> ApiError:

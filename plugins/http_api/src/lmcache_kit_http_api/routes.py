@@ -83,7 +83,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "POST", "/query_instance", handlers.query_instance,
         models.QueryInstanceRequest, models.QueryInstanceReply,
-        "Name the instance that registered from an address",
+        "Name the instances that registered from an address",
     ),
     Route(
         "POST", "/pin", handlers.pin,
@@ -100,7 +100,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "POST", "/clear", handlers.clear,
         operation_models.ClearRequest, operation_models.OperationAccepted,
-        "Delete what is stored of a prompt, or everything at a location",
+        "Delete what is stored of a prompt and what follows it, or everything at a location",
         errors=_OPERATION_ERRORS,
     ),
     Route(
