@@ -18,7 +18,6 @@ from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 from lmcache_kit.cache.tiers.serial_executor import SerialExecutor
 from lmcache_kit.cache.tiers.store_index import StoreIndex
 from lmcache_kit.cache.tiers.transcoding import decode_stored, encode_stored
-from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces import Backend, CountsDamage, EvictionPolicy, ReportsMetrics
 from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import ChunkKey
