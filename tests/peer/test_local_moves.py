@@ -89,7 +89,6 @@ def test_a_local_move_needs_no_peers(place: Place) -> None:
     assert (outcome.state, outcome.message) == ("done", "")
     assert (place.count("A"), place.count("B")) == (0, 3)
     assert place.reports[-1].chunks_done == 3
-    assert place.reports[-1].chunks_done == 3
 
 
 def test_a_move_from_a_peer_is_refused_without_access_to_peers(place: Place) -> None:
