@@ -100,6 +100,7 @@ LOWER_TIER = MetricSet(
     "",
     (
         *_SHARED,
+        gauge("down", "", "1 from a failure of the backend until its next success."),
         counter("failures_total", "", "Failures of the backend, timeouts included."),
         counter(
             "passed_over_total",

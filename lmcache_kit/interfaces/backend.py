@@ -81,7 +81,8 @@ class Backend(ABC):
     Serving then goes on without the store, and the kit tries it again after a while.
 
     A backend is built with an instance of its ``config`` model if the configuration has options for
-    it, and without arguments otherwise.
+    it, and without arguments otherwise. It raises BackendError, with the remedy, when it cannot be
+    opened now: serving goes on without it, and the kit builds it again after a while.
 
     ``shared``: other instances put and remove too. The kit then calls :meth:`contains` for unknown
     keys and evicts nothing; the store must evict by itself.

@@ -38,13 +38,18 @@ class BlobStore:
     """
 
     def __init__(
-        self, backend: Backend, state: TierState[StoreIndex], breaker: CircuitBreaker
+        self,
+        backend: Backend,
+        state: TierState[StoreIndex],
+        breaker: CircuitBreaker,
+        max_pinned_share: float,
     ) -> None:
         self.location = state.location
         self.max_entries = MAX_KNOWN_SHARED if backend.shared else MAX_KNOWN
         self.executor = SerialExecutor(state.location)
         self._backend = backend
         self._breaker = breaker
+        self._max_pinned_share = max_pinned_share
         self._state = state
         self._index = state.index
         self._pins = state.pins
@@ -63,6 +68,11 @@ class BlobStore:
     def resting(self) -> bool:
         """Whether the circuit breaker refuses calls now."""
         return self._breaker.resting
+
+    @property
+    def why_down(self) -> str:
+        """Why the last call of the store failed; empty when it worked."""
+        return self._breaker.why_down
 
     def start(self) -> None:
         """Scan the store in the background."""
@@ -313,6 +323,7 @@ class BlobStore:
 
         def scan() -> None:
             begun = self._clock()
+            self._limit_pins()
             for number, stored in enumerate(self._backend.scan()):
                 if self._closed or number >= self.max_entries:
                     break
@@ -326,6 +337,16 @@ class BlobStore:
 
         self._breaker.call(scan)
         self._scanned = True
+
+    def _limit_pins(self) -> None:
+        """Give pins their share of the store's capacity.
+
+        A shared store is not this tier's to fill, and may be far away: it is not asked.
+        """
+        if not self.shared:
+            capacity = self._backend.usage().capacity_bytes
+            if capacity is not None:
+                self._pins.budget_bytes = int(capacity * self._max_pinned_share)
 
     def _enter_scanned(self, stored: BlobRecord) -> None:
         if self.contains(stored.key) or stored.key in self._index.pending_deletes:

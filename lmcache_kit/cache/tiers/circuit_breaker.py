@@ -34,11 +34,17 @@ class CircuitBreaker:
         self._rest_s = 0.0
         self._until = 0.0
         self._why = ""
+        self._worked_before = False
 
     @property
     def resting(self) -> bool:
         """Whether calls are refused now."""
         return self._clock() < self._until
+
+    @property
+    def why_down(self) -> str:
+        """Why the last call failed; empty when it worked."""
+        return self._why if self._rest_s else ""
 
     def call(self, method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Return what the method returns.
@@ -72,9 +78,13 @@ class CircuitBreaker:
                 self._until = self._clock() + self._rest_s
         if first:
             expected = isinstance(error, BackendError)
-            logger.warning(
-                "%s does not work, and is left alone for a while: %s",
+            logger.log(
+                # A store that never worked is set up wrongly, and does not mend itself.
+                logging.WARNING if self._worked_before else logging.ERROR,
+                "%s does not work; serving goes on without it, and it is tried again every "
+                "%g s at the latest: %s",
                 self._name,
+                LONGEST_REST_S,
                 error if expected else repr(error),
                 exc_info=None if expected else error,
             )
@@ -83,4 +93,5 @@ class CircuitBreaker:
         if self._rest_s:
             with self._lock:
                 self._rest_s = self._until = 0.0
-            logger.info("%s works again", self._name)
+            logger.info("%s works %s", self._name, "again" if self._worked_before else "now")
+        self._worked_before = True

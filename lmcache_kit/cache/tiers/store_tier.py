@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 
 from lmcache_kit.cache.descriptors import DeleteResult
 from lmcache_kit.cache.index.state import TierState
@@ -19,7 +18,6 @@ from lmcache_kit.cache.tiers.circuit_breaker import CircuitBreaker
 from lmcache_kit.cache.tiers.serial_executor import SerialExecutor
 from lmcache_kit.cache.tiers.store_index import StoreIndex
 from lmcache_kit.cache.tiers.transcoding import decode_stored, encode_stored
-from lmcache_kit.errors import BackendError
 from lmcache_kit.interfaces import Backend, EvictionPolicy, ReportsMetrics
 from lmcache_kit.interfaces.codec import Codec
 from lmcache_kit.keys import ChunkKey
@@ -47,14 +45,9 @@ class StoreTier(Tier):
             pin_budget_bytes=sys.maxsize,
             clock=clock,
         )
-        breaker = CircuitBreaker(location, state.counters, clock)
-        with suppress(BackendError):
-            # A shared store is not this tier's to fill, and may be far away: it is not asked.
-            capacity = None if backend.shared else breaker.call(backend.usage).capacity_bytes
-            if capacity is not None:
-                state.pins.budget_bytes = int(capacity * max_pinned_share)
         super().__init__(state)
-        self.store = BlobStore(backend, state, breaker)
+        breaker = CircuitBreaker(location, state.counters, clock)
+        self.store = BlobStore(backend, state, breaker, max_pinned_share)
         self._store_index = state.index
         self._get_codec = get_codec
         self._reporter = backend if isinstance(backend, ReportsMetrics) else None
@@ -91,6 +84,7 @@ class StoreTier(Tier):
                 "pinned_bytes": self._pins.pinned_bytes,
                 "waiting": self.executor.waiting,
                 "passed_over_total": self.executor.passed_over,
+                "down": float(bool(self.store.why_down)),
                 "resting": float(self.store.resting),
             }
 

@@ -29,6 +29,9 @@ _HINTS = {
     errno.EACCES: "Let this user write there, or set another path",
     errno.EEXIST: "A file has that name: set another path",
     errno.ENOTDIR: "A file has that name: set another path",
+    errno.ENOENT: "There is no such folder, and none can be made there: set another path",
+    errno.EPERM: "Let this user write there, or set another path",
+    errno.ENOLCK: "Its file system has no locks: set a path on a local disk",
     errno.EIO: "The disk may be failing: see the kernel's log",
 }
 
