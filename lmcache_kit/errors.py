@@ -8,6 +8,7 @@
  |    +-- ``PluginBroken``                      the plugin is installed and fails to load
  +-- ``CacheUnavailable``       (ConnectionError)  no cache process answers
  |    +-- ``CacheTimeout``      (TimeoutError)     the cache process did not answer in time
+ |    +-- ``CacheStartFailed``                     this machine does not let it start now
  +-- ``ProtocolError``          (ValueError)    bytes from a peer are no valid message
  +-- ``UnsupportedModel``       (ValueError)    this model's KV cannot be cached
  +-- ``CodecError``             (ValueError)    a blob cannot be decoded here
@@ -72,6 +73,13 @@ class CacheUnavailable(KitError, ConnectionError):
 
 class CacheTimeout(CacheUnavailable, TimeoutError):
     """The cache process did not answer within the deadline."""
+
+
+class CacheStartFailed(CacheUnavailable):
+    """The cache process cannot start on this machine now; the message names folder and reason.
+
+    The configuration is not wrong: the start may succeed later.
+    """
 
 
 class ProtocolError(KitError, ValueError):

@@ -48,7 +48,9 @@ class MemoryBackend(ABC):
     memory.
 
     A configuration names the class by ``memory_backend``. It is built with ``capacity_bytes``, and
-    with an instance of its ``config`` model as well when the configuration has options for it.
+    with an instance of its ``config`` model as well when the configuration has options for it. It
+    raises :class:`~lmcache_kit.errors.BackendError` when the machine has no such memory now: vLLM
+    serves without a cache then, and the kit tries again later.
 
     >>> from lmcache_kit_cpu_backend.backend import LocalCPUBackend
     >>> memory = LocalCPUBackend(capacity_bytes=1 << 20)

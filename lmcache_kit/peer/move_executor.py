@@ -221,6 +221,7 @@ class RunningMove:
             self.accept(self.open())
         source = self._source
         assert source is not None
+        self._tell_progress()
         if not self._wanted:
             return
         self._receive_all(source)

@@ -48,7 +48,8 @@ class PeerService:
     other peers by :attr:`access`. ``room_s``: how long a move out of a tier waits for room in
     memory.
 
-    Raises ConfigError and PluginError for a configuration that cannot be served.
+    Raises ConfigError and PluginError for a configuration that cannot be served, and TransportError
+    when the port cannot be had.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PeerService:
         room_s: float = ROOM_S,
     ) -> None:
         self.key = secrets.token_bytes(CAPABILITY_KEY_BYTES)
-        tls = _tls(config)
+        tls = load_tls(config)
         self._transports = Transports(
             plugins,
             config.transfer_channel,
@@ -168,7 +169,8 @@ def _dial(tls: Tls | None, url: str, timeout_s: float) -> socket.socket:
     return dial(url, timeout_s, tls)
 
 
-def _tls(config: KitConfig) -> Tls | None:
+def load_tls(config: KitConfig) -> Tls | None:
+    """Load the files that the configuration names; None without. Raises ConfigError."""
     files = (config.p2p_tls_cert, config.p2p_tls_key, config.p2p_tls_ca)
     cert, key, authority = (str(each) for each in files)
     return Tls.load(cert, key, authority) if all(files) else None

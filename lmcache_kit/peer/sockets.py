@@ -71,7 +71,7 @@ class Listener:
     """The peer port.
 
     Calls ``serve`` with each connection, on a thread of its own, and closes the connection after
-    it. Raises ConfigError when the port cannot be bound.
+    it. Raises TransportError when the port cannot be bound.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Listener:
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{shown}:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(
@@ -162,14 +162,15 @@ class Listener:
                 self._connections = {each for each in self._connections if each.fileno() >= 0}
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises TransportError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # "localhost" may have addresses of both families, and peers try IPv4 first.
         family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         listener = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(
+        raise TransportError(
             f"p2p_host: {host!r} is not an address of this machine: {error}",
             hint="Set p2p_host to the name or address that peers reach this host by",
         ) from error
@@ -179,7 +180,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise ConfigError(
+        raise TransportError(
             f"p2p_init_ports: cannot listen on port {port} of {host!r}: {error.strerror}",
             hint="Set p2p_init_ports to a free port, and p2p_host to an address of this host",
         ) from error

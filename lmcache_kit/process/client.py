@@ -22,7 +22,15 @@ from typing import TypeVar
 import msgspec
 
 from lmcache_kit.cache.records import Grant, StoreItem
-from lmcache_kit.errors import CacheUnavailable, ConfigError, KitError, PluginError, ProtocolError
+from lmcache_kit.errors import (
+    CacheStartFailed,
+    CacheTimeout,
+    CacheUnavailable,
+    ConfigError,
+    KitError,
+    PluginError,
+    ProtocolError,
+)
 from lmcache_kit.keys import ChunkKey
 from lmcache_kit.process.channel import Channel, Pending, greet
 from lmcache_kit.protocol import local as protocol
@@ -39,7 +47,7 @@ class Reconnect(msgspec.Struct, frozen=True):
     """When to connect again.
 
     Waits double from ``first_s`` to ``most_s``, and begin anew after a connection that lasted for
-    ``steady_s``. A process that cannot be composed is not tried again before ``broken_s``. Memory
+    ``steady_s``. A process that cannot start is not tried again before ``broken_s``. Memory
     of a lost process stays mapped for ``keep_memory_s``, or until that of the next one is.
     """
 
@@ -108,9 +116,10 @@ class PendingLookup:
 class CacheClient:
     """Calls to a cache process; safe to use from any thread.
 
-    ``dial`` returns a connected socket, or raises CacheUnavailable, or ConfigError or PluginError
-    when the process cannot be composed; it is called on the background thread, with an event that
-    is set when it should give up. ``timeout_s`` is the deadline of every call.
+    ``dial`` returns a connected socket, or raises CacheUnavailable, CacheStartFailed when this
+    machine does not let a process start, or ConfigError or PluginError when none can be composed;
+    it is called on the background thread, with an event that is set when it should give up.
+    ``timeout_s`` is the deadline of every call.
 
     Every call but :meth:`release` raises CacheUnavailable at once when there is no connection, and
     CacheTimeout, which is one, when the answer did not come in time.
@@ -148,7 +157,7 @@ class CacheClient:
         atexit.register(self.close)
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait for a connection; False when there is none in time.
+        """Wait for a connection; False when there is none in time, or as soon as none can start.
 
         Raises ConfigError or PluginError as soon as it is known that no cache process can be
         composed from this configuration.
@@ -157,7 +166,7 @@ class CacheClient:
             self._changed.wait_for(
                 lambda: self.connected or self._broken or self._closing.is_set(), timeout_s
             )
-            if not self.connected and self._broken and self._problem:
+            if not self.connected and self._misconfigured and self._problem:
                 raise self._problem
             return self.connected
 
@@ -258,7 +267,18 @@ class CacheClient:
         A process that worked once is not broken: its successor may only lack the memory that the
         dead one's clients still map.
         """
+        failed = self._incarnation is None and isinstance(self._problem, CacheStartFailed)
+        return failed or self._misconfigured
+
+    @property
+    def _misconfigured(self) -> bool:
+        """Whether no cache can be composed from this configuration."""
         return self._incarnation is None and isinstance(self._problem, ConfigError | PluginError)
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this client speaks for all clients of an engine, which meet the same trouble."""
+        return self._hello.role != "scheduler" and self._hello.rank == 0
 
     def _call(self, request: Request, expected: type[_A]) -> tuple[_A, _Link]:
         link = self._connected_link()
@@ -320,10 +340,27 @@ class CacheClient:
         with self._changed:
             known, self._problem = str(self._problem), problem
             if str(problem) != known and not self._closing.is_set():
-                # A caller of wait_ready gets the error of a broken one, and may end.
-                goes_on = "" if self._broken else ", serving goes on without"
-                logger.warning("no cache process%s: %s", goes_on, problem)
+                self._log_failure(problem)
             self._changed.notify_all()
+
+    def _log_failure(self, problem: KitError) -> None:
+        if self._misconfigured:  # a caller of wait_ready gets the error, and may end
+            logger.warning("no cache process: %s", problem)
+        elif self._broken:
+            logger.log(
+                logging.ERROR if self._is_first else logging.INFO,
+                "no cache process, serving goes on without; the start is tried again every %g s: "
+                "%s",
+                self._reconnect.broken_s,
+                problem,
+            )
+        else:
+            late = self._incarnation is None and isinstance(problem, CacheTimeout)
+            logger.log(
+                logging.ERROR if late and self._is_first else logging.WARNING,
+                "no cache process, serving goes on without: %s",
+                problem,
+            )
 
     def _attached(self, link: _Link) -> None:
         with self._changed:

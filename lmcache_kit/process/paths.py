@@ -9,6 +9,7 @@ nothing, and the kernel releases a flock however its holder dies.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Self
 
 from blake3 import blake3
 
-from lmcache_kit.errors import ConfigError
+from lmcache_kit.errors import CacheStartFailed, ConfigError
 
 if TYPE_CHECKING:
     from lmcache_kit.config import KitConfig
 
 _UNIX_PATH_BYTES = 107
 _CREDENTIALS = struct.Struct("3i")
+_ELSEWHERE = "Set cache_socket to a path in a directory of yours on a local disk"
+_LOCK_HINTS = {errno.ENOSPC: f"Free space there. Or: {_ELSEWHERE}"}
 
 
 def socket_path(config: KitConfig) -> Path:
@@ -60,23 +63,26 @@ def runtime_dir() -> Path:
 def secure_directory(directory: Path) -> None:
     """Make the directory (mode 0700), or check that only this user can access it.
 
-    Raises ConfigError when another user could put a socket in its place.
+    Raises CacheStartFailed when there can be no such directory, or another user could put a socket
+    in its place.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.lstat()
     except OSError as error:
-        raise ConfigError(
-            f"no directory {str(directory)!r} for the cache process's socket: {error}",
+        raise CacheStartFailed(
+            f"no directory {str(directory)!r} for the cache process's socket: {error.strerror}",
             hint="Set cache_socket to a path in a directory that you own",
         ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        problem = f"is not a directory of user {os.getuid()}"
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is not a directory"
+    elif found.st_uid != os.getuid():
+        problem = f"belongs to user {found.st_uid}, and this is user {os.getuid()}"
     elif found.st_mode & 0o077:
         problem = f"has mode {stat.S_IMODE(found.st_mode):04o}, so that others may use it"
     else:
         return
-    raise ConfigError(
+    raise CacheStartFailed(
         f"the cache process's directory {str(directory)!r} {problem}",
         hint="Give it to this user with mode 0700, or set cache_socket to a path elsewhere",
     )
@@ -101,16 +107,25 @@ class FileLock:
 
     @classmethod
     def acquire(cls, path: Path) -> Self | None:
-        """Take the lock, or return None when another process holds it."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        """Take the lock, or return None when another process holds it.
+
+        Raises CacheStartFailed when the file system has no locks, or no room for the file.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fd = os.open(path, flags, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)
+                raise
         except BlockingIOError:
-            os.close(fd)
             return None
-        except OSError:
-            os.close(fd)
-            raise
+        except OSError as error:
+            raise CacheStartFailed(
+                f"the cache process's lock {str(path)!r} cannot be taken: {error.strerror}",
+                hint=_LOCK_HINTS.get(error.errno or 0, _ELSEWHERE),
+            ) from error
         return cls(fd)
 
     def fileno(self) -> int:
@@ -145,12 +160,12 @@ def starting_lock(path: Path) -> FileLock | None:
 def listen(path: Path) -> socket.socket:
     """Listen at ``path``, mode 0600, in place of a dead process's socket.
 
-    The caller holds the path's :func:`serving_lock`. Raises ConfigError when something that is no
-    socket lies there.
+    The caller holds the path's :func:`serving_lock`. Raises CacheStartFailed when something that is
+    no socket lies there, or the system refuses one.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(
+            raise CacheStartFailed(
                 f"cache_socket {str(path)!r} exists and is not a socket",
                 hint="Remove it or set cache_socket to another path",
             )
@@ -160,8 +175,10 @@ def listen(path: Path) -> socket.socket:
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen(128)
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        raise CacheStartFailed(
+            f"the cache process cannot listen at {str(path)!r}: {error.strerror}", hint=_ELSEWHERE
+        ) from error
     listener.setblocking(False)
     return listener

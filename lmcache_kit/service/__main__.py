@@ -36,13 +36,10 @@ def _serve(socket: Path, status_fd: int) -> int:
 
     from lmcache_kit.config import KitConfig
     from lmcache_kit.errors import KitError
+    from lmcache_kit.process.log_relay import FORMAT
     from lmcache_kit.service.service import serve
 
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=FORMAT)
     status = os.fdopen(status_fd, "w")
     try:
         config = KitConfig.from_json(sys.stdin.buffer.read())
@@ -53,7 +50,8 @@ def _serve(socket: Path, status_fd: int) -> int:
             on_ready=lambda: _report(status),
         )
     except (KitError, OSError) as error:
-        logging.getLogger(__name__).error("cannot serve: %s", error)
+        # Not as an error: the starter gets the report, and logs it.
+        logging.getLogger(__name__).info("cannot serve: %s", error)
         _report(status, type(error).__name__, *_parts(error))
         return 1
     return 0

@@ -7,11 +7,15 @@ A spawned process is started once, whatever clients race for it:
 3. Take the serving lock without waiting; a process that holds it starts or ends: poll.
 4. Release the serving lock and start a process, which takes it. It reports over a pipe that it
    listens, or why it cannot.
+
+A start that fails for what is wrong on this machine is no error of the configuration: the client
+logs it, goes on without a cache process, and tries again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import socket
@@ -20,15 +24,24 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import lmcache_kit
 from lmcache_kit import errors
-from lmcache_kit.errors import CacheTimeout, CacheUnavailable, KitError
+from lmcache_kit.errors import (
+    CacheStartFailed,
+    CacheTimeout,
+    CacheUnavailable,
+    ConfigError,
+    KitError,
+    PluginError,
+)
 from lmcache_kit.process import paths
 from lmcache_kit.process.client import CacheClient, Reconnect
+from lmcache_kit.process.log_relay import LogRelay
 from lmcache_kit.process.paths import socket_path
 from lmcache_kit.protocol import local as protocol
 from lmcache_kit.service import service
@@ -40,9 +53,12 @@ if TYPE_CHECKING:
 
 __all__ = ["open_client", "socket_path"]
 
+logger = logging.getLogger(__name__)
+
 _LOG_BYTES = 1 << 20
 _POLL_S = 0.05
 _REPORTED = (
+    errors.CacheUnavailable,  # another process serves there: try again soon
     errors.ConfigError,
     errors.DuplicateName,
     errors.PluginBroken,
@@ -68,7 +84,10 @@ def open_client(
 
     The client connects in the background. ``wait_ready`` waits for up to
     ``cache_start_timeout_s``, and raises ConfigError or PluginError when no cache can be composed;
-    a late or absent process is not an error. ``embedded`` raises these errors at once.
+    a late or absent process is not an error, nor is one that this machine does not let start.
+    ``embedded`` raises these errors at once.
+
+    The worker of rank 0 relays the warnings of a spawned process into its own log.
     """
     path = socket_path(config)
     on_close: Callable[[], None] | None = None
@@ -77,8 +96,11 @@ def open_client(
     if config.cache_process == "spawn":
         dial = _Spawner(config, path)
         settings = service.settings_digest(config)
+        if role == "worker" and rank == 0:
+            on_close = _relay_log(path)
     elif config.cache_process == "embedded":
-        on_close = _Embedded.share(config, path)
+        dial = share = _Share(config, path)
+        on_close = share.close
     client = CacheClient(
         dial,
         protocol.Hello(
@@ -105,6 +127,13 @@ def open_client(
             client.close()
             raise
     return client
+
+
+def _relay_log(path: Path) -> Callable[[], None]:
+    """Say where a spawned process logs, and relay its warnings; return a function that stops it."""
+    log = paths.beside(path, ".log")
+    logger.info("the cache process logs to %s; its warnings and errors come here, too", log)
+    return LogRelay(log).close
 
 
 def _connect(path: Path) -> socket.socket:
@@ -144,7 +173,10 @@ class _Spawner:
         raise CacheTimeout(f"the cache process did not start within {timeout_s:g} s")
 
     def _start_unless_started(self, stop: threading.Event, deadline: float) -> bool:
-        """Start a process. Returns False while another one is starting or ending."""
+        """Start a process. Returns False while another one is starting or ending.
+
+        Raises CacheStartFailed when the system refuses a folder, a lock, a file or a process.
+        """
         paths.secure_directory(self._path.parent)
         starting = paths.starting_lock(self._path)
         if starting is None:
@@ -154,7 +186,8 @@ class _Spawner:
             if serving is None:
                 return False
             serving.close()
-            self._start(stop, deadline)
+            with _system_refuses(self._path):
+                self._start(stop, deadline)
             return True
 
     def _start(self, stop: threading.Event, deadline: float) -> None:
@@ -173,7 +206,7 @@ class _Spawner:
             if stop.is_set() or time.monotonic() >= deadline:
                 return
             log = paths.beside(self._path, ".log")
-            raise CacheUnavailable(
+            raise CacheStartFailed(
                 "the cache process ended as it started", hint=f"Its log is {log}"
             )
         if report["error"]:
@@ -206,6 +239,46 @@ class _Spawner:
         except subprocess.TimeoutExpired:
             launcher.kill()
             launcher.communicate()
+
+
+class _Share:
+    """A client's share of the embedded cache, which the client takes as soon as there can be one.
+
+    Raises ConfigError or PluginError when no cache can be composed.
+    """
+
+    def __init__(self, config: KitConfig, path: Path) -> None:
+        self._config = config
+        self._path = path
+        self._leave: Callable[[], None] | None = None
+        self._taken = False
+        try:
+            self._take()
+        except (ConfigError, PluginError):
+            raise
+        except (KitError, OSError):
+            pass  # the client meets it again, and logs it
+
+    def __call__(self, stop: threading.Event) -> socket.socket:
+        self._take()
+        return _connect(self._path)
+
+    def close(self) -> None:
+        """Give the share back."""
+        if self._leave:
+            self._leave()
+
+    def _take(self) -> None:
+        if self._taken:
+            return
+        try:
+            self._leave = _Embedded.share(self._config, self._path)
+        except (CacheUnavailable, ConfigError, PluginError):
+            raise
+        except (KitError, OSError) as error:
+            message = getattr(error, "message", str(error))
+            raise CacheStartFailed(message, hint=getattr(error, "hint", "")) from error
+        self._taken = True
 
 
 class _Embedded:
@@ -269,6 +342,30 @@ class _Embedded:
             self._ready.set()
 
 
+def try_folder(path: Path) -> None:
+    """Do what a start does in the folder of a socket. Raises CacheStartFailed."""
+    paths.secure_directory(path.parent)
+    for lock in (paths.starting_lock(path), paths.serving_lock(path)):
+        if lock:
+            lock.close()
+    with _system_refuses(path):
+        os.close(_open_log(paths.beside(path, ".log")))
+
+
+@contextmanager
+def _system_refuses(path: Path) -> Iterator[None]:
+    """Turn an OSError into CacheStartFailed."""
+    try:
+        yield
+    except KitError:
+        raise
+    except OSError as error:
+        raise CacheStartFailed(
+            f"no cache process can be started for {str(path)!r}: {error}",
+            hint="See the limits of this user and the room in that folder",
+        ) from error
+
+
 def _read_line(fd: int, stop: threading.Event, deadline: float) -> bytes:
     """Read until a newline, the end of file, ``stop`` or the deadline."""
     line = b""
@@ -282,9 +379,10 @@ def _read_line(fd: int, stop: threading.Event, deadline: float) -> bytes:
 
 
 def _reported_error(report: dict[str, str]) -> KitError:
-    """Return the error that the process reported."""
+    """Return the error that the process reported. What is no mistake of the configuration is
+    trouble of this machine."""
     kinds = {kind.__name__: kind for kind in _REPORTED}
-    kind = kinds.get(report["error"], CacheUnavailable)
+    kind = kinds.get(report["error"], CacheStartFailed)
     return kind(report["message"], hint=report["hint"])
 
 

@@ -9,8 +9,9 @@ import os
 import secrets
 import signal
 import socket as sockets
+import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from blake3 import blake3
 
 import lmcache_kit
 from lmcache_kit.agent.metrics import AGENT
-from lmcache_kit.errors import CacheUnavailable
+from lmcache_kit.errors import CacheUnavailable, PluginBroken, TransportError
 from lmcache_kit.process import paths
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REMIND_AFTER_S = 10.0
 END_S = 30.0
 """A process that takes longer to end dumps its stacks, which show what hangs, and exits."""
 
@@ -47,8 +49,9 @@ def serve(
 ) -> None:
     """Serve at ``socket`` until SIGTERM, SIGINT, or ``linger_s`` without a client.
 
-    Runs on the main thread. Raises ConfigError or PluginError when no cache can be composed, and
-    CacheUnavailable when another process serves there.
+    Runs on the main thread. Raises ConfigError or PluginError when no cache can be composed,
+    BackendError when there is no memory for it, CacheStartFailed when the socket's folder cannot be
+    used, and CacheUnavailable when another process serves there.
     """
     paths.secure_directory(socket.parent)
     lock = paths.serving_lock(socket)
@@ -87,6 +90,7 @@ class CacheService:
         from lmcache_kit.service.codecs import Codecs
         from lmcache_kit.service.operations import EngineExecutor
 
+        self._made_at = time.monotonic()
         self.config = config
         self.incarnation = secrets.token_hex(16)
         self._plugins = Plugins.load()
@@ -121,7 +125,8 @@ class CacheService:
                 pin_ttl_s=config.pin_timeout_sec or None,
             )
             if config.store_codec:
-                codecs.make(config.store_codec)
+                with suppress(PluginBroken):  # chunks stay raw, and the encoder logs why
+                    codecs.make(config.store_codec)
                 self._encoder = BackgroundEncoder(
                     self.engine,
                     codecs,
@@ -217,15 +222,19 @@ class CacheService:
             return None
         from lmcache_kit.peer.service import PeerService
 
-        return PeerService(
-            self.config,
-            self._plugins,
-            self.memory,
-            self.engine,
-            namespaces=self.namespaces,
-            get_codec=codecs.make,
-            incarnation=bytes.fromhex(self.incarnation),
-        )
+        try:
+            return PeerService(
+                self.config,
+                self._plugins,
+                self.memory,
+                self.engine,
+                namespaces=self.namespaces,
+                get_codec=codecs.make,
+                incarnation=bytes.fromhex(self.incarnation),
+            )
+        except TransportError as error:
+            logger.error("nothing moves from or to this instance until a restart: %s", error)
+            return None
 
     def _make_agent(self) -> Agent | None:
         config, peer = self.config, self._peer
@@ -251,6 +260,8 @@ class CacheService:
         return bool(self._agent and self._agent.confirm(location, timeout_s))
 
     def _register(self, hello: Hello) -> None:
+        if hello.role == "worker" and hello.rank == 0:
+            self._remind()
         if hello.namespace is not None:
             self.namespaces.register(hello.namespace)
         if self._agent is None:
@@ -260,6 +271,16 @@ class CacheService:
             self._agent.register_worker(hello.rank)
         if hello.namespace is not None:
             self._agent.register_namespace(hello.namespace)
+
+    def _remind(self) -> None:
+        """Log which tiers are down, for a vLLM that has just come and reads warnings from now on.
+
+        The first one to come has read it when the tiers were opened.
+        """
+        if time.monotonic() - self._made_at >= REMIND_AFTER_S:
+            for tier in self._tiers or ():
+                if tier.store.why_down:
+                    logger.warning("%s still does not work: %s", tier.location, tier.store.why_down)
 
     def _more_stats(self) -> dict[str, float]:
         stats = self._agent.stats() if self._agent else {}

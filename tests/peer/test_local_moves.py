@@ -88,6 +88,7 @@ def test_a_local_move_needs_no_peers(place: Place) -> None:
     assert place.scope == Scope(outcome.tokens, 3)
     assert (outcome.state, outcome.message) == ("done", "")
     assert (place.count("A"), place.count("B")) == (0, 3)
+    assert place.reports[0].chunks_done == 0
     assert place.reports[-1].chunks_done == 3
 
 

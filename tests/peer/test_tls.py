@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 
-from lmcache_kit.errors import ConfigError
+from lmcache_kit.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
     from .conftest import MakePlace, Place
@@ -91,15 +91,15 @@ def test_files_that_are_no_certificates_stop_the_start(
         make_place("source", **{**keys(), "p2p_tls_cert": tmp_path / "no.pem"})
 
 
-def test_a_peer_port_that_is_taken_stops_the_start(make_place: MakePlace) -> None:
+def test_a_peer_port_that_is_taken_is_said(make_place: MakePlace) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"p2p_init_ports: cannot listen on port {port}"):
+        with pytest.raises(TransportError, match=f"p2p_init_ports: cannot listen on port {port}"):
             make_place("source", p2p_init_ports=(port,))
 
 
-def test_a_host_that_is_not_ours_stops_the_start(make_place: MakePlace) -> None:
-    with pytest.raises(ConfigError, match=r"p2p_host|p2p_init_ports"):
+def test_a_host_that_is_not_ours_is_said(make_place: MakePlace) -> None:
+    with pytest.raises(TransportError, match=r"p2p_host|p2p_init_ports"):
         make_place("source", p2p_host="192.0.2.1")
 
 

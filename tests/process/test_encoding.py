@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.index.entries import RankLayout
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.errors import CacheTimeout, ConfigError, PluginError, PluginNotFound
+from lmcache_kit.errors import CacheTimeout, ConfigError, PluginNotFound
 from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.layout import KVLayout
 from lmcache_kit.service import background_encoder
@@ -273,9 +273,18 @@ def test_a_codec_that_is_not_installed_is_named_with_its_remedy(connect: Connect
         connect(store_codec="nope")
 
 
-def test_a_codec_that_cannot_be_made_is_named(connect: Connect) -> None:
-    with pytest.raises(PluginError, match=r"codec 'acme' cannot be made: RuntimeError: boom"):
-        connect(store_codec="acme", codec_options={"acme": {"fail": "make"}})
+def test_a_codec_that_cannot_be_made_is_named_and_chunks_stay_raw(
+    connect: Connect, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = connect(form=FORM, store_codec="acme", codec_options={"acme": {"fail": "make"}})
+    store(client)
+    eventually(lambda: stat(client, "encode_waiting") == 0)
+    assert client.lookup(SPACE, TOKENS, CHUNK).tokens == 40
+    said = (
+        "cache process: chunks stay raw, since codec 'acme' does not work: codec 'acme' cannot be "
+        "made: RuntimeError: boom"
+    )
+    eventually(lambda: said in caplog.messages)
 
 
 def test_an_option_that_is_wrong_is_named(connect: Connect) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from lmcache_kit.config import KitConfig
-from lmcache_kit.errors import ConfigError
+from lmcache_kit.errors import CacheStartFailed
 from lmcache_kit.process import paths
 
 
@@ -43,21 +44,43 @@ def test_a_missing_directory_is_made_private(folder: Path) -> None:
 
 def test_another_users_directory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(ConfigError, match="not a directory of user 12345"):
+    with pytest.raises(CacheStartFailed, match=r"belongs to user \d+, and this is user 12345"):
         paths.secure_directory(folder)
 
 
 def test_a_link_in_the_directorys_place_is_refused(folder: Path) -> None:
     (folder / "real").mkdir(mode=0o700)
     (folder / "link").symlink_to(folder / "real")
-    with pytest.raises(ConfigError, match="is not a directory of user"):
+    with pytest.raises(CacheStartFailed, match="is not a directory"):
         paths.secure_directory(folder / "link")
 
 
 def test_a_file_in_the_directorys_place_is_refused(folder: Path) -> None:
     (folder / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"no directory .*cache_socket"):
+    with pytest.raises(CacheStartFailed, match=r"no directory .*cache_socket"):
         paths.secure_directory(folder / "file")
+
+
+def test_a_file_system_without_locks_is_said_with_the_file_and_the_remedy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(paths.fcntl, "flock", refuse)
+    with pytest.raises(CacheStartFailed, match=r"c\.sock\.lock.*No locks available.*local disk"):
+        paths.serving_lock(folder / "c.sock")
+
+
+def test_a_folder_without_room_for_a_lock_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(paths.os, "open", refuse)
+    with pytest.raises(CacheStartFailed, match=r"c\.sock\.start.*No space left.*Free space there"):
+        paths.starting_lock(folder / "c.sock")
 
 
 def test_a_lock_has_one_holder_until_it_is_given_back(folder: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,11 +20,13 @@ import psutil
 import pytest
 
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.errors import ConfigError, PluginNotFound
+from lmcache_kit.errors import CacheUnavailable, ConfigError, PluginNotFound
 from lmcache_kit.keys import pack_tokens
+from lmcache_kit.process import paths
 from lmcache_kit.process.client import Reconnect
 from lmcache_kit.service import launch
 from tests.process.conftest import ends
+from tests.support.ports import taken_port
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
@@ -253,15 +258,68 @@ def test_an_unknown_cache_policy_is_said_with_the_known_ones(connect: Connect) -
         connect(cache_policy="BEST")
 
 
-def test_more_memory_than_there_is_is_said_with_the_key(connect: Connect) -> None:
-    with pytest.raises(ConfigError, match="max_local_cpu_size"):
-        connect(max_local_cpu_size=1e9)
+def refusal(client: CacheClient, caplog: pytest.LogCaptureFixture) -> str:
+    """Return the one error that is logged for a process that cannot start."""
+    assert not client.connected
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    said = record.getMessage()
+    assert said.startswith("no cache process, serving goes on without; the start is tried again")
+    return said
 
 
-def test_a_directory_that_others_may_use_is_refused(connect: Connect, folder: Path) -> None:
+def test_more_memory_than_there_is_is_said_with_the_key(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = refusal(connect(max_local_cpu_size=1e9), caplog)
+    assert re.search(r"max_local_cpu_size is .* Set max_local_cpu_size to", said)
+
+
+def test_a_directory_that_others_may_use_is_not_used(
+    connect: Connect, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder.chmod(0o755)
-    with pytest.raises(ConfigError, match=r"mode 0755.*cache_socket"):
-        connect()
+    said = refusal(connect(), caplog)
+    assert re.search(r"mode 0755.*cache_socket", said)
+
+
+def test_a_file_system_without_locks_is_said(
+    connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(paths.fcntl, "flock", refuse)
+    said = refusal(connect(), caplog)
+    assert re.search(r"c\.sock\.start.*No locks available.*cache_socket", said)
+
+
+def test_a_log_file_that_cannot_be_written_is_said(
+    connect: Connect, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "c.sock.log").mkdir()
+    assert "c.sock.log" in refusal(connect(), caplog)
+
+
+def test_a_peer_port_that_is_taken_costs_moves_and_nothing_else(
+    connect: Connect, caplog: pytest.LogCaptureFixture, eventually: Eventually
+) -> None:
+    with taken_port() as port:
+        client = connect(enable_p2p=True, p2p_init_ports=(port,), transfer_channel="tcp")
+        store(client)
+        assert client.lookup(NAMESPACE, TOKENS, 256).tokens == 12
+    said = f"nothing moves from or to this instance until a restart: .* port {port} .*free port"
+    eventually(lambda: re.search(said, caplog.text))
+
+
+def test_of_all_clients_of_an_engine_one_logs_the_error(
+    connect: Connect, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.chmod(0o755)
+    caplog.set_level(logging.INFO)
+    clients = (connect(), connect(rank=1, world_size=2), connect("scheduler"))
+    assert not any(client.connected for client in clients)
+    said = [each.levelname for each in caplog.records if "no cache process" in each.getMessage()]
+    assert sorted(said) == ["ERROR", "INFO", "INFO"]
 
 
 def test_a_process_that_dies_as_it_starts_is_no_error_and_names_its_log(
@@ -312,10 +370,11 @@ def children_of(pid: int) -> list[int]:
     ]
 
 
-def test_a_file_that_is_no_socket_is_left_alone(connect: Connect, folder: Path) -> None:
+def test_a_file_that_is_no_socket_is_left_alone(
+    connect: Connect, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / "c.sock").write_text("precious")
-    with pytest.raises(ConfigError, match="exists and is not a socket"):
-        connect()
+    assert "exists and is not a socket" in refusal(connect(), caplog)
     assert (folder / "c.sock").read_text() == "precious"
 
 
@@ -336,8 +395,9 @@ def test_what_could_not_be_composed_is_tried_again_later(
     folder.chmod(0o755)
     client = launch.open_client(configure(), role="worker", reconnect=Reconnect(broken_s=0.1))
     try:
-        with pytest.raises(ConfigError, match="mode 0755"):
-            client.wait_ready(20)
+        assert not client.wait_ready(20)
+        with pytest.raises(CacheUnavailable, match="mode 0755"):
+            client.stats()
         folder.chmod(0o700)
         eventually(lambda: client.connected)
     finally:

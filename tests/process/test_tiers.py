@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,19 +12,46 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from lmcache_kit.cache.records import StoreItem
-from lmcache_kit.errors import ConfigError, PluginBroken
+from lmcache_kit.errors import ConfigError
 from lmcache_kit.keys import chain, pack_tokens
 from lmcache_kit.plugins import Plugins
+from lmcache_kit.service import build, service
 from lmcache_kit.service.build import build_tiers
+from tests.support.waiting import DEADLINE_S as WAIT_S
 
 if TYPE_CHECKING:
     from lmcache_kit.process.client import CacheClient
     from tests.process.conftest import Configure, Connect, Eventually
+    from tests.support.sites import FakeSite
 
 NAMESPACE = bytes(32)
 CHUNK = 16
 NBYTES = 5000
 LOCATION = "LocalDiskBackend"
+
+SLOW = """
+import threading
+
+MAY_OPEN = threading.Event()
+
+@hookimpl
+def register_backends():
+    return [BackendSpec("AcmeSlow", "acme_slow:slow", "Opens when it may.")]
+
+def slow():
+    MAY_OPEN.wait(60)
+    raise OSError("a disk that is far away")
+"""
+PICKY = """
+from lmcache_kit.errors import ConfigError
+
+@hookimpl
+def register_backends():
+    return [BackendSpec("AcmePicky", "acme_picky:picky", "Does not open.")]
+
+def picky():
+    raise ConfigError("no such profile")
+"""
 
 
 @pytest.fixture
@@ -130,21 +158,78 @@ def test_what_does_not_fit_into_memory_is_served_from_disk(
     assert client.stats().values["evicted_chunks_total"] > 60
 
 
-def test_a_folder_that_cannot_be_used_stops_the_start_with_its_name(
-    configure: Configure, disk: dict[str, object], folder: Path
+def test_a_tier_that_cannot_be_opened_is_left_out_until_it_can_be(
+    connect: Connect,
+    disk: dict[str, object],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    eventually: Eventually,
 ) -> None:
     (folder / "kv").write_text("a file")
-    config = configure(**disk)
-    with pytest.raises(PluginBroken, match=rf"'LocalDiskBackend' cannot be opened: .*{folder}/kv"):
+    client = connect(**disk)
+    tokens = store(client, 0)
+    assert hit(client, tokens) == 4 * CHUNK
+    assert client.stats().lower_tiers[LOCATION]["down"] == 1
+    said = "LocalDiskBackend does not work; serving goes on without it"
+    [line] = eventually(lambda: [each for each in caplog.records if said in each.getMessage()])
+    assert line.levelname == "ERROR"
+    assert f"cannot use {folder}/kv/" in line.getMessage()
+    assert "A file has that name: set another path" in line.getMessage()
+    (folder / "kv").unlink()
+    eventually(lambda: not client.stats().lower_tiers[LOCATION]["down"])
+    later = store(client, 1000)
+    eventually(lambda: written(client) == 4)
+    assert hit(client, later) == 4 * CHUNK
+    assert "INFO lmcache_kit.cache.tiers.circuit_breaker: LocalDiskBackend works now" in (
+        (folder / "c.sock.log").read_text()
+    )
+    assert len([each for each in caplog.records if "does not work" in each.getMessage()]) == 1
+
+
+def test_a_vllm_that_comes_later_hears_of_a_tier_that_is_down(
+    connect: Connect,
+    disk: dict[str, object],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "kv").write_text("a file")
+    client = connect(cache_process="embedded", **disk)
+    eventually(lambda: client.stats().lower_tiers[LOCATION]["down"])
+    connect(cache_process="embedded", **disk).stats()
+    assert "still does not work" not in caplog.text  # they came together
+    monkeypatch.setattr(service, "REMIND_AFTER_S", 0.0)
+    connect("scheduler", cache_process="embedded", **disk).stats()
+    connect(cache_process="embedded", **disk).stats()
+    assert caplog.text.count(f"{LOCATION} still does not work: ") == 1
+
+
+def test_a_tier_that_does_not_open_in_time_keeps_nobody_waiting(
+    configure: Configure, site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.install("acme-slow", SLOW)
+    monkeypatch.setattr(build, "OPEN_S", 0.05)
+    plugins = Plugins.load()
+    config = configure(tiers=["AcmeSlow"])
+    [tier] = build_tiers(config, plugins, lambda name: None)  # type: ignore[arg-type,return-value]
+    acme = sys.modules["acme_slow"]
+    try:
+        tier.start()
+        assert tier.executor.flush(WAIT_S)
+        assert "still being opened" in tier.store.why_down
+    finally:
+        acme.MAY_OPEN.set()  # type: ignore[attr-defined]
+        tier.close()
+
+
+def test_an_option_that_a_backend_refuses_as_it_opens_is_a_mistake(
+    configure: Configure, site: FakeSite
+) -> None:
+    site.install("acme-picky", PICKY)
+    config = configure(tiers=["AcmePicky"])
+    with pytest.raises(ConfigError, match="no such profile"):
         build_tiers(config, Plugins.load(), lambda name: None)  # type: ignore[arg-type,return-value]
-
-
-def test_a_client_learns_why_no_cache_starts(
-    connect: Connect, disk: dict[str, object], folder: Path
-) -> None:
-    (folder / "kv").write_text("a file")
-    with pytest.raises(PluginBroken, match="LocalDiskBackend"):
-        connect(**disk)
 
 
 @pytest.mark.parametrize(

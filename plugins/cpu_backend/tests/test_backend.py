@@ -14,7 +14,7 @@ from lmcache_kit_cpu_backend.backend import LocalCPUBackend
 from lmcache_kit_cpu_backend.memory_limits import Available, available_memory, probe
 from lmcache_kit_cpu_backend.prefault import AHEAD_BYTES
 
-from lmcache_kit.errors import ConfigError
+from lmcache_kit.errors import BackendError, ConfigError
 from lmcache_kit.interfaces import MemoryBackend, Region
 from tests.support.processes import open_files, run_python
 
@@ -170,14 +170,14 @@ def test_a_capacity_that_the_machine_does_not_have_is_refused(
     monkeypatch.setattr(
         backend_module, "available_memory", lambda: Available(2 << 30, "a limit of the test")
     )
-    with pytest.raises(ConfigError, match=r"max_local_cpu_size is 3\.00 GiB") as refusal:
+    with pytest.raises(BackendError, match=r"max_local_cpu_size is 3\.00 GiB") as refusal:
         LocalCPUBackend(capacity_bytes=3 << 30)
     assert "2.00 GiB available (a limit of the test)" in str(refusal.value)
     assert "Set max_local_cpu_size to 1.6 or less" in refusal.value.hint
 
 
 def test_the_real_machine_refuses_a_petabyte() -> None:
-    with pytest.raises(ConfigError, match="max_local_cpu_size"):
+    with pytest.raises(BackendError, match="max_local_cpu_size"):
         LocalCPUBackend(capacity_bytes=1 << 50)
 
 
@@ -234,6 +234,30 @@ def test_a_limit_of_the_older_cgroups_counts(tmp_path: Path) -> None:
     available = available_memory(root)
     assert available
     assert available.nbytes == 4500
+
+
+def test_a_limit_of_an_older_cgroup_that_a_container_cannot_see_counts(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        {
+            "proc/meminfo": MEMINFO,
+            "proc/self/cgroup": "4:memory:/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "2000\n",
+            "sys/fs/cgroup/memory/memory.stat": "hierarchical_memory_limit 7000\n",
+        },
+    )
+    available = available_memory(root)
+    assert available
+    assert available.nbytes == 5000
+    assert available.source.startswith("hierarchical_memory_limit in")
+
+
+def test_a_limit_holds_where_the_usage_cannot_be_read(tmp_path: Path) -> None:
+    root = machine(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "10\n"})
+    available = available_memory(root)
+    assert available
+    assert available.nbytes == 10
 
 
 def test_a_cgroup_that_is_over_its_limit_has_nothing_left(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import Callable
 
-from lmcache_kit.errors import ConfigError
+from lmcache_kit.errors import BackendError, ConfigError
 from lmcache_kit.interfaces import MemoryBackend, Region, Usage
 from lmcache_kit_cpu_backend.allocator import PAGE_BYTES, Allocator
 from lmcache_kit_cpu_backend.memory_limits import Available, available_memory
@@ -24,7 +24,8 @@ class LocalCPUBackend(MemoryBackend):
     """KV cache in one memfd, which takes pages from the system as the memory is used.
 
     ``capacity_bytes`` is rounded down to whole pages of 4 KiB. Raises ConfigError for a capacity
-    that is smaller than a page, or larger than the memory that is available.
+    that is smaller than a page, and BackendError for one that is larger than the memory that is
+    available now.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -37,7 +38,7 @@ class LocalCPUBackend(MemoryBackend):
             self._map = mmap.mmap(self._fd, self._allocator.capacity_bytes)
         except OSError as error:
             os.close(self._fd)
-            raise ConfigError(
+            raise BackendError(
                 f"max_local_cpu_size: the system refuses {_gib(capacity_bytes)} of shared memory "
                 f"({error.strerror})",
                 hint="Set a smaller max_local_cpu_size",
@@ -106,7 +107,7 @@ def _check_capacity(capacity_bytes: int, available: Available | None) -> None:
             hint="Set max_local_cpu_size to the size of the cache in GiB",
         )
     if available is not None and capacity_bytes > available.nbytes:
-        raise ConfigError(
+        raise BackendError(
             f"max_local_cpu_size is {_gib(capacity_bytes)}; this machine has "
             f"{_gib(available.nbytes)} available ({available.source})",
             hint=f"Set max_local_cpu_size to {available.nbytes / _GIB * 0.8:.1f} or less, or free "

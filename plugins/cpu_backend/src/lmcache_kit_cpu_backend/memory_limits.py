@@ -59,10 +59,18 @@ def _cgroups(root: Path) -> Iterator[Available]:
         group = Path(path.lstrip("/"))
         for part in (group, *group.parents):
             folder = root / base / part
-            most, used = _number(folder / limit), _number(folder / current)
-            if most is not None and used is not None:
-                left = max(0, most - used + _reclaimable(folder / "memory.stat"))
-                yield Available(left, f"the limit in {folder / limit}")
+            stat = _statistics(folder / "memory.stat")
+            used = (_number(folder / current) or 0) - stat.get(
+                "total_inactive_file", stat.get("inactive_file", 0)
+            )  # a cgroup counts inactive pages of files, and the system can drop them
+            most = _number(folder / limit)
+            if most is not None:
+                yield Available(max(0, most - used), f"the limit in {folder / limit}")
+            # Cgroups v1 say here what enclosing groups allow that a container cannot see.
+            enclosing = stat.get("hierarchical_memory_limit")
+            if enclosing is not None and enclosing != most:
+                left = max(0, enclosing - used)
+                yield Available(left, f"hierarchical_memory_limit in {folder / 'memory.stat'}")
 
 
 def _number(path: Path) -> int | None:
@@ -73,11 +81,9 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None  # "max": no limit
 
 
-def _reclaimable(stat: Path) -> int:
-    """Return the bytes of inactive file pages: a cgroup counts them, the system can drop them."""
+def _statistics(path: Path) -> dict[str, int]:
     try:
-        fields = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    value = fields.get("total_inactive_file", fields.get("inactive_file", "0"))
-    return int(value) if value.isdigit() else 0
+        fields = [line.split(maxsplit=1) for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {each[0]: int(each[1]) for each in fields if len(each) == 2 and each[1].isdigit()}
