@@ -5,11 +5,8 @@ from __future__ import annotations
 import click
 
 from lmcache_kit.cli.output import load_plugins
-from lmcache_kit.config import KitConfig, load_config
-from lmcache_kit.plugins import Plugins
-from lmcache_kit.service.build import backend_factory, memory_factory
-from lmcache_kit.service.codecs import Codecs
-from lmcache_kit.service.service import worker_keys
+from lmcache_kit.config import load_config
+from lmcache_kit.service.mistakes import check
 
 
 @click.command()
@@ -28,16 +25,5 @@ def validate(config: str) -> None:
     loaded = load_config(file=config, environ={}, plugins=plugins)
     for warning in loaded.warnings:
         click.secho(f"Warning: {warning}", fg="yellow", err=True)
-    check_names(loaded.config, plugins)
-    worker_keys(loaded.config)
+    check(loaded, plugins)
     click.echo(f"{config} is valid.")
-
-
-def check_names(config: KitConfig, plugins: Plugins) -> None:
-    """Raises ConfigError or PluginError for a name that no usable plugin provides."""
-    memory_factory(config, plugins)
-    for name, options in config.lower_tiers.items():
-        backend_factory(plugins, name, options)
-    plugins.eviction_policy(config.cache_policy)
-    if config.store_codec:
-        Codecs(plugins, config.codec_options).make(config.store_codec)

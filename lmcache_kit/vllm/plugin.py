@@ -2,7 +2,8 @@
 
 vLLM calls the entry point in each of its processes, and an exception in it would end every start of
 vLLM on this machine, cached or not. Therefore :func:`register` never raises, and imports nothing
-but vLLM's connector factory.
+but what vLLM has imported already: its connector factory, and its configuration, which is told to
+check the kit's own (:mod:`lmcache_kit.vllm.start_check`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def _register() -> None:
     )
 
     known = KVConnectorFactory._registry
+    names = [NAME]
     if NAME not in known:
         KVConnectorFactory.register_connector(NAME, _MODULE, NAME)
     if serves_lmcache_name():
@@ -43,6 +45,17 @@ def _register() -> None:
         # replace a registered name.
         known.pop(LMCACHE_NAME, None)
         KVConnectorFactory.register_connector(LMCACHE_NAME, _MODULE, LMCACHE_NAME)
+        names.append(LMCACHE_NAME)
+    _check_configurations_of(names)
+
+
+def _check_configurations_of(names: list[str]) -> None:
+    """Let vLLM find mistakes in the kit's configuration before it loads a model."""
+    from vllm.config import VllmConfig
+
+    from lmcache_kit.vllm import start_check
+
+    start_check.install(VllmConfig, names)
 
 
 def serves_lmcache_name() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lmcache_kit.errors import ConfigError, UnsupportedModel
+from tests.vllm.fakes import new_request
 
 
 def new_connector(
@@ -100,6 +101,20 @@ def test_keys_of_other_connectors_are_left_alone(tmp_path: Path) -> None:
 def test_a_key_that_nobody_knows_ends_the_start() -> None:
     with pytest.raises(ConfigError, match="chunk_sise"):
         new_connector({"lmcache.chunk_sise": 16})
+
+
+def test_a_cache_process_that_cannot_start_costs_the_cache_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o755)
+    extra = {"lmcache.cache_socket": str(tmp_path / "open" / "c.sock")}
+    worker, scheduler = (new_connector(extra, role=role) for role in ("WORKER", "SCHEDULER"))
+    assert scheduler.get_num_new_matched_tokens(new_request(range(40)), 0) == (0, False)
+    [error] = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert "mode 0755" in error.getMessage()
+    for connector in (worker, scheduler):
+        connector.shutdown()
 
 
 def test_the_scheduler_says_why_a_model_is_served_without_the_cache(
