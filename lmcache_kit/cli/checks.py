@@ -4,43 +4,58 @@ from __future__ import annotations
 
 import os
 import platform
+import queue
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import importlib_metadata
 
 from lmcache_kit import __version__
+from lmcache_kit.cli.output import silenced
 from lmcache_kit.config import KitConfig, Loaded
 from lmcache_kit.config.model import GIB
-from lmcache_kit.errors import ConfigError, KitError
+from lmcache_kit.errors import BackendError, KitError
 from lmcache_kit.first_party import DEFAULT_FRONTEND, install_command
 from lmcache_kit.peer.probe import ProbeResult, probe
 from lmcache_kit.peer.selection import AUTO, candidates
+from lmcache_kit.peer.service import load_tls
+from lmcache_kit.peer.sockets import listen
 from lmcache_kit.plugins import Plugins
-from lmcache_kit.process.paths import secure_directory, socket_path
-from lmcache_kit.service.build import backend_factory, memory_factory
+from lmcache_kit.plugins.records import Raised, attempt
+from lmcache_kit.process.paths import socket_path
+from lmcache_kit.protocol.local import Stats
+from lmcache_kit.service.build import (
+    OPEN_S,
+    backend_factory,
+    memory_factory,
+    open_backend,
+    open_memory,
+)
 from lmcache_kit.service.codecs import Codecs
+from lmcache_kit.service.launch import open_client, try_folder
+from lmcache_kit.service.service import worker_keys
 from lmcache_kit.specs import TransportSpec
 from lmcache_kit.vllm.plugin import TAKE_OVER, serves_lmcache_name
 
 VLLM_TESTED = "0.32."
 CONNECT_TIMEOUT_S = 1.0
 
-_CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
-
 
 @dataclass(frozen=True)
 class Check:
-    """A finding. ``fail``: the cache does not work; ``warn``: something around it does not."""
+    """A finding.
+
+    ``fail``: something that is configured does not work. A start ends with it, or logs it as an
+    error and goes on without. ``warn``: something around the cache does not work.
+    """
 
     state: Literal["ok", "warn", "fail"]
     name: str
@@ -68,21 +83,63 @@ def configuration(loaded: Loaded) -> Iterator[Check]:
         yield Check("warn", "configuration", warning, "Remove it")
 
 
-def tiers(found: Plugins, config: KitConfig) -> Iterator[Check]:
-    """Check each tier below memory; open those that are shared."""
+def running(config: KitConfig) -> Stats | None:
+    """Return the figures of the instance's cache process if one runs."""
+    attached = config.model_copy(update={"cache_process": "attach"})
+    try:
+        with silenced("lmcache_kit"), closing(open_client(attached, role="tool")) as client:
+            # With a short patience: a socket that nobody listens at refuses at once.
+            client.wait_ready(CONNECT_TIMEOUT_S)
+            return client.stats()
+    except KitError:
+        return None
+
+
+def tiers(found: Plugins, config: KitConfig, now: Stats | None) -> Iterator[Check]:
+    """Open each tier below memory, as a start does, or ask the cache process that has it open."""
     for name, options in config.lower_tiers.items():
+        if now and name in now.lower_tiers:
+            yield _open_tier(name, now)
+            continue
         try:
-            make = backend_factory(found, name, options)
-            detail = "installed"
-            if getattr(found.resolve("backend", name), "shared", False):
-                with closing(make()) as backend:
-                    detail = f"answers, holds {backend.usage().entries} chunks"
-            yield Check("ok", f"tier {name}", detail)
+            backend_factory(found, name, options)
+            yield Check(
+                "ok", f"tier {name}", _within_time(partial(_try_tier, found, name, options))
+            )
         except KitError as error:
             yield Check.failed(f"tier {name}", error)
 
 
-def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
+def _open_tier(name: str, now: Stats) -> Check:
+    values = now.lower_tiers[name]
+    where = f"in the running cache process {now.pid}"
+    if values.get("down"):
+        remedy = "The log of that process says why; 'cache-server --status' has its figures"
+        return Check("fail", f"tier {name}", f"does not work {where}", remedy)
+    return Check("ok", f"tier {name}", f"open {where}, holds {values['chunks']:.0f} chunks")
+
+
+def _try_tier(found: Plugins, name: str, options: Mapping[str, Any]) -> str:
+    with closing(open_backend(found, name, options)) as backend:
+        return f"opens, holds {backend.usage().entries} chunks"
+
+
+def _within_time(call: Callable[[], str]) -> str:
+    """Return what a call returns. Raises KitError, also after ``OPEN_S``."""
+    ended: queue.SimpleQueue[str | Raised] = queue.SimpleQueue()
+    # Not an executor's thread: one that hangs must not keep the program from ending.
+    threading.Thread(target=lambda: ended.put(attempt(call)), daemon=True).start()
+    try:
+        outcome = ended.get(timeout=OPEN_S)
+    except queue.Empty:
+        raise BackendError(f"it does not open within {OPEN_S:g} s") from None
+    if isinstance(outcome, Raised):
+        error = outcome.error
+        raise error if isinstance(error, KitError) else BackendError(str(outcome))
+    return outcome
+
+
+def plugins(found: Plugins, config: KitConfig, now: Stats | None) -> Iterator[Check]:
     """Check what the configuration names, then all else that is installed."""
     name = f"backend {config.memory_backend}"
     try:
@@ -90,7 +147,7 @@ def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
         yield Check("ok", name, "installed")
     except KitError as error:
         yield Check.failed(name, error)
-    yield from tiers(found, config)
+    yield from tiers(found, config, now)
     try:
         found.eviction_policy(config.cache_policy)
         yield Check("ok", f"cache_policy {config.cache_policy}", "known")
@@ -98,8 +155,8 @@ def plugins(found: Plugins, config: KitConfig) -> Iterator[Check]:
         yield Check.failed(f"cache_policy {config.cache_policy}", error)
     if config.store_codec:
         try:
-            Codecs(found, config.codec_options).make(config.store_codec)
-            yield Check("ok", f"store_codec {config.store_codec}", "installed")
+            Codecs(found, config.codec_options).get(config.store_codec)
+            yield Check("ok", f"store_codec {config.store_codec}", "encodes here")
         except KitError as error:
             yield Check.failed(f"store_codec {config.store_codec}", error)
     name = f"frontend {DEFAULT_FRONTEND}"
@@ -129,56 +186,50 @@ def shared_memory() -> Iterator[Check]:
         yield Check("ok", "shared memory", "memfd works")
 
 
-def memory(config: KitConfig) -> Iterator[Check]:
-    """Compare ``max_local_cpu_size`` with the memory of the machine or its container."""
-    total, available = machine_memory()
+def memory(found: Plugins, config: KitConfig, now: Stats | None) -> Iterator[Check]:
+    """Open the memory of the first tier, as a start does, unless a cache process has it."""
     asked = f"max_local_cpu_size is {config.max_local_cpu_size:g} GiB"
-    remedy = "Set max_local_cpu_size to less"
-    if config.max_local_cpu_bytes > total:
-        detail = f"{asked}; there are {total / GIB:.1f} GiB in all"
-        yield Check("fail", "memory", detail, remedy)
-    elif config.max_local_cpu_bytes > available:
-        detail = f"{asked}; {available / GIB:.1f} GiB are free now"
-        yield Check("warn", "memory", detail, f"{remedy}, or free some")
-    else:
-        yield Check("ok", "memory", f"{asked}; {available / GIB:.1f} GiB are free")
+    if now:
+        capacity = now.values["capacity_bytes"] / GIB
+        yield Check("ok", "memory", f"{asked}; process {now.pid} runs with {capacity:.2f} GiB")
+        return
+    try:
+        memory_factory(config, found)
+    except KitError:
+        return  # the check of the backend says so
+    try:
+        open_memory(config, found).close()
+        yield Check("ok", "memory", f"{asked}, which there is now")
+    except KitError as error:
+        yield Check.failed("memory", error)
 
 
-def machine_memory() -> tuple[int, int]:
-    """Return total and available bytes of memory, within the limit of this container."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-    )
-    total, available = (
-        int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable")
-    )
-    for name in _CGROUP_LIMITS:
-        try:
-            limit = int(Path(name).read_text())
-        except (OSError, ValueError):
-            continue
-        total, available = min(total, limit), min(available, limit)
-    return total, available
-
-
-def runtime_directory(config: KitConfig) -> Iterator[Check]:
+def runtime_directory(config: KitConfig, now: Stats | None) -> Iterator[Check]:
     """Check the folder of the cache process's socket, and whether one listens."""
+    if now:
+        yield Check("ok", "cache process", f"process {now.pid} runs at {socket_path(config)}")
+        return
     try:
         path = socket_path(config)
-        secure_directory(path.parent)
-    except ConfigError as error:
+        try_folder(path)
+    except KitError as error:
         yield Check.failed("cache process", error)
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(CONNECT_TIMEOUT_S)
-        running = probe.connect_ex(str(path)) == 0
-    if running:
-        yield Check("ok", "cache process", f"running at {path}")
-    elif config.cache_process == "attach":
+    if config.cache_process == "attach":
         remedy = "Start 'lmcache-kit cache-server'; vLLM serves without a cache until then"
         yield Check("warn", "cache process", f"none runs at {path}", remedy)
     else:
         yield Check("ok", "cache process", f"none runs yet; it will be at {path}")
+
+
+def keys(config: KitConfig) -> Iterator[Check]:
+    """Check the files that encrypt connections to the controller and to peers."""
+    for name, load in (("worker_key", worker_keys), ("p2p_tls_cert", load_tls)):
+        try:
+            if load(config):
+                yield Check("ok", name, "its files can be used")
+        except KitError as error:
+            yield Check.failed(name, error)
 
 
 def vllm() -> Iterator[Check]:
@@ -254,11 +305,16 @@ def controller(config: KitConfig) -> Iterator[Check]:
         yield Check("ok", "controller", f"something listens at {config.controller_url}")
 
 
-def peers(found: Plugins, config: KitConfig) -> Iterator[Check]:
-    """Check the transports of moves between instances."""
+def peers(found: Plugins, config: KitConfig, now: Stats | None) -> Iterator[Check]:
+    """Check the port and the transports of moves between instances."""
     if not config.enable_p2p:
         yield Check("ok", "peers", "not configured (enable_p2p)")
         return
+    if not now:
+        try:
+            listen(config.p2p_host, (config.p2p_init_ports or (0,))[0]).close()
+        except KitError as error:
+            yield Check.failed("peers", error)
     if not config.enable_controller:
         remedy = "Set enable_controller and controller_url: moves are ordered by the controller"
         yield Check("warn", "peers", "no controller is configured, so nothing moves", remedy)

@@ -15,10 +15,11 @@ from lmcache_kit.errors import ConfigError
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(as_json: bool) -> None:
-    """Check what works on this machine, with a remedy for what does not.
+    """Try what a start will try on this machine, with a remedy for what does not work.
 
     The configuration is read from LMCACHE_CONFIG_FILE and LMCACHE_*. The exit code is 1 if
-    something that is needed fails; vLLM serves without what a warning is about.
+    something that is configured does not work. A mistake in the configuration ends vLLM's start;
+    without a tier, or without memory for the cache, vLLM serves all the same, and logs an error.
 
     \b
     Examples:
@@ -45,16 +46,18 @@ def _all_checks() -> list[checks.Check]:
     else:
         config = loaded.config
         configured = list(checks.configuration(loaded))
+    now = checks.running(config)
     return [
         *checks.kit(),
         *configured,
-        *checks.plugins(plugins, config),
+        *checks.plugins(plugins, config, now),
         *checks.shared_memory(),
-        *checks.memory(config),
-        *checks.runtime_directory(config),
+        *checks.memory(plugins, config, now),
+        *checks.runtime_directory(config, now),
+        *checks.keys(config),
         *checks.vllm(),
         *checks.connectors(),
         *checks.gpu(),
         *checks.controller(config),
-        *checks.peers(plugins, config),
+        *checks.peers(plugins, config, now),
     ]

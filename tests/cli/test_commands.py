@@ -181,7 +181,7 @@ def test_the_example_is_valid() -> None:
         (
             "enable_controller: true\ncontroller_url: localhost:9001\n"
             "controller_key: /no/c.key\nworker_key: /no/w.key_secret",
-            "controller_key: /no/c.key cannot be read",
+            "x.yaml:3): /no/c.key cannot be read",
         ),
         ("cache_policy: MRU", "unknown cache_policy 'MRU'. Known: FIFO, LFU, LRU"),
     ],
@@ -266,7 +266,7 @@ def test_doctor_fails_with_the_pip_command_where_the_backend_is_missing() -> Non
 def test_doctor_fails_for_more_memory_than_there_is() -> None:
     (check,) = findings(LMCACHE_MAX_LOCAL_CPU_SIZE="1000000")["memory"]
     assert check["state"] == "fail"
-    assert check["remedy"] == "Set max_local_cpu_size to less"
+    assert check["remedy"].startswith("Set max_local_cpu_size to ")
 
 
 def test_doctor_fails_for_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
