@@ -24,6 +24,7 @@ import msgspec
 from lmcache_kit.cache.records import Grant, StoreItem
 from lmcache_kit.errors import (
     CacheStartFailed,
+    CacheTimeout,
     CacheUnavailable,
     ConfigError,
     KitError,
@@ -365,7 +366,12 @@ class CacheClient:
                 problem,
             )
         else:
-            logger.warning("no cache process, serving goes on without: %s", problem)
+            late = self._incarnation is None and isinstance(problem, CacheTimeout)
+            logger.log(
+                logging.ERROR if late and self._is_first else logging.WARNING,
+                "no cache process, serving goes on without: %s",
+                problem,
+            )
 
     def _attached(self, link: _Link) -> None:
         with self._changed:

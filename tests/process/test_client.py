@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lmcache_kit.cache.records import Grant, StoreItem
-from lmcache_kit.errors import CacheTimeout, CacheUnavailable, ConfigError
+from lmcache_kit.errors import (
+    CacheStartFailed,
+    CacheTimeout,
+    CacheUnavailable,
+    ConfigError,
+    KitError,
+)
 from lmcache_kit.keys import chunk_key, pack_tokens
 from lmcache_kit.process.channel import Channel
 from lmcache_kit.process.client import CacheClient, Reconnect
@@ -310,6 +316,36 @@ def test_a_dial_that_can_never_work_is_raised_by_wait_ready(
         with pytest.raises(CacheUnavailable, match="nothing to serve"):
             client.stats()
     assert caplog.messages == ["no cache process: nothing to serve"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "level"),
+    [
+        (CacheUnavailable("nobody listens"), "WARNING"),
+        (CacheTimeout("not ready in 20 s"), "ERROR"),
+        (CacheStartFailed("no room in /tmp"), "ERROR"),
+    ],
+)
+def test_a_first_start_that_fails_is_an_error_and_ends_no_vllm(
+    problem: KitError, level: str, caplog: pytest.LogCaptureFixture, eventually: Eventually
+) -> None:
+    def dial(_: threading.Event) -> socket.socket:
+        raise problem
+
+    hello = Hello(protocol.VERSION, "worker", "one", os.getpid())
+    with CacheClient(dial, hello, timeout_s=1) as client:
+        eventually(lambda: caplog.records)
+        assert not client.wait_ready(0.01)
+    assert [each.levelname for each in caplog.records] == [level]
+
+
+def test_a_process_that_cannot_start_is_not_waited_for() -> None:
+    def dial(_: threading.Event) -> socket.socket:
+        raise CacheStartFailed("no room in /tmp")
+
+    hello = Hello(protocol.VERSION, "worker", "one", os.getpid())
+    with CacheClient(dial, hello, timeout_s=1) as client:
+        assert ends(lambda: client.wait_ready(threading.TIMEOUT_MAX))
 
 
 def test_a_process_that_is_only_absent_is_told_once_with_the_promise_to_go_on(
