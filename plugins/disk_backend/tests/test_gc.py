@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from lmcache_kit_disk_backend.abandoned import find, remove
 from lmcache_kit_disk_backend.backend import LocalDiskBackend
 
 from lmcache_kit.cli.app import app
@@ -190,3 +191,15 @@ def test_listing_plugins_imports_nothing_heavy() -> None:
         assert not {"pydantic", "click", "xxhash"} & set(sys.modules)
         """
     )
+
+
+def test_a_store_that_is_opened_after_it_was_listed_stays(
+    three: Path, open_store: OpenStore
+) -> None:
+    [old] = [found for found in find(three) if found.owner and found.owner.subfolder == "old"]
+    store = open_store(subfolder="old")
+    assert remove(old) == "a process uses it"
+    assert store.get(KEY) is not None
+    store.close()
+    assert remove(old) == "it was used just now"
+    assert open_store(subfolder="old").get(KEY) is not None

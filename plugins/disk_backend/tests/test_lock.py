@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -134,3 +135,24 @@ def test_a_link_in_the_place_of_the_folder_is_refused(
     mine.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BackendError, match="is not a folder of this user"):
         open_store()
+
+
+def test_a_lock_whose_file_is_removed_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise two processes would hold the lock of one folder, each on a file of its own."""
+    real = fcntl.flock
+
+    def remove_and_lock(lock: int, how: int) -> None:
+        monkeypatch.undo()
+        (tmp_path / "lock").unlink()
+        real(lock, how)
+
+    monkeypatch.setattr(blob_directory.fcntl, "flock", remove_and_lock)
+    lock = blob_directory.take_lock(tmp_path, 0.0)
+    try:
+        assert os.path.samestat(os.fstat(lock), os.stat(tmp_path / "lock"))
+        with pytest.raises(BackendError, match="in use"):
+            blob_directory.take_lock(tmp_path, 0.0)
+    finally:
+        os.close(lock)
