@@ -100,9 +100,16 @@ def test_each_of_our_names_is_checked(name: str) -> None:
         build(name, **{"lmcache.chunk_sise": 3})
 
 
-def test_the_module_path_is_checked_too() -> None:
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        (plugin.NAME, "lmcache_kit.vllm"),
+        (plugin.LMCACHE_NAME, "lmcache.integration.vllm.lmcache_connector_v1"),
+    ],
+)
+def test_the_module_path_is_checked_too(name: str, module: str) -> None:
     with pytest.raises(ValueError, match="chunk_sise"):
-        build(module="lmcache_kit.vllm", **{"lmcache.chunk_sise": 3})
+        build(name, module=module, **{"lmcache.chunk_sise": 3})
 
 
 def test_a_child_of_multi_connector_is_checked() -> None:
