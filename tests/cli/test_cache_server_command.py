@@ -74,10 +74,10 @@ def test_no_figures_without_one_and_the_socket_is_named(config: Path) -> None:
 
 
 def test_it_refuses_a_configuration_that_cannot_be_used(config: Path) -> None:
-    config.write_text("chunk_size: none\n")
+    config.write_text("chunk_size: many\n")
     result = CliRunner().invoke(app, ["cache-server", "--config", str(config)])
     assert result.exit_code == 1
-    assert f"chunk_size: 'none' ({config}:1)" in result.stderr
+    assert f"chunk_size: 'many' ({config}:1)" in result.stderr
 
 
 def test_it_refuses_a_backend_that_is_not_installed(config: Path) -> None:

@@ -59,7 +59,7 @@ class Site:
             "--dtype", "float32",
         )  # fmt: skip
         log = self.folder / "vllm.log"
-        environment = {**self.settings, "OMP_NUM_THREADS": "1"}
+        environment = {**self.settings, "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"}
         return stack.vllm_server(
             log, port=self.vllm_port, config_file=self.config, more=more, environment=environment
         )
@@ -237,6 +237,26 @@ def test_a_killed_vllm_finds_its_cache_warm_when_it_is_back_within_the_linger(si
     assert first.text == text
     (pin,) = site.get("/pins")["pins"]
     assert (pin["pin_id"], pin["num_tokens"]) == (pinned["event_id"], pinned["num_tokens"])
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        ["/pause?mode=abort", "/resume"],
+        ["/pause?mode=wait", "/resume"],
+        ["/reset_prefix_cache?reset_external=true"],
+    ],
+    ids=lambda calls: calls[0],
+)
+def test_when_vllm_drops_its_cache_nothing_of_before_is_used(site: Site, calls: list[str]) -> None:
+    tokens = site.tokens(PROMPT)
+    eventually(lambda: site.complete(PROMPT).cached_tokens == len(tokens) - 1)
+    for call in calls:
+        status, said = rest.ask(f"{site.vllm_url}{call}", b"")
+        assert (status, said.get("success", True)) == (200, True), said
+    eventually(lambda: INSTANCE not in site.lookup(tokens))
+    assert [site.complete(PROMPT).cached_tokens for _ in range(2)] == [0, len(tokens) - 1]
+    eventually(lambda: site.lookup(tokens).get(INSTANCE) == ["LocalCPUBackend", len(tokens)])
 
 
 def test_a_killed_worker_leaves_no_orphan_behind(site: Site) -> None:
