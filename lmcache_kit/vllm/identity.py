@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -74,11 +74,28 @@ class Identity(NamedTuple):
 def identify(
     vllm_config: VllmConfig, *, mode: Literal["sampled", "full"], weights_id: str = ""
 ) -> Identity:
-    """Identify the model that vLLM serves. ``weights_id`` states the weights instead of reading."""
-    return Identity(
-        f"named:{weights_id}" if weights_id else _weights(vllm_config, full=mode == "full"),
-        config_digest(vllm_config.model_config),
-    )
+    """Identify the model that vLLM serves. ``weights_id`` states the weights instead of reading.
+
+    What cannot be identified gets the engine's own id, and the log says why.
+    """
+    identified = [f"named:{weights_id}"] if weights_id else []
+    parts: list[Callable[[], str]] = [
+        lambda: _weights(vllm_config, full=mode == "full"),
+        lambda: config_digest(vllm_config.model_config),
+    ]
+    for part in parts[len(identified) :]:
+        try:
+            identified.append(part())
+        # Code of vLLM, of Hugging Face and of models is asked here: no surprise may end a start.
+        except Exception as error:  # noqa: BLE001
+            _log.warning(
+                "the model cannot be identified: %s. KV is kept for this engine alone, and not "
+                "over a restart%s",
+                str(error) or repr(error),
+                "" if identified else "; state weights_id if equal names mean equal weights",
+            )
+            identified.append(f"engine:{vllm_config.kv_transfer_config.engine_id}")
+    return Identity(*identified)
 
 
 def config_digest(model: ModelConfig) -> str:
@@ -121,23 +138,16 @@ def local_folder(source: str, revision: str | None, download_dir: str | None) ->
 
 
 def _weights(vllm_config: VllmConfig, *, full: bool) -> str:
+    """Raises OSError and ValueError for weights that cannot be read."""
     model, load = vllm_config.model_config, vllm_config.load_config
     if str(load.load_format) == "dummy":
         return "dummy"  # vLLM seeds them, so equal configurations have equal weights
-    source = getattr(model, "model_weights", "") or model.model
-    try:
-        folder = local_folder(str(source), model.revision, load.download_dir)
-        if folder is not None and (files := weights.weight_files(folder)):
-            return weights.digest(files, full=full)
-        why = f"no weights are found at {str(source)!r}"
-    except (OSError, ValueError) as error:
-        why = str(error)
-    _log.warning(
-        "the weights cannot be identified: %s. KV is kept for this engine alone, and not over a "
-        "restart; state weights_id if you know that equal names mean equal weights",
-        why,
-    )
-    return f"engine:{vllm_config.kv_transfer_config.engine_id}"
+    source = str(getattr(model, "model_weights", "") or model.model)
+    folder = local_folder(source, model.revision, load.download_dir)
+    files = weights.weight_files(folder) if folder else []
+    if not files:
+        raise FileNotFoundError(f"no weights are found at {source!r}")
+    return weights.digest(files, full=full)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -174,7 +174,9 @@ def test_a_transport_is_attached_only_with_the_token_of_a_move_that_goes_on(
 
 def test_another_version_is_refused_by_number(source: Place, goal: Place) -> None:
     first = msgspec.structs.replace(opening(goal, source), version=9)
-    with pytest.raises(OperationFailed, match="speaks protocol version 1, the other side 9"):
+    with pytest.raises(
+        OperationFailed, match=f"speaks protocol version {wire.VERSION}, the other side 9"
+    ):
         open_client(source, first)
 
 

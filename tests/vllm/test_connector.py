@@ -120,7 +120,10 @@ def test_a_cache_process_that_cannot_start_costs_the_cache_and_is_said_once(
 ) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o755)
-    extra = {"lmcache.cache_socket": str(tmp_path / "open" / "c.sock")}
+    extra = {
+        "lmcache.cache_socket": str(tmp_path / "open" / "c.sock"),
+        "lmcache.weights_id": "w",
+    }
     worker, scheduler = (new_connector(extra, role=role) for role in ("WORKER", "SCHEDULER"))
     assert scheduler.get_num_new_matched_tokens(new_request(range(40)), 0) == (0, False)
     [error] = [each for each in caplog.records if each.levelname == "ERROR"]

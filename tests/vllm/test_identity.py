@@ -222,5 +222,17 @@ def test_weights_that_cannot_be_found_are_shared_with_nobody(
     empty.mkdir()
     assert identity(empty).weights == "engine:engine-1"
     assert identity("nobody-at-all/model-that-is-nowhere").weights == "engine:engine-1"
-    assert "the weights cannot be identified" in caplog.text
+    assert "the model cannot be identified: no weights are found at" in caplog.text
     assert "state weights_id" in caplog.text
+
+
+def test_a_configuration_of_another_kind_costs_sharing_and_not_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from lmcache_kit.vllm.identity import identify
+
+    config: Any = SimpleNamespace(
+        model_config=object(), kv_transfer_config=SimpleNamespace(engine_id="e")
+    )
+    assert identify(config, mode="sampled", weights_id="w") == ("named:w", "engine:e")
+    assert "the model cannot be identified" in caplog.text
