@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class NamespaceRegistry:
-    """The base namespaces of workers, in order of registration. Thread-safe."""
+    """The base namespaces of engines, in order of registration. Thread-safe."""
 
     def __init__(self) -> None:
         self._bases: dict[Namespace, None] = {}

@@ -102,7 +102,7 @@ class StoredChunk(NamedTuple):
 
 
 class ChangeListener(Protocol):
-    """Is told of every chunk that becomes complete or leaves.
+    """Receive every chunk that becomes complete, and every one that leaves.
 
     Called under the engine's lock, so it must only take a note.
     """

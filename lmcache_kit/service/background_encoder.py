@@ -24,7 +24,7 @@ MAX_WAITING = 1 << 16
 
 
 class BackgroundEncoder:
-    """Listens to an engine, and encodes what is stored with codec ``method``.
+    """Listen to an engine, and encode with codec ``method`` what is stored.
 
     Not more than ``MAX_WAITING`` chunks wait; what comes then stays raw, and is counted. ``then``
     hears of each chunk afterwards, encoded or not.
