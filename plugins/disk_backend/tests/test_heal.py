@@ -22,6 +22,7 @@ from plugins.disk_backend.tests.blobs import plain
 from tests.cache.conftest import FakeMemory
 from tests.cache.stores import Cache
 from tests.support.clocks import FakeClock
+from tests.support.waiting import eventually
 
 KEYS = [bytes([number]) * 16 for number in range(4)]
 DATA = b"data" * 2000
@@ -218,4 +219,5 @@ def test_a_damaged_file_counts_as_corrupt(tiered: tuple[Cache, FakeClock], files
     assert cache.hit(range(12)) == 0
     cache.settle()
     assert cache.stat("corrupt_total", "A") >= 1
-    assert cache.stat("corrupt_total", "A") == 3 - len(files())
+    # Chunks behind the first may still be read: each is counted, and then removed.
+    eventually(lambda: cache.stat("corrupt_total", "A") == 3 - len(files()))
