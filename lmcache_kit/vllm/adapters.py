@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -57,7 +56,7 @@ class Adapters:
             return None
 
     def _digest(self, lora: LoRARequest, folder: Path) -> str | None:
-        state = _state(_files(folder))
+        state = _state(folder)
         known = self._seen.get(lora.lora_int_id)
         if known is not None:
             if (known.path, known.state) == (lora.lora_path, state):
@@ -67,7 +66,7 @@ class Adapters:
         if not state:
             raise ValueError(f"no weights are found at {lora.lora_path!r}")
         digest = _content(folder, lora)
-        if _state(_files(folder)) != state:
+        if _state(folder) != state:
             return None  # they are being written; the next request finds what they become
         self._seen[lora.lora_int_id] = _Seen(lora.lora_path, state, digest)
         self._digests.setdefault((lora.lora_name, lora.lora_path), set()).add(digest)
@@ -80,7 +79,7 @@ class Adapters:
             return False
         try:
             folder = local_folder(known.path, None, None)
-            return folder is not None and _state(_files(folder)) == known.state
+            return folder is not None and _state(folder) == known.state
         except OSError:
             return False
 
@@ -102,12 +101,9 @@ class Adapters:
             )
 
 
-def _files(folder: Path) -> Sequence[Path]:
-    return weights.weight_files(folder)
-
-
-def _state(files: Sequence[Path]) -> _State:
-    """Return what changes when the files do; empty without weights."""
+def _state(folder: Path) -> _State:
+    """Return what changes when the adapter's files do; empty without weights."""
+    files = weights.weight_files(folder)
     if not files:
         return ()
     config = files[0].parent / _CONFIG
@@ -122,5 +118,5 @@ def _content(folder: Path, lora: LoRARequest) -> str:
     if described.exists():
         config |= json.loads(described.read_bytes())
     facts = {name: value for name, value in config.items() if name not in _NOT_OF_KV}
-    content = weights.digest(_files(folder), full=True)
+    content = weights.digest(weights.weight_files(folder), full=True)
     return blake3(json.dumps([content, facts], sort_keys=True).encode()).hexdigest(16)

@@ -119,7 +119,9 @@ class ConnectorScheduler:
         may_load = self.policy.load and not self._disabled_reason
         if tracker is None:
             return 0
-        self._check_adapter(tracker, computed)
+        lora = request.lora_request
+        if computed and lora is not None and self._adapters.has_changed(lora):
+            tracker.may_save = False  # vLLM's own prefix cache may hold KV of the former content
         if not may_load or tracker.load_failed or request.skip_reading_prefix_cache:
             return 0
         result = tracker.result
@@ -170,7 +172,7 @@ class ConnectorScheduler:
             valid = min(request.num_computed_tokens + scheduled, request.num_tokens)
             pending = self._pending_saves(tracker, valid)
             if pending:
-                self._check_adapter(tracker, 0)
+                self._check_adapter(tracker)
                 pending = pending if tracker.may_save else []
             if not pending:
                 continue
@@ -216,8 +218,10 @@ class ConnectorScheduler:
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         valid = min(computed, request.num_tokens - 1)
         policy = self.policy.saving
-        self._check_adapter(tracker, 0)
         if not (policy.decode and self._saves(tracker)) or valid <= request.num_prompt_tokens:
+            return False
+        self._check_adapter(tracker)
+        if not tracker.may_save:
             return False
         final = [
             self._save_spec(tracker, save, blocks)
@@ -271,20 +275,13 @@ class ConnectorScheduler:
     def _saves(self, tracker: RequestTracker) -> bool:
         return tracker.may_save and self.policy.save and not self._disabled_reason
 
-    def _check_adapter(self, tracker: RequestTracker, computed: int) -> None:
-        """Save nothing that may be of another content of the request's adapter.
+    def _check_adapter(self, tracker: RequestTracker) -> None:
+        """Save nothing more once the files of the request's adapter are not those of its digest.
 
-        ``computed`` counts tokens of vLLM's own prefix cache.
+        Reads the state of these files, so it is asked only where there is something to save.
         """
         lora = tracker.request.lora_request
-        if (
-            lora is not None
-            and tracker.may_save
-            and (
-                (computed and self._adapters.has_changed(lora))
-                or not self._adapters.is_current(lora, tracker.lora)
-            )
-        ):
+        if lora is not None and not self._adapters.is_current(lora, tracker.lora):
             tracker.may_save = False
 
     def _pending_saves(self, tracker: RequestTracker, valid: int) -> list[PendingSave]:
